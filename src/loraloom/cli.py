@@ -1,0 +1,329 @@
+"""The command line: each command is one short documented function that calls public functions and prints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import loraloom
+from loraloom.errors import LoraloomError
+
+if TYPE_CHECKING:
+    from loraloom.recipe import Recipe
+    from loraloom.results import StudyResult
+    from loraloom.terminal import Out
+
+app = typer.Typer(
+    name="loraloom",
+    help="LoRA adapters that merge: statistics, subspaces, training, merging, evaluation, a report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+study_app = typer.Typer(help="Look at what a study folder holds.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder or file to write; it appears whole or not at all.")
+]
+RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe.")]
+Base = Annotated[str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or folder.")]
+TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
+Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
+
+
+@app.command()
+def demo(
+    output: Output = Path("loraloom-demo"),
+    fast: Annotated[bool, typer.Option("--fast", help="A reduced size that checks the installation.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, merge and measure on a small real model and real text; writes report.html. No download."""
+    from loraloom.demo import demo_recipe
+
+    with _command(quiet, as_json) as out:
+        _run(demo_recipe(fast=fast), output, out)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Study folder; studies/<recipe's name> without.")
+    ] = None,
+    base: Base = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe to its end: what is done already is not done again, a killed run goes on where it stood."""
+    with _command(quiet, as_json) as out:
+        chosen = _recipe(recipe, base)
+        _run(chosen, output or Path("studies") / chosen.name, out)
+
+
+@app.command()
+def statistics(
+    texts: Annotated[
+        str, typer.Argument(help="JSONL, CSV, TSV, Parquet, or org/name on the hub. Labels are not read.")
+    ],
+    output: Output,
+    base: Annotated[str, typer.Option("--base", help="Hub name or folder of the base model.")],
+    column: Annotated[list[str], typer.Option("--column", help="Text column; twice for a pair of texts.")],
+    target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
+    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 100,
+    rows: Annotated[str, typer.Option(help="A row a `token`, or a row the mean of a `sample`.")] = "token",
+    max_length: Annotated[int, typer.Option(help="Word pieces kept of a text.")] = 128,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Collect what the base model's layers see of unlabelled texts: one file to share instead of data."""
+    from loraloom.workflow import collect_from_file
+
+    with _command(quiet, as_json) as out:
+        found = collect_from_file(texts, column, base, target, count, rows, max_length)
+        found.save(output)
+        out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
+
+
+@app.command()
+def init(
+    own: Annotated[Path, typer.Option("--own", help="Statistics of the task itself.")],
+    other: Annotated[list[Path], typer.Option("--other", help="Statistics of another task; several times.")],
+    output: Output,
+    rank: Annotated[int, typer.Option(min=1)] = 8,
+    alpha: Annotated[float, typer.Option(min=0)] = 16,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="Path ending of a target layer; all of the statistics without.")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    rule: Annotated[str | None, typer.Option(help="covariance, complement, mean, random, shared or default.")] = None,
+    keep: Annotated[str, typer.Option(help="free, frozen or projected.")] = "free",
+    scale: Annotated[str, typer.Option(help="unit or response.")] = "unit",
+    energy_share: Annotated[float, typer.Option(help="Share of the others' energy to stay off.")] = 0.5,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the adapter folder that training starts from: A in its subspace, B = 0. No base model is loaded."""
+    from loraloom.workflow import initialise_from_files
+
+    with _command(quiet, as_json) as out:
+        lora = {"rank": rank, "alpha": alpha, "targets": target, "rslora": rslora}
+        options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
+        done = initialise_from_files(output, own, other, lora, options)
+        out.result({"folder": str(output), **done.provenance["init"], "diagnostics": done.diagnostics()})
+        for note in done.notes():
+            out.hint(note)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    task: TaskName,
+    output: Output,
+    start: Annotated[
+        Path | None, typer.Option("--init", help="Adapter folder to start from; plain LoRA without.")
+    ] = None,
+    base: Base = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one adapter of a recipe; the same command after a kill goes on from the last checkpoint."""
+    from loraloom.workflow import train_from_recipe
+
+    with _command(quiet, as_json) as out, out.progress() as shown:
+        done = train_from_recipe(_recipe(recipe, base), task, output, start, seed, shown)
+        out.result({"folder": str(done.folder), "heldout": round(done.heldout, 4), "steps": done.steps})
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders.")],
+    rule: Annotated[str, typer.Option("--rule", help="See `loraloom rules`.")],
+    output: Output,
+    scale: Annotated[float | None, typer.Option(help="Factor on the result; the rule's own without.")] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="One for each adapter, in order.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Truncate the result; the energy lost is told.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help="A rule's option as name=value.")] = None,
+    seed: Annotated[int, typer.Option(help="For rules that draw at random.")] = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge adapters into one PEFT folder, heads kept beside it. No base model is loaded."""
+    from loraloom.workflow import merge_folders
+
+    with _command(quiet, as_json) as out:
+        facts = merge_folders(adapters, rule, output, _options(option or []), scale, weight, rank, seed, _typed())
+        out.result(facts)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, a single task's or a merged one.")],
+    task: Annotated[list[str] | None, typer.Option("--task", help="Tasks of the recipe; all that have a head.")] = None,
+    split: Annotated[str, typer.Option(help="test or heldout.")] = "test",
+    base: Base = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an adapter on tasks of a recipe, each with its own head."""
+    from loraloom.workflow import evaluate_folder
+
+    with _command(quiet, as_json) as out:
+        scores = evaluate_folder(_recipe(recipe, base), adapter, task or [], split)
+        out.table(
+            f"{adapter} on {split} rows",
+            ("task", "metric", "value", "standard error"),
+            [(name, metric, f"{score.value:.4f}", f"{score.stderr:.4f}") for name, (metric, score) in scores.items()],
+        )
+        if as_json:
+            out.result({name: {"metric": metric, **score.model_dump()} for name, (metric, score) in scores.items()})
+
+
+@app.command()
+def inspect(
+    paths: Annotated[list[Path], typer.Argument(help="Adapter folders and statistics files, in any order.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what adapters and statistics hold; with both, each adapter's response to each task's inputs."""
+    from loraloom.workflow import inspect_paths
+
+    with _command(quiet, as_json) as out:
+        facts, responses = inspect_paths(paths)
+        if responses:
+            columns = ("adapter", *(Path(name).name for name in responses["statistics"]))
+            rows = [(Path(name).name, *(f"{value:.3g}" for value in row)) for name, row in responses["rows"].items()]
+            out.table("|B A h|, root mean square over rows and layers", columns, rows)
+        out.result({"files": facts, "responses": responses}, json.dumps(facts, indent=1, default=str))
+
+
+@app.command()
+def rules(quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List the merging rules with formula, paper, spaces and options."""
+    from loraloom.merging import get_rule, rule_names
+
+    with _command(quiet, as_json) as out:
+        names = rule_names()
+        out.result(
+            {name: get_rule(name).help() for name in names}, "\n\n".join(get_rule(name).help() for name in names)
+        )
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="results.json of a study.")],
+    output: Output,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the report of a results file again."""
+    from loraloom.report import write_report
+    from loraloom.results import StudyResult
+
+    with _command(quiet, as_json) as out:
+        out.result({"report": str(write_report(StudyResult.load(results), output))})
+
+
+@study_app.command("status")
+def study_status(folder: Annotated[Path, typer.Argument(help="A study folder.")], as_json: AsJson = False) -> None:
+    """List the stage outputs of a study and what each took."""
+    from loraloom.workflow import study_store
+
+    with _command(False, as_json) as out:
+        records = study_store(folder).records()
+        rows = [(f"{r['kind']}/{r['label']}-{r['key'][:12]}", f"{r['seconds']:.1f}") for r in records]
+        out.table(f"{len(rows)} stage outputs in {folder}", ("output", "seconds"), rows)
+        if as_json:
+            out.result({"outputs": records})
+
+
+@study_app.command("rm")
+def study_rm(
+    folder: Annotated[Path, typer.Argument(help="A study folder.")],
+    outputs: Annotated[list[str], typer.Argument(help="Stage outputs as `status` shows them.")],
+) -> None:
+    """Remove stage outputs; the next run makes them and what depends on them again."""
+    from loraloom.workflow import study_store
+
+    with _command(False, False) as out:
+        for name in outputs:
+            study_store(folder).remove(name)
+            out.result({"removed": name})
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"loraloom {loraloom.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; faults in the input exit with 2 and no traceback."""
+    from loraloom.terminal import show_error
+
+    try:
+        app()
+    except LoraloomError as error:
+        show_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _recipe(path: Path, base: str | None) -> Recipe:
+    from loraloom.recipe import Recipe
+
+    recipe = Recipe.load(path)
+    return recipe.model_copy(update={"base": base}) if base else recipe
+
+
+def _run(recipe: Recipe, folder: Path, out: Out) -> None:
+    from loraloom.outcome import run_study
+    from loraloom.report import summary_table, verdict
+
+    result: StudyResult = run_study(recipe, folder, command=_typed(), reporter=out.progress())
+    table = summary_table(result)
+    out.table(table.caption, table.columns, table.rows)
+    places = {"report": str(folder / "report.html"), "results": str(folder / "results.json"), "adapters": str(folder)}
+    out.result(places, f"{verdict(result)}\n\nreport: {places['report']}\nresults: {places['results']}")
+    out.hint("open the report in a browser; the adapters lie in adapters/ and merged/ beside it")
+
+
+def _typed() -> str:
+    return " ".join(["loraloom", *sys.argv[1:]])
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """Return name=value options as typed values: numbers, true, false and null as in JSON, words as they are."""
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise LoraloomError(f"--option {text!r} is not name=value", "write it as --option density=0.2")
+        with contextlib.suppress(ValueError):
+            options[name] = json.loads(value)
+            continue
+        options[name] = value
+    return options
+
+
+@contextlib.contextmanager
+def _command(quiet: bool, as_json: bool) -> Iterator[Out]:
+    """Set the tone of one command: its output, and libraries that keep quiet."""
+    from loraloom.terminal import Out, hush_libraries
+
+    hush_libraries()
+    yield Out(as_json=as_json, quiet=quiet)

@@ -1,0 +1,39 @@
+"""Errors for people: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LoraloomError(Exception):
+    """A fault in an input that its owner can mend; the command line prints it without a traceback and exits with 2.
+
+    `message` says what is wrong and where (file, tensor, option); `hint` says what to do next.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+def raise_problems(what: str, problems: Sequence[str], hint: str = "") -> None:
+    """Raise one LoraloomError that tells all `problems` found in `what`; do nothing when there are none."""
+    if len(problems) == 1:
+        raise LoraloomError(f"{what}: {problems[0]}", hint)
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise LoraloomError(f"{what}: {len(problems)} problems{lines}", hint)
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return a hint that names the `count` nearest of `known`, or all of them where nothing is near."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=count, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(match) for match in near) + "?"
+    return "known: " + ", ".join(options)

@@ -1,0 +1,83 @@
+"""Task heads beside a merged adapter: kept, never averaged; aligned to the merged features in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loraloom.errors import LoraloomError
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task's head: parameters by path in the model, and the path of its last linear layer."""
+
+    tensors: dict[str, Tensor]
+    last: str
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str = "head") -> Head:
+        """Return the head in `tensors`, as PEFT saves `modules_to_save`.
+
+        Raises LoraloomError where there is no weight matrix.
+        """
+        matrices = [path for path, tensor in tensors.items() if path.endswith(".weight") and tensor.ndim == 2]
+        if not matrices:
+            raise LoraloomError(
+                f"{name}: the adapter brings no head", "train it with its classifier in modules_to_save"
+            )
+        # where a head has two layers (RoBERTa, T5, DistilBERT) the last is the one with as many rows as labels
+        last = min(matrices, key=lambda path: (tensors[path].shape[0], not path.endswith("out_proj.weight")))
+        return cls({path: tensor.float() for path, tensor in tensors.items()}, last.removesuffix(".weight"))
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the last layer's weight, (outputs, d)."""
+        return self.tensors[f"{self.last}.weight"]
+
+    @property
+    def bias(self) -> Tensor:
+        """Return the last layer's bias, (outputs,); zeros where it has none."""
+        return self.tensors.get(f"{self.last}.bias", torch.zeros(self.weight.shape[0]))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return (k, outputs) for `features` (k, d), the inputs of the last layer."""
+        return features @ self.weight.T + self.bias
+
+
+def align_head(head: Head, own: Tensor, merged: Tensor, *, ridge: float = 0.1) -> Head:
+    """Return the head with the map from merged to own features folded into its last layer, without labels.
+
+    own, merged: (k, d) features of the same unlabelled rows, from the task's own adapter and from the merged one.
+    With centred features, C = Fm^T Fm and e = `ridge` times the mean diagonal of C: W = (C + e I)^-1 (Fm^T Fo + e I),
+    a ridge fit towards the identity; the difference of the means goes into the bias. No cost at inference. After
+    "representation surgery" (arXiv 2402.02705), which learns such a map by gradient.
+
+    Raises LoraloomError where the two do not hold the same rows.
+    """
+    if own.shape != merged.shape:
+        raise LoraloomError(f"features of {tuple(own.shape)} and {tuple(merged.shape)} are not of the same rows")
+    own, merged = own.double(), merged.double()
+    own_mean, merged_mean = own.mean(dim=0), merged.mean(dim=0)
+    Fo, Fm = own - own_mean, merged - merged_mean
+    C = Fm.T @ Fm
+    e = ridge * C.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    identity = torch.eye(C.shape[0], dtype=C.dtype)
+    W = torch.linalg.solve(C + e * identity, Fm.T @ Fo + e * identity)
+    weight, bias = head.weight.double(), head.bias.double()
+    tensors = {
+        **head.tensors,
+        f"{head.last}.weight": (weight @ W.T).float(),
+        f"{head.last}.bias": (bias + weight @ (own_mean - W.T @ merged_mean)).float(),
+    }
+    return replace(head, tensors=tensors)
+
+
+def align_heads(
+    heads: Mapping[str, Head], own: Mapping[str, Tensor], merged: Mapping[str, Tensor], *, ridge: float = 0.1
+) -> dict[str, Head]:
+    """Return every task's head aligned, by task: see `align_head`. Features come from `evaluation.features`."""
+    return {task: align_head(head, own[task], merged[task], ridge=ridge) for task, head in heads.items()}

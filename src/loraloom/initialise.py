@@ -1,0 +1,295 @@
+"""Statistics + LoRA settings -> an adapter folder, or a PeftModel in place, and the callback that keeps A inside."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+import loraloom
+from loraloom.adapter import matches_target, pattern_value, read_provenance, write_folder
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.statistics import Statistics
+from loraloom.subspace import Subspace, osrm_subspace, project_out, response_scale
+
+Keep = Literal["free", "frozen", "projected"]
+Scale = Literal["unit", "response"]
+AVOID = "avoid.safetensors"
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """Where every layer's A starts and how it is to be kept.
+
+    A: (r, n) float32 by module path, as written; subspaces: what it came from, with diagnostics.
+    """
+
+    A: dict[str, Tensor]
+    subspaces: dict[str, Subspace]
+    keep: Keep
+    provenance: dict[str, Any]
+
+    def callback(self, adapter_name: str = "default") -> KeepInSubspace:
+        """Return the TrainerCallback that keeps A as `keep` says."""
+        avoid = {module: subspace.avoid for module, subspace in self.subspaces.items()}
+        return KeepInSubspace(self.keep, avoid, adapter_name)
+
+    def notes(self) -> list[str]:
+        """Return what the diagnostics of any layer want said, each once."""
+        return sorted({note for space in self.subspaces.values() for note in space.diagnostics.notes})
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return the diagnostics averaged over layers."""
+        rows = [asdict(subspace.diagnostics) for subspace in self.subspaces.values()]
+        keys = [key for key, value in rows[0].items() if isinstance(value, int | float)]
+        return {key: sum(float(row[key] or 0) for row in rows) / len(rows) for key in keys}
+
+
+def initialise(
+    into: str | Path | PeftModel,
+    own: Statistics,
+    others: Mapping[str, Statistics],
+    lora: LoraConfig | None = None,
+    *,
+    rule: str | None = None,
+    keep: Keep = "free",
+    scale: Scale = "unit",
+    energy_share: float = 0.5,
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> Initialisation:
+    """Start one task's adapter: write a PEFT folder, or fill the adapter `adapter_name` of a PeftModel in place.
+
+    own, others: statistics of the task and, by name, of the other tasks, on one base model. lora: settings for a
+    folder (a PeftModel has its own); without target_modules every layer of the statistics is adapted. rule: see
+    `osrm_subspace`; default `complement` for keep="projected", else `covariance`. scale: `unit` leaves A's rows as the
+    rule gives them, `response` multiplies A by one number a layer so that it responds to the own inputs as PEFT's
+    default A would. B is 0, so the model starts as the base model exactly. No base model is loaded for a folder.
+
+    Raises LoraloomError that tells together every layer that does not fit.
+    """
+    rule = rule or ("complement" if keep == "projected" else "covariance")
+    _check_statistics(own, others, keep, scale)
+    if isinstance(into, PeftModel):
+        if lora is not None:
+            raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")
+        lora = _config_of(into, adapter_name)
+        ranks = {name: layer.r[adapter_name] for name, layer in _lora_layers(into, adapter_name).items()}
+        _check_layers(list(ranks), own)
+    else:
+        lora = lora or LoraConfig()
+        ranks = _ranks(lora, own)
+    _check_config(lora, ranks, own)
+
+    subspaces, A = {}, {}
+    for module, rank in ranks.items():
+        moments = [statistics.moment(module) for statistics in others.values()]
+        layer_seed = _layer_seed(seed, module)
+        space = osrm_subspace(moments, own.moment(module), rank, rule=rule, energy_share=energy_share, seed=layer_seed)
+        subspaces[module] = space
+        A[module] = _start(space, own, module, keep, scale)
+    options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
+    done = Initialisation(A, subspaces, keep, _provenance(own, others, options, subspaces))
+    if isinstance(into, PeftModel):
+        _fill(into, done, adapter_name)
+    else:
+        _write(Path(into), done, lora, own)
+    return done
+
+
+def keep_callback(folder: str | Path, adapter_name: str = "default") -> KeepInSubspace:
+    """Return the callback for an adapter folder that `initialise` wrote; add it to Trainer or SFTTrainer."""
+    folder = Path(folder)
+    keep = read_provenance(folder).get("init", {}).get("keep", "free")
+    path = folder / AVOID
+    if keep == "projected" and not path.is_file():
+        raise LoraloomError(f"{path}: missing, so A cannot be kept inside its space", "run `loraloom init` again")
+    avoid = load_file(path) if keep == "projected" else {}
+    return KeepInSubspace(keep, avoid, adapter_name)
+
+
+class KeepInSubspace(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Keeps A fixed (`frozen`) or, after every optimiser step, off the loud directions V: A <- A (I - V V^T).
+
+    Works with the HF Trainer, TRL's SFTTrainer, and gradient accumulation (an optimiser step is what counts).
+    """
+
+    def __init__(self, keep: Keep, avoid: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+        self.keep = keep
+        self.avoid = dict(avoid)
+        self.adapter_name = adapter_name
+
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
+        """Freeze A before the optimiser is made."""
+        self._freeze(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
+        """Freeze A where the callback was added later, and put A inside its space before the first step."""
+        self._freeze(model)
+        self.project(model)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
+        """Project A back into its space."""
+        self.project(model)
+
+    @torch.no_grad()
+    def project(self, model: torch.nn.Module) -> None:
+        """Project every A of the adapter off its loud directions, in place; nothing unless `projected`."""
+        if self.keep != "projected":
+            return
+        for module, layer in _lora_layers(model, self.adapter_name).items():
+            weight = layer.lora_A[self.adapter_name].weight
+            if self.avoid[module].device != weight.device:
+                self.avoid[module] = self.avoid[module].to(weight.device)
+            weight.copy_(project_out(weight.float(), self.avoid[module]))
+
+    def _freeze(self, model: torch.nn.Module) -> None:
+        if self.keep == "frozen":
+            for layer in _lora_layers(model, self.adapter_name).values():
+                layer.lora_A[self.adapter_name].weight.requires_grad_(False)
+
+
+def task_seed(seed: int, task: str) -> int:
+    """Return a seed of the task's own, drawn from the study's seed and the task's name."""
+    return int(hashlib.sha256(f"{seed}/{task}".encode()).hexdigest()[:7], 16)
+
+
+def _layer_seed(seed: int, module: str) -> int:
+    return task_seed(seed, module)
+
+
+def _start(space: Subspace, own: Statistics, module: str, keep: Keep, scale: Scale) -> Tensor:
+    A = space.A
+    if keep == "projected":
+        A = project_out(A.double(), space.avoid.double()).float()
+    if scale == "response":
+        A = A * response_scale(own.moment(module), A)
+    return A.contiguous()
+
+
+def _check_statistics(own: Statistics, others: Mapping[str, Statistics], keep: str, scale: str) -> None:
+    problems = []
+    if keep not in ("free", "frozen", "projected"):
+        problems.append(f"keep {keep!r} is unknown; {did_you_mean(keep, ('free', 'frozen', 'projected'))}")
+    if scale not in ("unit", "response"):
+        problems.append(f"scale {scale!r} is unknown; {did_you_mean(scale, ('unit', 'response'))}")
+    if not others:
+        problems.append("no statistics of other tasks were given")
+    for name, other in others.items():
+        if other.fingerprint != own.fingerprint:
+            problems.append(
+                f"statistics of {name!r} come from {other.base} ({other.fingerprint[:12]}), the task's own from "
+                f"{own.base} ({own.fingerprint[:12]})"
+            )
+        elif other.layers != own.layers:
+            problems.append(f"statistics of {name!r} cover other layers than the task's own")
+    raise_problems("cannot initialise", problems, "collect all statistics on one base model and one target set")
+
+
+def _ranks(lora: LoraConfig, own: Statistics) -> dict[str, int]:
+    """Return the rank of every target layer, rank_pattern honoured."""
+    targets = lora.target_modules
+    if targets is None or targets == "all-linear":
+        lora.target_modules = sorted(own.layers)
+        chosen = list(own.layers)
+    else:
+        chosen = [module for module in own.layers if matches_target(module, targets)]
+    if not chosen:
+        endings = {module.rsplit(".", 1)[-1] for module in own.layers}
+        near = did_you_mean(targets if isinstance(targets, str) else sorted(targets)[0], endings)
+        raise LoraloomError(f"target_modules {targets!r}: the statistics hold no such layer", near)
+    return {module: int(pattern_value(lora.rank_pattern or {}, module, lora.r)) for module in chosen}
+
+
+def _check_layers(modules: Sequence[str], own: Statistics) -> None:
+    missing = [module for module in modules if module not in own.layers]
+    raise_problems(
+        "the model adapts layers that the statistics do not cover",
+        missing,
+        "collect statistics with the same target_modules",
+    )
+
+
+def _check_config(lora: LoraConfig, ranks: Mapping[str, int], own: Statistics) -> None:
+    problems = []
+    if lora.use_dora:
+        problems.append("use_dora: the start would not be the base model's low-rank update")
+    if lora.init_lora_weights is not True:
+        problems.append(f"init_lora_weights is {lora.init_lora_weights!r}: it must be True, A is given here")
+    for module, rank in ranks.items():
+        layer = own.layers[module]
+        if rank > min(layer.in_features, layer.out_features):
+            shape = f"{layer.out_features} x {layer.in_features}"
+            problems.append(f"{module}: rank {rank} is larger than the layer ({shape})")
+    raise_problems("these LoRA settings cannot be initialised", problems, "change the LoRA settings")
+
+
+def _provenance(
+    own: Statistics, others: Mapping[str, Statistics], options: dict[str, Any], subspaces: Mapping[str, Subspace]
+) -> dict[str, Any]:
+    def seen(statistics: Statistics) -> dict[str, Any]:
+        return {"texts": statistics.texts, "tokens": statistics.tokens, "rows": statistics.kind}
+
+    return {
+        "made_by": "loraloom init",
+        "versions": {"loraloom": loraloom.__version__, "peft": peft.__version__, "torch": torch.__version__},
+        "base": own.base,
+        "base_fingerprint": own.fingerprint,
+        "init": options,
+        "own": seen(own),
+        "others": {name: seen(statistics) for name, statistics in others.items()},
+        "layers": {module: asdict(space.diagnostics) for module, space in subspaces.items()},
+    }
+
+
+def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics) -> None:
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
+    config["base_model_name_or_path"] = lora.base_model_name_or_path or own.base
+    tensors = {}
+    for module, A in done.A.items():
+        tensors[f"{module}.lora_A.weight"] = A
+        tensors[f"{module}.lora_B.weight"] = torch.zeros(own.layers[module].out_features, A.shape[0])
+    extra = {}
+    if done.keep == "projected":
+        extra[AVOID] = {module: space.avoid for module, space in done.subspaces.items()}
+    write_folder(folder, config, tensors, provenance=done.provenance, extra=extra)
+
+
+@torch.no_grad()
+def _fill(model: PeftModel, done: Initialisation, adapter_name: str) -> None:
+    for module, layer in _lora_layers(model, adapter_name).items():
+        base = layer.get_base_layer().weight
+        for name, value in (("lora_A", done.A[module]), ("lora_B", None)):
+            linear = getattr(layer, name)[adapter_name]
+            if linear.weight.is_meta:
+                # low_cpu_mem_usage leaves the factors without storage
+                linear.to_empty(device=base.device if not base.is_meta else "cpu")
+            linear.weight.copy_(value) if value is not None else linear.weight.zero_()
+            linear.weight.requires_grad_(name == "lora_B" or done.keep != "frozen")
+
+
+def _config_of(model: PeftModel, adapter_name: str) -> LoraConfig:
+    if adapter_name not in model.peft_config:
+        raise LoraloomError(f"the model has no adapter {adapter_name!r}", did_you_mean(adapter_name, model.peft_config))
+    return model.peft_config[adapter_name]
+
+
+def _lora_layers(model: torch.nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Return the LoRA layers of the adapter by module path of the base model, whatever wraps the PeftModel."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            layers[name.split("base_model.model.", 1)[-1]] = module
+    if not layers:
+        raise LoraloomError(f"no LoRA layer of adapter {adapter_name!r} was found in the model", "give a PeftModel")
+    return layers

@@ -1,0 +1,72 @@
+"""GLUE's metrics from scikit-learn and scipy, with standard errors."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import numpy
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.results import Score
+
+_RESAMPLES = 200
+
+
+def metric_value(metric: str, logits: Tensor, labels: Tensor) -> float:
+    """Return the metric of `logits` (k, labels) or (k, 1) for regression against `labels` (k,).
+
+    accuracy; matthews: Matthews correlation; accuracy_f1: mean of accuracy and F1 of label 1; pearson_spearman: mean
+    of both correlations. 0 where a correlation is undefined. Raises LoraloomError for an unknown metric.
+    """
+    return _value(metric, _predictions(metric, logits), labels.numpy())
+
+
+def score(metric: str, logits: Tensor, labels: Tensor) -> Score:
+    """Return the metric with its standard error over rows: exact for accuracy, else from 200 seeded resamples."""
+    predicted, true = _predictions(metric, logits), labels.numpy()
+    value = _value(metric, predicted, true)
+    if metric == "accuracy":
+        return Score(value=value, stderr=math.sqrt(value * (1 - value) / len(true)))
+    generator = numpy.random.default_rng(0)
+    samples = []
+    for _ in range(_RESAMPLES):
+        chosen = generator.integers(0, len(true), len(true))
+        samples.append(_value(metric, predicted[chosen], true[chosen]))
+    return Score(value=value, stderr=float(numpy.std(samples, ddof=1)))
+
+
+def average(scores: Mapping[str, Score]) -> Score:
+    """Return the mean over tasks; its standard error is that of independent rows."""
+    count = len(scores)
+    value = sum(one.value for one in scores.values()) / count
+    return Score(value=value, stderr=math.sqrt(sum(one.stderr**2 for one in scores.values())) / count)
+
+
+def _predictions(metric: str, logits: Tensor) -> numpy.ndarray:
+    if metric == "pearson_spearman":
+        return numpy.asarray(logits.float().reshape(-1).numpy())
+    return numpy.asarray(logits.argmax(dim=-1).numpy())
+
+
+def _value(metric: str, predicted: numpy.ndarray, true: numpy.ndarray) -> float:
+    if metric == "accuracy":
+        return float(accuracy_score(true, predicted))
+    if metric == "matthews":
+        return float(matthews_corrcoef(true, predicted))
+    if metric == "accuracy_f1":
+        return float((accuracy_score(true, predicted) + f1_score(true, predicted, zero_division=0)) / 2)
+    if metric == "pearson_spearman":
+        with warnings.catch_warnings():
+            # a constant input has no correlation: both give nan and warn
+            warnings.simplefilter("ignore")
+            both = (pearsonr(predicted, true)[0] + spearmanr(predicted, true)[0]) / 2
+        return 0.0 if numpy.isnan(both) else float(both)
+    raise LoraloomError(
+        f"metric {metric!r} is unknown",
+        did_you_mean(metric, ("accuracy", "matthews", "accuracy_f1", "pearson_spearman")),
+    )

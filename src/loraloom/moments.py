@@ -1,0 +1,85 @@
+"""The second moment of one layer input: the rows themselves while they are few, their Gram matrix after that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The uncentred second moment G = H^T H of rows H (k x n), and their sum.
+
+    Exactly one of `rows` (k, n) float32 and `gram` (n, n) float64 is set: whichever is smaller. `total` (n,) float64
+    is the sum of the rows, `count` is k.
+    """
+
+    count: int
+    total: Tensor
+    rows: Tensor | None = None
+    gram: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rows is None) == (self.gram is None):
+            raise ValueError("a Moment holds either rows or a Gram matrix")
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> Moment:
+        """Return the moment of `rows` (k, n) of any float dtype."""
+        rows = rows.detach().to("cpu", torch.float32)
+        total = rows.sum(dim=0, dtype=torch.float64)
+        if rows.shape[0] < rows.shape[1]:
+            return cls(rows.shape[0], total, rows=rows)
+        wide = rows.double()
+        return cls(rows.shape[0], total, gram=wide.T @ wide)
+
+    @property
+    def width(self) -> int:
+        """Return n, the number of input features."""
+        return self.total.shape[0]
+
+    def as_gram(self) -> Tensor:
+        """Return H^T H, (n, n) float64."""
+        if self.gram is not None:
+            return self.gram
+        wide = self.as_rows()
+        return wide.T @ wide
+
+    def as_rows(self) -> Tensor:
+        """Return a float64 factor F (k or n, n) with F^T F = H^T H: the rows, or a root of the Gram matrix."""
+        if self.rows is not None:
+            return self.rows.double()
+        values, vectors = torch.linalg.eigh(self.as_gram())
+        return values.clamp_min(0).sqrt()[:, None] * vectors.T
+
+    def trace(self) -> float:
+        """Return tr(H^T H), the energy of all rows."""
+        if self.gram is not None:
+            return float(self.gram.diagonal().sum())
+        return float(self.as_rows().square().sum())
+
+    def energy(self, A: Tensor) -> float:
+        """Return |A H^T|_F^2 = tr(A G A^T) for A (r, n): the energy of the rows that A sees."""
+        A = A.detach().to("cpu", torch.float64)
+        if self.gram is not None:
+            return float(((A @ self.gram) * A).sum())
+        return float((self.as_rows() @ A.T).square().sum())
+
+    def mean(self) -> Tensor:
+        """Return the mean row, (n,) float64."""
+        return self.total / max(self.count, 1)
+
+    def __add__(self, other: Moment) -> Moment:
+        """Return the moment of both sets of rows together."""
+        count, total = self.count + other.count, self.total + other.total
+        if self.rows is not None and other.rows is not None and count < self.width:
+            return Moment(count, total, rows=torch.cat([self.rows, other.rows]))
+        return Moment(count, total, gram=self.as_gram() + other.as_gram())
+
+    def __sub__(self, other: Moment) -> Moment:
+        """Return the moment of the rows of `self` that are not in `other`, which must be a part of `self`."""
+        if other.count > self.count:
+            raise ValueError(f"cannot take {other.count} rows away from {self.count}")
+        return Moment(self.count - other.count, self.total - other.total, gram=self.as_gram() - other.as_gram())

@@ -1,0 +1,27 @@
+"""Study results for people: one self-contained HTML page, and tables for Markdown and the terminal."""
+
+from loraloom.report.page import write_report
+from loraloom.report.tables import (
+    SummaryRow,
+    Table,
+    interference_table,
+    markdown_tables,
+    merged_table,
+    single_table,
+    summary_rows,
+    summary_table,
+)
+from loraloom.report.verdict import verdict
+
+__all__ = [
+    "SummaryRow",
+    "Table",
+    "interference_table",
+    "markdown_tables",
+    "merged_table",
+    "single_table",
+    "summary_rows",
+    "summary_table",
+    "verdict",
+    "write_report",
+]

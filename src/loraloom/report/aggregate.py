@@ -1,0 +1,232 @@
+"""Figures of a study brought together over seeds and layers: the numbers behind every table and chart of the report.
+
+Over seeds a figure is the mean. Its standard error for one seed is the row-bootstrap error sqrt(sum se^2) / S with
+S = 1; for several seeds it is the larger of that and the spread (standard deviation, n - 1) over seeds / sqrt(S).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraloom.results import Interference, MergeScore, Score, StudyResult
+
+Stage = tuple[Literal["before", "after"], Literal["A", "BA"]]
+STAGES: dict[Stage, str] = {
+    ("before", "A"): "before training, |A h|",
+    ("after", "A"): "after training, |A h|",
+    ("after", "BA"): "after training, |B A h|",
+}
+HEADS = {False: "as trained", True: "aligned"}
+
+
+def over_seeds(scores: Sequence[Score]) -> Score:
+    """Return the mean of one figure over seeds (one score a seed) with its standard error, see the module's text."""
+    count = len(scores)
+    values = [score.value for score in scores]
+    rows = math.sqrt(sum(score.stderr**2 for score in scores)) / count
+    spread = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    return Score(value=float(np.mean(values)), stderr=max(rows, spread))
+
+
+def average_of(scores: Sequence[Score]) -> Score:
+    """Return the mean over tasks; the tasks' rows are independent, so their errors add in squares."""
+    stderr = math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
+    return Score(value=float(np.mean([score.value for score in scores])), stderr=stderr)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One way to merge one init's adapters on the test split, over seeds.
+
+    `heldout` is the held-out average at the same scales, None where the study did not measure it.
+    """
+
+    init: str
+    label: str
+    rule: str
+    space: str
+    aligned: bool
+    output_ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    scale_chosen_with_labels: bool
+    scores: dict[str, Score]
+    average: Score
+    kept: float
+    heldout: float | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Held-out average against scale of one init under one way to merge, over seeds."""
+
+    init: str
+    label: str
+    aligned: bool
+    scales: tuple[float, ...]
+    averages: tuple[Score, ...]
+
+
+class Figures:
+    """Every aggregated figure of a study, in the order of its inits and tasks."""
+
+    def __init__(self, result: StudyResult) -> None:
+        self.result = result
+        self.inits = [init.name for init in result.inits]
+        self.tasks = [task.name for task in result.tasks]
+
+    @cached_property
+    def singles(self) -> dict[str, dict[str, Score]]:
+        """Single-task scores over seeds: init -> task -> score."""
+        found: dict[tuple[str, str], list[Score]] = {}
+        for single in self.result.singles:
+            found.setdefault((single.init, single.task), []).append(single.score)
+        return {
+            init: {task: over_seeds(found[init, task]) for task in self.tasks if (init, task) in found}
+            for init in self.inits
+        }
+
+    @cached_property
+    def single_averages(self) -> dict[str, Score]:
+        """Average of the single-task adapters over tasks, then over seeds, for each init that has them."""
+        found: dict[str, dict[int, list[Score]]] = {}
+        for single in self.result.singles:
+            found.setdefault(single.init, {}).setdefault(single.seed, []).append(single.score)
+        return {
+            init: over_seeds([average_of(scores) for scores in found[init].values()])
+            for init in self.inits
+            if init in found
+        }
+
+    @cached_property
+    def merged(self) -> list[Merged]:
+        """Test figures of every init, rule, space, options and alignment."""
+        groups = _group(merge for merge in self.result.merges if merge.split == "test")
+        heldout = {
+            (_way(merge), merge.init, merge.aligned, merge.seed, round(merge.scale, 9)): merge.average.value
+            for merge in self.result.merges
+            if merge.split == "heldout"
+        }
+        rows = []
+        for (_, init, aligned, chosen, _), merges in groups.items():
+            seen = [heldout.get((_way(m), init, aligned, m.seed, round(m.scale, 9))) for m in merges]
+            known = [value for value in seen if value is not None]
+            rows.append(
+                Merged(
+                    init=init,
+                    label=self.labels[_way(merges[0])],
+                    rule=merges[0].rule,
+                    space=merges[0].space,
+                    aligned=aligned,
+                    output_ranks=tuple(sorted({merge.output_rank for merge in merges})),
+                    scales=tuple(sorted({merge.scale for merge in merges})),
+                    scale_chosen_with_labels=chosen,
+                    scores={t: over_seeds([m.scores[t] for m in merges]) for t in self.tasks if t in merges[0].scores},
+                    average=over_seeds([merge.average for merge in merges]),
+                    kept=float(np.mean([merge.kept for merge in merges])),
+                    heldout=float(np.mean(known)) if len(known) == len(merges) else None,
+                )
+            )
+        order = list(self.labels.values())
+        return sorted(rows, key=lambda row: (self.inits.index(row.init), order.index(row.label), row.aligned))
+
+    @cached_property
+    def sweeps(self) -> list[Sweep]:
+        """Held-out averages by scale, for every way to merge that was tried at two scales or more."""
+        found: dict[tuple[str, str, bool], dict[float, list[Score]]] = {}
+        for merge in self.result.merges:
+            if merge.split == "heldout":
+                scales = found.setdefault((merge.init, self.labels[_way(merge)], merge.aligned), {})
+                scales.setdefault(round(merge.scale, 9), []).append(merge.average)
+        return [
+            Sweep(init, label, aligned, tuple(sorted(scales)), tuple(over_seeds(scales[s]) for s in sorted(scales)))
+            for (init, label, aligned), scales in found.items()
+            if len(scales) > 1
+        ]
+
+    @cached_property
+    def labels(self) -> dict[tuple[str, str, str], str]:
+        """Shortest name that tells each (rule, space, options) of the study from the others, in order of appearance."""
+        ways = list(dict.fromkeys(_way(merge) for merge in self.result.merges))
+        labels = {}
+        for rule, space, options in ways:
+            others = [json.loads(way[2]) for way in ways if way[:2] == (rule, space)]
+            label = rule if space == "full" else f"{rule} · {space}"
+            for name, value in json.loads(options).items():
+                if any(other.get(name) != value for other in others):
+                    label += f" · {name} {value}"
+            labels[rule, space, options] = label
+        return labels
+
+    def best(self, rows: Iterable[Merged]) -> Merged | None:
+        """Return the row with the best held-out average; rows without one come after, by their test average."""
+
+        def rank(row: Merged) -> tuple[bool, float]:
+            return (row.heldout is not None, row.average.value if row.heldout is None else row.heldout)
+
+        return max(rows, key=rank, default=None)
+
+    def ratio(self, init: str, stage: Stage) -> float | None:
+        """Return the interference ratio of one init at one stage over seeds, None where it was not measured."""
+        ratios = [record.ratio for record in self._records(init, stage)]
+        return float(np.mean(ratios)) if ratios else None
+
+    def responses(self, init: str, stage: Stage) -> NDArray[np.float64] | None:
+        """Return responses [layer, adapter i, task j] over seeds, each row divided by the response to own inputs.
+
+        Tasks come in the study's order; a row whose own response is zero is NaN. None where not measured.
+        """
+        records = self._records(init, stage)
+        if not records:
+            return None
+        relative = []
+        for record in records:
+            order = [record.tasks.index(task) for task in self.tasks]
+            values = np.asarray(record.values, dtype=np.float64)[:, order][:, :, order]
+            own = np.diagonal(values, axis1=1, axis2=2)[:, :, None]
+            relative.append(np.divide(values, own, out=np.full_like(values, np.nan), where=own > 0))
+        return np.asarray(np.mean(relative, axis=0))
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the layers whose interference was measured."""
+        return self.result.interference[0].layers if self.result.interference else []
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The stages at which any init's interference was measured, from before to after training."""
+        seen = {(record.when, record.quantity) for record in self.result.interference}
+        return [stage for stage in STAGES if stage in seen]
+
+    def _records(self, init: str, stage: Stage) -> list[Interference]:
+        return [r for r in self.result.interference if r.init == init and (r.when, r.quantity) == stage]
+
+
+def off_diagonal_mean(responses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over pairs i != j of responses [..., i, j]; NaN entries are left out, all-NaN gives NaN."""
+    pairs = responses[..., ~np.eye(responses.shape[-1], dtype=bool)]
+    known = np.isfinite(pairs)
+    count = known.sum(axis=-1)
+    total = np.where(known, pairs, 0.0).sum(axis=-1)
+    return np.asarray(np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0))
+
+
+def _way(merge: MergeScore) -> tuple[str, str, str]:
+    return merge.rule, merge.space, json.dumps(merge.options, sort_keys=True)
+
+
+def _group(merges: Iterable[MergeScore]) -> dict[tuple[Any, ...], list[MergeScore]]:
+    """Bring the seeds of one way to merge together; a scale not chosen with labels is part of the way."""
+    groups: dict[tuple[Any, ...], list[MergeScore]] = {}
+    for merge in merges:
+        fixed = None if merge.scale_chosen_with_labels else round(merge.scale, 9)
+        key = (_way(merge), merge.init, merge.aligned, merge.scale_chosen_with_labels, fixed)
+        groups.setdefault(key, []).append(merge)
+    return groups

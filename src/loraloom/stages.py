@@ -1,0 +1,252 @@
+"""What each stage of a study computes: inputs as files, output as files in one folder. Which and when: study.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraloom.adapter import Adapter, read_adapter
+from loraloom.errors import LoraloomError
+from loraloom.evaluation import Evaluator, labels
+from loraloom.heads import Head, align_heads
+from loraloom.initialise import initialise
+from loraloom.interference import interference, ratio
+from loraloom.metrics import score
+from loraloom.recipe import (
+    AlignmentSettings,
+    BuiltinTask,
+    GlueTask,
+    InitSettings,
+    LoraSettings,
+    StatisticsSettings,
+    TaskSettings,
+)
+from loraloom.results import Score
+from loraloom.statistics import Statistics, collect_statistics
+from loraloom.tasks.builtin import builtin_task
+from loraloom.tasks.builtin_text import FOLDERS, STANDARD_LIBRARY
+from loraloom.tasks.encoding import Encoded, batches, encode
+from loraloom.tasks.files import file_task
+from loraloom.tasks.glue import glue_task
+from loraloom.tasks.task import Task
+from loraloom.training import lora_config
+
+_DISTRIBUTION = {"sklearn": "scikit-learn"}
+SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
+
+
+def build_task(name: str, settings: TaskSettings) -> Task:
+    """Return the task that a recipe names. Raises LoraloomError that tells all that is wrong with its rows."""
+    options = settings.model_dump(exclude={"source"})
+    if isinstance(settings, BuiltinTask):
+        return builtin_task(name, **options)
+    if isinstance(settings, GlueTask):
+        return glue_task(name, **options)
+    return file_task(name, **options)
+
+
+def task_inputs(name: str, settings: TaskSettings) -> dict[str, Any]:
+    """Return what the rows of a task depend on: options, and hashes of its files or versions of its packages."""
+    inputs: dict[str, Any] = {"name": name, **settings.model_dump(mode="json")}
+    if isinstance(settings, BuiltinTask):
+        inputs["python"] = platform.python_version()
+        inputs["packages"] = builtin_versions()
+    elif isinstance(settings, GlueTask):
+        folder = settings.path and settings.path / name
+        inputs["path"] = [_file_sha256(folder / file) for file in ("train.jsonl", "dev.jsonl")] if folder else None
+    else:
+        for key in ("train", "heldout", "test"):
+            path = inputs[key] and Path(inputs[key])
+            inputs[key] = _file_sha256(path) if path and path.is_file() else inputs[key]
+    return inputs
+
+
+def make_statistics(
+    folder: Path, evaluator: Evaluator, task: Task, split: str, settings: StatisticsSettings, targets: list[str] | str
+) -> None:
+    """Collect what the base model's layers see of `settings.texts` unlabelled texts of one split."""
+    rows = sample(task, split, settings.texts)
+    encoded = encode(rows, evaluator.tokenizer, settings.max_length)
+    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, settings.batch_size))
+    statistics = collect_statistics(evaluator.model, fed, targets, rows=settings.rows)
+    statistics.save(folder / "statistics.safetensors")
+
+
+def read_statistics(folder: Path) -> Statistics:
+    """Read what `make_statistics` wrote."""
+    return Statistics.load(folder / "statistics.safetensors")
+
+
+def make_init(
+    folder: Path,
+    own: Statistics,
+    others: Mapping[str, Statistics],
+    lora: LoraSettings,
+    settings: InitSettings,
+    seed: int,
+    base: str,
+) -> None:
+    """Write the adapter folder that training starts from, and its diagnostics averaged over layers."""
+    config = lora_config(lora, [])
+    config.base_model_name_or_path = base
+    done = initialise(
+        folder / "adapter",
+        own,
+        others,
+        config,
+        rule=settings.rule,
+        keep=settings.keep,
+        scale=settings.scale,
+        energy_share=settings.energy_share,
+        seed=seed,
+    )
+    _write_json(folder / SCORES, {"diagnostics": done.diagnostics(), "notes": done.notes()})
+
+
+def make_single(folder: Path, evaluator: Evaluator, adapter: Adapter, task: Task, alignment: AlignmentSettings) -> None:
+    """Evaluate a task's own adapter on held-out and test rows; keep its features of the unlabelled texts."""
+    head = Head.of(adapter.head, adapter.name)
+    unlabelled = alignment_rows(evaluator, task, alignment)
+    features = {
+        "unlabelled": evaluator.features(adapter.updates, head, unlabelled),
+        "heldout": evaluator.features(adapter.updates, head, evaluator.encode(task, "heldout")),
+        "test": evaluator.features(adapter.updates, head, evaluator.encode(task, "test")),
+    }
+    save_file({"unlabelled": features["unlabelled"]}, folder / FEATURES)
+    scores = {
+        split: score(task.metric, head.logits(features[split]), labels(task, split)).model_dump()
+        for split in ("heldout", "test")
+    }
+    _write_json(folder / SCORES, scores)
+
+
+def own_features(folder: Path) -> Tensor:
+    """Read the features that `make_single` kept."""
+    return load_file(folder / FEATURES)["unlabelled"]
+
+
+def make_heldout_evaluation(
+    folder: Path,
+    evaluator: Evaluator,
+    merged: Adapter,
+    heads: Mapping[str, Head],
+    own: Mapping[str, Tensor],
+    tasks: Mapping[str, Task],
+    alignment: AlignmentSettings,
+) -> None:
+    """Evaluate a merged adapter on held-out rows with the heads as trained and aligned; keep the aligned heads.
+
+    One forward pass over unlabelled and held-out rows together serves both.
+    """
+    unlabelled, heldout = {}, {}
+    for name, task in tasks.items():
+        first = alignment_rows(evaluator, task, alignment)
+        features = evaluator.features(merged.updates, heads[name], first + evaluator.encode(task, "heldout"))
+        unlabelled[name], heldout[name] = features[: len(first)], features[len(first) :]
+    aligned = align_heads(heads, own, unlabelled, ridge=alignment.ridge)
+    save_file(
+        {f"{name}/{path}": tensor for name, head in aligned.items() for path, tensor in head.tensors.items()},
+        folder / HEADS,
+    )
+    _write_json(folder / SCORES, _both(heads, aligned, heldout, tasks, "heldout"))
+
+
+def make_test_evaluation(
+    folder: Path,
+    evaluator: Evaluator,
+    merged: Adapter,
+    heads: Mapping[str, Head],
+    aligned: Mapping[str, Head],
+    tasks: Mapping[str, Task],
+) -> None:
+    """Evaluate a merged adapter on test rows with the heads as trained and as aligned before."""
+    features = {
+        name: evaluator.features(merged.updates, heads[name], evaluator.encode(task, "test"))
+        for name, task in tasks.items()
+    }
+    _write_json(folder / SCORES, _both(heads, aligned, features, tasks, "test"))
+
+
+def read_aligned(folder: Path, heads: Mapping[str, Head]) -> dict[str, Head]:
+    """Read the aligned heads that `make_heldout_evaluation` kept."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / HEADS).items():
+        name, path = key.split("/", 1)
+        found.setdefault(name, {})[path] = tensor
+    return {name: Head(found[name], head.last) for name, head in heads.items()}
+
+
+def read_scores(folder: Path, aligned: bool) -> dict[str, Score]:
+    """Read the scores by task that an evaluation wrote."""
+    scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))["aligned" if aligned else "as_trained"]
+    return {name: Score(**value) for name, value in scores.items()}
+
+
+def make_interference(
+    folder: Path, start: Mapping[str, Path], trained: Mapping[str, Path], heldout: Mapping[str, Path]
+) -> None:
+    """Measure every adapter's response to every task's held-out inputs, before and after training."""
+    seen = {name: read_statistics(path) for name, path in heldout.items()}
+    before = interference({name: read_adapter(path) for name, path in start.items()}, seen)
+    after = interference({name: read_adapter(path) for name, path in trained.items()}, seen)
+    tables = [("before", "A", before.A), ("after", "A", after.A), ("after", "BA", after.BA)]
+    rows = [
+        {"when": when, "quantity": quantity, "values": values.tolist(), "ratio": ratio(values)}
+        for when, quantity, values in tables
+    ]
+    _write_json(folder / RESPONSES, {"tasks": before.tasks, "layers": before.layers, "tables": rows})
+
+
+def sample(task: Task, split: str, count: int) -> Any:
+    """Return `count` rows of a split, the same at every call. Raises LoraloomError where the split is shorter."""
+    rows = getattr(task, split)
+    if len(rows) < count and split == "train":
+        raise LoraloomError(
+            f"task {task.name!r}: a sample of {count} texts was asked for, its training rows are {len(rows)}",
+            "lower statistics.texts or alignment.texts in the recipe",
+        )
+    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
+def alignment_rows(evaluator: Evaluator, task: Task, alignment: AlignmentSettings) -> Encoded:
+    """Return the unlabelled training texts that heads are aligned on, as token ids."""
+    return encode(sample(task, "train", alignment.texts), evaluator.tokenizer, evaluator.max_length)
+
+
+def builtin_versions() -> dict[str, str]:
+    """Return the versions of the packages whose documentation the built-in tasks are made from."""
+    return {name: version(_DISTRIBUTION.get(name, name)) for name in sorted(FOLDERS) if name != STANDARD_LIBRARY}
+
+
+def _both(
+    heads: Mapping[str, Head],
+    aligned: Mapping[str, Head],
+    features: Mapping[str, Tensor],
+    tasks: Mapping[str, Task],
+    split: str,
+) -> dict[str, dict[str, dict[str, float]]]:
+    scored: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, chosen in (("as_trained", heads), ("aligned", aligned)):
+        scored[kind] = {
+            name: score(task.metric, chosen[name].logits(features[name]), labels(task, split)).model_dump()
+            for name, task in tasks.items()
+        }
+    return scored
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _file_sha256(path: Path) -> str:
+    if not path.is_file():
+        return f"missing: {path.name}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,96 @@
+"""A task: rows with a text or a pair of texts and a label, a metric, and three splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from loraloom.atomic import staged_folder
+from loraloom.errors import LoraloomError
+
+Metric = Literal["accuracy", "matthews", "accuracy_f1", "pearson_spearman"]
+SPLITS = ("train", "heldout", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows, label names and metric of one task.
+
+    Each split is a Dataset with the columns `text_a` (str), optionally `text_b` (str), and `label`: an index into
+    `labels`, or a float where `labels` is None (regression). `heldout` is cut from the training rows: it picks
+    checkpoints and scales; `test` is only ever reported.
+    """
+
+    name: str
+    labels: tuple[str, ...] | None
+    metric: Metric
+    train: datasets.Dataset
+    heldout: datasets.Dataset
+    test: datasets.Dataset
+    description: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> int:
+        """Return the width of the task's head: one logit a label, or one for regression."""
+        return len(self.labels) if self.labels else 1
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the names of the text columns, in order."""
+        return tuple(column for column in ("text_a", "text_b") if column in self.train.column_names)
+
+    def digest(self) -> str:
+        """Return the sha256 of name, labels, metric and every row of every split."""
+        sha = hashlib.sha256(json.dumps([self.name, self.labels, self.metric]).encode())
+        for split in SPLITS:
+            for row in getattr(self, split):
+                sha.update(json.dumps([split, row], sort_keys=True, ensure_ascii=False).encode())
+        return sha.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the splits as JSONL and meta.json beside them, readable by `load` and by a person."""
+        with staged_folder(folder) as staged:
+            for split in SPLITS:
+                lines = (json.dumps(row, ensure_ascii=False) for row in getattr(self, split))
+                (staged / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            meta = {
+                "name": self.name,
+                "labels": self.labels,
+                "metric": self.metric,
+                "description": self.description,
+                "source": self.source,
+                "sha256": self.digest(),
+            }
+            (staged / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Task:
+        """Read a task written by `save`. Raises LoraloomError where a file is missing or was changed."""
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            task = cls(
+                name=meta["name"],
+                labels=tuple(meta["labels"]) if meta["labels"] else None,
+                metric=meta["metric"],
+                description=meta["description"],
+                source=meta["source"],
+                **{split: _read_jsonl(folder / f"{split}.jsonl") for split in SPLITS},
+            )
+            sha256 = meta["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LoraloomError(f"{folder}: not a task folder: {error}", "make it again with `loraloom run`") from error
+        if task.digest() != sha256:
+            raise LoraloomError(f"{folder}: rows differ from the sha256 in meta.json", "make the task again")
+        return task
+
+
+def _read_jsonl(path: Path) -> datasets.Dataset:
+    # Lines of the file, not splitlines(): a text may hold U+2028, which JSON leaves as it is.
+    with open(path, encoding="utf-8") as file:
+        return datasets.Dataset.from_list([json.loads(line) for line in file])
