@@ -410,6 +410,8 @@ def test_peft_model_shows_its_base() -> None:
     assert (model(**batches[0]).logits - bert().eval()(**batches[0]).logits).abs().max() > 1e-3
     model.train()
     model.base_model.model.bert.embeddings.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)  # a frozen A, which PEFT would thaw when it turns adapters on again
     flags = [parameter.requires_grad for parameter in model.parameters()]
     modes = [module.training for module in model.modules()]
     found = collect_statistics(model, batches, ["query", "value"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,13 @@ from safetensors import SafetensorError
 
 from loraloom.errors import LoraloomError
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
+# faults of a full or read-only place, whoever meets them while it is being written
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# faults of the place itself
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
+# a folder that holds one of these was written here, and may be replaced
+_OURS = ("loraloom.json", "stage.json", "meta.json")
+_PART = ".part"
 
 
 @contextmanager
@@ -23,10 +30,8 @@ def staged_file(path: Path) -> Iterator[Path]:
 
     Raises LoraloomError where the system cannot write (disk full, no permission); `path` is then as it was.
     """
-    temporary: Path | None = None
     with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=_parent(path))
         os.close(handle)
         temporary = Path(name)
         try:
@@ -42,31 +47,29 @@ def staged_file(path: Path) -> Iterator[Path]:
 def staged_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success flush its files and rename it to `path`.
 
-    An existing folder at `path` is replaced. Raises LoraloomError where the system cannot write.
+    A folder at `path` is replaced. Raises LoraloomError where the system cannot write, and before anything else where
+    `path` holds something that loraloom did not write.
     """
+    check_folder(path)
+    path = path.absolute()  # "." has no name of its own
     with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=_parent(path)))
         try:
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
-            publish_folder(temporary, path)
+            _publish(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish_folder(temporary: Path, path: Path) -> None:
-    """Flush every file under `temporary` and rename the folder to `path`, replacing what is there."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            _flush(file)
-    if path.exists():
-        retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.replace(path, retired)
-        os.replace(temporary, path)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        os.replace(temporary, path)
+def check_folder(path: Path) -> None:
+    """Raise LoraloomError where `path` is a file, or a folder that holds something loraloom did not write."""
+    if path.exists() and not path.is_dir():
+        raise LoraloomError(f"{path}: is a file, where a folder is to be written", "name another folder")
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OURS):
+        raise LoraloomError(
+            f"{path}: holds files that loraloom did not write; they would be lost", "name a folder that is new or empty"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,17 +78,61 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left anywhere under `folder`; nobody else may be writing there."""
+    for path in list(folder.rglob(f".*{_PART}")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _flush(file)
+    if path.exists():
+        # a folder cannot be renamed onto one that holds files
+        retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+        os.replace(path, retired)
+        os.replace(temporary, path)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.replace(temporary, path)
+
+
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
+    """Tell a fault of writing at `path` as LoraloomError; a fault of reading elsewhere passes as it is."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _CANNOT_WRITE:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _write_fault(error, path)
+        if not reason:
             raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise LoraloomError(
-            f"{path}: cannot be written: {reason}", "free some space or choose another folder; nothing was changed"
-        ) from error
+        hint = "free some space or choose another folder; nothing was changed"
+        raise LoraloomError(f"{path}: cannot be written: {reason}", hint) from error
+
+
+def _write_fault(error: Exception, path: Path) -> str:
+    """Return why `path` cannot be written, or an empty string where `error` is of another kind."""
+    if isinstance(error, OSError):
+        where = Path(os.fsdecode(error.filename or path))
+        here = where.is_relative_to(path.parent) or path.is_relative_to(where)
+        if error.errno in _FULL or (error.errno in _NO_PLACE and here):
+            return error.strerror or str(error)
+        return ""
+    if isinstance(error, SafetensorError):
+        # reading says "deserializing"
+        match = re.match(r"Error while serializing: (?:I/O error: )?([^(]+)", str(error))
+        return match[1].strip() if match else ""
+    # torch.save has no class of its own for a write that fell short
+    return "the disk is full" if re.search("inline_container|PytorchStreamWriter", str(error)) else ""
+
+
+def _parent(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent
 
 
 def _flush(path: Path) -> None:

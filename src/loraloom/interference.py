@@ -51,8 +51,9 @@ def response(update: Update, moment: Moment) -> tuple[float, float]:
     K = _seen(update.A.double(), moment)
     B = update.B.double()
     rows = max(moment.count, 1)
-    through = float(((B.T @ B) * K).sum())
-    return (float(K.trace()) / rows) ** 0.5, (max(through, 0.0) / rows) ** 0.5
+    seen, through = float(K.trace()), float(((B.T @ B) * K).sum())
+    # where a sum is 0, rounding may leave it below
+    return (max(seen, 0.0) / rows) ** 0.5, (max(through, 0.0) / rows) ** 0.5
 
 
 def ratio(values: Tensor) -> float:
@@ -74,7 +75,7 @@ def _seen(A: Tensor, moment: Moment) -> Tensor:
 def _check(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics], layers: list[str]) -> None:
     problems = [f"no statistics for task {task!r}" for task in adapters if task not in statistics]
     for task, adapter in adapters.items():
-        if list(adapter.updates) != layers:
+        if set(adapter.updates) != set(layers):
             problems.append(f"the adapter of {task!r} covers other layers than the first")
         if task in statistics:
             missing = sorted(set(layers) - set(statistics[task].layers))

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.rules import get_rule
 from loraloom.subspace import RULES as SUBSPACE_RULES
+from loraloom.tasks.sources import SUFFIXES
 
 
 class Settings(BaseModel):
     """Options that refuse unknown names and never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class LoraSettings(Settings):
@@ -25,7 +37,9 @@ class LoraSettings(Settings):
     rank: int = Field(8, ge=1, description="r of every target layer")
     alpha: float = Field(16, gt=0, description="lora_alpha: the update is alpha / r times B A")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[str] | str = Field(["query", "value"], description="path endings, or one regular expression")
+    targets: list[str] | str = Field(
+        ["query", "value"], min_length=1, description="path endings, or one regular expression"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
@@ -85,15 +99,27 @@ class MergeSettings(Settings):
     scales: list[float] = Field(min_length=1)
     options: dict[str, Any] = {}
 
-    @model_validator(mode="after")
-    def _known_options(self) -> MergeSettings:
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str) -> str:
         try:
-            _, problems = get_rule(self.rule).check(self.options)
+            get_rule(rule)
         except LoraloomError as error:
-            problems = [f"{error.message}: {error.hint}"]
+            raise ValueError(f"{error.message}; {error.hint}") from error
+        return rule
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        # a rule that is unknown has been told already
+        problems = get_rule(info.data["rule"]).check(options)[1] if "rule" in info.data else []
         if problems:
             raise ValueError("; ".join(problems))
-        return self
+        return options
+
+    def filled(self) -> dict[str, Any]:
+        """Return the rule's options with its defaults filled in."""
+        return get_rule(self.rule).check(self.options)[0]
 
 
 class AlignmentSettings(Settings):
@@ -103,7 +129,16 @@ class AlignmentSettings(Settings):
     ridge: float = Field(0.1, gt=0, description="e as a share of the mean diagonal of C")
 
 
-class BuiltinTask(Settings):
+class _TaskOptions(Settings):
+    """What a task of any source takes."""
+
+    train_rows: int | None = Field(None, ge=2, description="at most so many; all without")
+    heldout_rows: int = Field(200, ge=2, description="cut from the training rows")
+    test_rows: int | None = Field(None, ge=2)
+    epochs: int | None = Field(None, ge=1, description="in place of training.epochs")
+
+
+class BuiltinTask(_TaskOptions):
     """A task of the embedded default, made from the documentation of installed packages."""
 
     source: Literal["builtin"]
@@ -112,17 +147,14 @@ class BuiltinTask(Settings):
     test_rows: int = Field(300, ge=2)
 
 
-class GlueTask(Settings):
+class GlueTask(_TaskOptions):
     """One of the eight GLUE tasks, from a folder of JSONL or from the hub."""
 
     source: Literal["glue"]
     path: Path | None = Field(None, description="folder with <task>/{train,dev}.jsonl; the hub's nyu-mll/glue without")
-    train_rows: int | None = Field(None, ge=2)
-    heldout_rows: int = Field(200, ge=2)
-    test_rows: int | None = Field(None, ge=2)
 
 
-class FileTask(Settings):
+class FileTask(_TaskOptions):
     """A task from JSONL, CSV, TSV or Parquet files, or `org/name` on the hub."""
 
     source: Literal["files"]
@@ -134,13 +166,23 @@ class FileTask(Settings):
     labels: list[str] | None = Field(None, description="label values in order; sorted where absent")
     metric: Literal["accuracy", "matthews", "accuracy_f1", "pearson_spearman"] | None = None
     regression: bool = False
-    train_rows: int | None = Field(None, ge=2)
-    heldout_rows: int = Field(200, ge=2)
-    test_rows: int | None = Field(None, ge=2)
     description: str = ""
 
 
 TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask, Field(discriminator="source")]
+_SOURCES: dict[str, type[_TaskOptions]] = {"builtin": BuiltinTask, "glue": GlueTask, "files": FileTask}
+
+
+def slug(name: str) -> str:
+    """Return `name` as one file name: letters, digits, `_`, `.`, `+` and `-` stay, anything else becomes `-`."""
+    return re.sub(r"[^\w.+]+", "-", name).strip(".-") or "-"
+
+
+def _task_name(name: str) -> str:
+    # heads and rows are files of this name, and error messages of the tasks say it
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"a task's name is letters, digits, `_`, `.`, `+` and `-`, not {name!r}")
+    return name
 
 
 class Recipe(Settings):
@@ -149,13 +191,30 @@ class Recipe(Settings):
     name: str
     base: str = Field(description="hub name or local folder of the base model; `demo` is the embedded default")
     seeds: list[int] = Field([0], min_length=1)
-    tasks: dict[str, TaskSettings] = Field(min_length=2)
+    tasks: dict[Annotated[str, AfterValidator(_task_name)], TaskSettings] = Field(min_length=2)
     lora: LoraSettings = LoraSettings()
     statistics: StatisticsSettings = StatisticsSettings()
     training: TrainingSettings = TrainingSettings()
     inits: dict[str, InitSettings] = Field(min_length=1)
     merging: list[MergeSettings] = Field(min_length=1)
     alignment: AlignmentSettings = AlignmentSettings()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Recipe:
+        problems = [
+            f"{what}: {names} would share one folder" for what, names in (
+                ("tasks", _same_folder(self.tasks)),
+                ("inits", _same_folder(self.inits)),
+            ) if names
+        ]
+        if len(set(self.seeds)) < len(self.seeds):
+            problems.append("seeds: the same seed twice")
+        rules = [(entry.rule, entry.filled()) for entry in self.merging]
+        if any(one in rules[:index] for index, one in enumerate(rules)):
+            problems.append("merging: the same rule with the same options twice: give one entry all scales")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -165,10 +224,10 @@ class Recipe(Settings):
         """
         path = Path(path)
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         except OSError as error:
             raise LoraloomError(f"{path}: cannot be read: {error.strerror}", "name a recipe, as in recipes/") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise LoraloomError(f"{path}: not valid YAML: {error}", "mend the line that it names") from error
         return cls.parse(raw, str(path)).resolved(path.parent)
 
@@ -184,48 +243,81 @@ class Recipe(Settings):
             raise
 
     def resolved(self, folder: Path) -> Recipe:
-        """Return the recipe with its relative local paths taken from `folder`."""
+        """Return the recipe with its relative local paths taken from `folder`.
+
+        A data source is a path where it ends like a data file or lies in `folder`, else a name on the hub. The base is
+        a path where it starts with `.` or `~`, or is a folder in `folder`.
+        """
         tasks: dict[str, Any] = {}
         for name, task in self.tasks.items():
             changes: dict[str, Any] = {}
             if isinstance(task, GlueTask) and task.path is not None:
-                changes["path"] = (folder / task.path).resolve()
+                changes["path"] = _from(folder, task.path)
             if isinstance(task, FileTask):
                 for key in ("train", "test", "heldout"):
                     value = getattr(task, key)
-                    if value is not None and (folder / value).exists():
-                        changes[key] = str((folder / value).resolve())
+                    if value is not None and (value.lower().endswith(SUFFIXES) or _from(folder, value).exists()):
+                        changes[key] = str(_from(folder, value))
             tasks[name] = task.model_copy(update=changes)
         base = self.base
-        if base.startswith((".", "~")) or (folder / base).is_dir():
-            base = str((folder / Path(base).expanduser()).resolve())
+        if base.startswith((".", "~")) or (base != "demo" and (folder / base).is_dir()):
+            base = str(_from(folder, base))
         return self.model_copy(update={"tasks": tasks, "base": base})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping in `node`. Raises yaml.YAMLError naming the line of a repeated key."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value in keys[:index] and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _from(folder: Path, path: str | Path) -> Path:
+    return (folder / Path(path).expanduser()).resolve()
+
+
+def _same_folder(names: Iterable[str]) -> str:
+    """Return the names of which two make one file name, on a disk that ignores case."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(slug(name).casefold(), []).append(repr(name))
+    return "; ".join(" and ".join(same) for same in folders.values() if len(same) > 1)
 
 
 def _describe(schema: type[BaseModel], fault: dict[str, Any]) -> str:
     """Return one line for a pydantic fault: where, what, and the nearest known key for an unknown one."""
-    place = [part for part in fault["loc"] if part not in ("builtin", "glue", "files")]
-    where = ".".join(map(str, place))
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown option; {did_you_mean(str(place[-1]), _options_beside(schema, fault['loc']))}"
+    loc, kind = list(fault["loc"]), str(fault["type"])
+    options: type[BaseModel] = schema
+    if loc and loc[0] == "tasks" and len(loc) > 2 and loc[2] in _SOURCES:
+        options = _SOURCES[str(loc.pop(2))]
+    elif len(loc) > 1 and loc[0] in _SECTIONS:
+        options = _SECTIONS[str(loc[0])]
+    where = ".".join(str(part) for part in loc if part != "[key]")
+    if kind == "extra_forbidden":
+        return f"{where}: unknown option; {did_you_mean(str(loc[-1]), options.model_fields)}"
+    if kind == "union_tag_not_found":
+        return f"{where}: needs `source`: {', '.join(_SOURCES)}"
+    if kind == "union_tag_invalid":
+        source = str(fault["ctx"]["tag"])
+        return f"{where}.source: {source!r} is unknown; {did_you_mean(source, _SOURCES)}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     given = fault.get("input")
-    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{where}: {message}{shown}"
+    if kind == "string_type" and isinstance(given, bool):
+        message += "; put it in quotes: YAML reads yes, no, on and off as true and false"
+    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) and given != "" else ""
+    return f"{where}: {message}{shown}".removeprefix(": ")
 
 
-def _options_beside(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
-    """Return the option names allowed where the last part of `loc` stands."""
-    sections: dict[str, type[BaseModel]] = {
-        "lora": LoraSettings,
-        "statistics": StatisticsSettings,
-        "training": TrainingSettings,
-        "inits": InitSettings,
-        "merging": MergeSettings,
-        "alignment": AlignmentSettings,
-        "builtin": BuiltinTask,
-        "glue": GlueTask,
-        "files": FileTask,
-    }
-    inner = [sections[str(part)] for part in loc[:-1] if str(part) in sections]
-    return list((inner[-1] if inner else schema).model_fields)
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "lora": LoraSettings,
+    "statistics": StatisticsSettings,
+    "training": TrainingSettings,
+    "inits": InitSettings,
+    "merging": MergeSettings,
+    "alignment": AlignmentSettings,
+}

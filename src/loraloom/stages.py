@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.adapter import Adapter, read_adapter
-from loraloom.errors import LoraloomError
 from loraloom.evaluation import Evaluator, labels
 from loraloom.heads import Head, align_heads
 from loraloom.initialise import initialise
@@ -45,7 +44,7 @@ SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "hea
 
 def build_task(name: str, settings: TaskSettings) -> Task:
     """Return the task that a recipe names. Raises LoraloomError that tells all that is wrong with its rows."""
-    options = settings.model_dump(exclude={"source"})
+    options = settings.model_dump(exclude={"source", "epochs"})
     if isinstance(settings, BuiltinTask):
         return builtin_task(name, **options)
     if isinstance(settings, GlueTask):
@@ -55,18 +54,29 @@ def build_task(name: str, settings: TaskSettings) -> Task:
 
 def task_inputs(name: str, settings: TaskSettings) -> dict[str, Any]:
     """Return what the rows of a task depend on: options, and hashes of its files or versions of its packages."""
-    inputs: dict[str, Any] = {"name": name, **settings.model_dump(mode="json")}
+    inputs: dict[str, Any] = {"name": name, **settings.model_dump(mode="json", exclude={"epochs"})}
     if isinstance(settings, BuiltinTask):
         inputs["python"] = platform.python_version()
         inputs["packages"] = builtin_versions()
     elif isinstance(settings, GlueTask):
         folder = settings.path and settings.path / name
-        inputs["path"] = [_file_sha256(folder / file) for file in ("train.jsonl", "dev.jsonl")] if folder else None
+        files = ("train.jsonl", "dev.jsonl", "meta.json")
+        inputs["path"] = [_file_sha256(folder / file) for file in files] if folder else None
     else:
         for key in ("train", "heldout", "test"):
             path = inputs[key] and Path(inputs[key])
             inputs[key] = _file_sha256(path) if path and path.is_file() else inputs[key]
     return inputs
+
+
+def sample_problems(task: Task, statistics: StatisticsSettings, alignment: AlignmentSettings) -> list[str]:
+    """Return every sample of unlabelled training texts that is asked for and larger than the task's training rows."""
+    asked = {"statistics.texts": statistics.texts, "alignment.texts": alignment.texts}
+    return [
+        f"task {task.name!r}: {option} asks for {count} texts, {len(task.train)} training rows are left"
+        for option, count in asked.items()
+        if count > len(task.train)
+    ]
 
 
 def make_statistics(
@@ -94,7 +104,7 @@ def make_init(
     seed: int,
     base: str,
 ) -> None:
-    """Write the adapter folder that training starts from, and its diagnostics averaged over layers."""
+    """Write the adapter folder of base model `base` that training starts from, and its diagnostics averaged over layers."""
     config = lora_config(lora, [])
     config.base_model_name_or_path = base
     done = initialise(
@@ -206,13 +216,8 @@ def make_interference(
 
 
 def sample(task: Task, split: str, count: int) -> Any:
-    """Return `count` rows of a split, the same at every call. Raises LoraloomError where the split is shorter."""
+    """Return `count` rows of a split, or all where there are fewer, the same at every call."""
     rows = getattr(task, split)
-    if len(rows) < count and split == "train":
-        raise LoraloomError(
-            f"task {task.name!r}: a sample of {count} texts was asked for, its training rows are {len(rows)}",
-            "lower statistics.texts or alignment.texts in the recipe",
-        )
     return rows.shuffle(seed=0).select(range(min(count, len(rows))))
 
 

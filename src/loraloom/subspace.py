@@ -146,21 +146,24 @@ def response_scale(own: Moment, A: Tensor) -> float:
 def _covariance(problem: _Problem) -> Tensor:
     """The paper: eigenvectors of the r smallest eigenvalues of the pooled second moment of the others.
 
-    Where the others leave more than r directions untouched, every choice among them is optimal: those with most own
-    energy are taken. The rows are turned to own principal directions, so the result does not hang on rounding.
+    Where eigenvalues tie at the r-th smallest (mostly at 0: directions the others leave untouched), every choice among
+    the tied is optimal: those with most own energy are taken. The rows are turned to own principal directions, so the
+    result does not hang on rounding.
     """
     values, vectors = problem.pooled_spectrum
-    seen = vectors[:, : _numerical_rank(values)]
-    free = problem.width - seen.shape[1]
-    if free >= problem.rank:
-        return _own_directions(problem, seen)
-    loud = vectors[:, : problem.width - problem.rank]
-    return _own_directions(problem, loud)
+    width, rank, floor = problem.width, problem.rank, _rounding(values)
+    cut = float(_padded(values, width)[width - rank])
+    if cut <= floor:
+        return _own_directions(problem, vectors[:, values > floor], rank)
+    loud, not_quiet = vectors[:, values > cut + floor], vectors[:, values >= cut - floor]
+    quiet = _own_directions(problem, not_quiet, width - not_quiet.shape[1])
+    tied = _own_directions(problem, torch.cat([loud, quiet.T], dim=1), rank - len(quiet))
+    return torch.cat([quiet, tied])
 
 
 def _complement(problem: _Problem) -> Tensor:
     """The r directions of most own energy in the complement of the others' loud directions."""
-    return _own_directions(problem, problem.avoid)
+    return _own_directions(problem, problem.avoid, problem.rank)
 
 
 def _mean(problem: _Problem) -> Tensor:
@@ -199,26 +202,29 @@ RULES: dict[str, Callable[[_Problem], Tensor]] = {
 }
 
 
-def _own_directions(problem: _Problem, avoid: Tensor) -> Tensor:
-    """Return the r orthonormal directions off `avoid` (n, p) in which the own inputs have most energy, (r, n).
+def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:
+    """Return the `count` orthonormal directions off `avoid` (n, p) in which the own inputs have most energy, (count, n).
 
-    Where the own inputs hold fewer than r such directions, seeded random ones off both fill up.
+    Where the own inputs hold fewer such directions, seeded random ones off both fill up.
     """
-    width, rank = problem.width, problem.rank
+    width = problem.width
     found = torch.zeros(width, 0, dtype=torch.float64)
     if problem.own is not None:
         values, vectors = spectrum(_without(problem.own, avoid))
         # what the projection leaves of an input that lies inside `avoid` is rounding, not a direction
         floor = problem.own.trace() * 1e-12
-        found = vectors[:, : min(rank, int((values > floor).sum()))]
-    missing = rank - found.shape[1]
+        found = vectors[:, : min(count, int((values > floor).sum()))]
+    missing = count - found.shape[1]
     if missing:
         taken = torch.cat([avoid, found], dim=1)
         generator = torch.Generator().manual_seed(problem.seed)
         gaussian = torch.randn(missing, width, generator=generator, dtype=torch.float64)
         filling = _orthonormal(project_out(gaussian, taken))
         found = torch.cat([found, filling.T], dim=1)
-        problem.notes.append(f"own inputs determine {rank - missing} of {rank} directions; the rest is drawn by seed")
+        if count < width - avoid.shape[1]:  # there is a choice
+            problem.notes.append(
+                f"own inputs choose {count - missing} of {count} directions; the rest is drawn by seed"
+            )
     # one more pass: a QR of projected columns drifts back towards `avoid` by rounding
     return _fix_signs(_orthonormal(project_out(found.T, avoid)))
 
@@ -254,11 +260,14 @@ def _without(moment: Moment, avoid: Tensor) -> Moment:
     return replace(moment, gram=project_out(half.T, avoid))
 
 
-def _numerical_rank(values: Tensor) -> int:
-    """Count the eigenvalues above rounding: those of a Gram matrix are known to eps times the largest."""
-    if not len(values) or values[0] <= 0:
-        return 0
-    return int((values > values[0] * len(values) * 10 * torch.finfo(torch.float64).eps).sum())
+def _rounding(values: Tensor) -> float:
+    """Return how well the eigenvalues (descending) of a Gram matrix are known: some eps times the largest."""
+    return float(values[0]) * len(values) * 10 * torch.finfo(torch.float64).eps if len(values) else 0.0
+
+
+def _padded(values: Tensor, width: int) -> Tensor:
+    """Return all n eigenvalues: those of fewer rows than n are followed by zeros."""
+    return torch.cat([values, values.new_zeros(width - len(values))])
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
@@ -275,8 +284,8 @@ def _fix_signs(A: Tensor) -> Tensor:
 def _diagnose(problem: _Problem, A: Tensor) -> Diagnostics:
     pooled, (values, _) = problem.pooled, problem.pooled_spectrum
     width, rank = problem.width, problem.rank
-    padded = torch.cat([values, values.new_zeros(width - len(values))])
-    numerical_rank = _numerical_rank(values)
+    padded = _padded(values, width)
+    numerical_rank = int((values > _rounding(values)).sum())
     determined = numerical_rank >= width - rank
     if not determined:
         problem.notes.append(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy
 import peft
 import torch
 import transformers
@@ -23,13 +25,14 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import loraloom
-from loraloom.adapter import PROVENANCE, read_adapter, read_provenance
+from loraloom.adapter import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.atomic import staged_folder, write_text
-from loraloom.base import head_modules, load_classifier, load_tokenizer
-from loraloom.errors import LoraloomError
+from loraloom.base import base_sha256, head_modules, load_classifier, load_tokenizer
+from loraloom.errors import LoraloomError, raise_problems
 from loraloom.initialise import keep_callback
 from loraloom.metrics import metric_value
 from loraloom.recipe import LoraSettings, TrainingSettings
@@ -37,6 +40,9 @@ from loraloom.tasks.encoding import encode
 from loraloom.tasks.task import Task
 
 Progress = Callable[[int, int], None]
+_STATE = "trainer_state.json"  # the Trainer writes it last of a checkpoint's files
+_CALL = "call.json"  # what the checkpoints beside it are of
+_NOT_FINITE = "lower the learning rate, or train in float32"
 
 
 @dataclass(frozen=True)
@@ -64,34 +70,36 @@ def train_adapter(
 
     base: hub name or folder. init: an adapter folder to start from, as `initialise` writes it; PEFT's own start from
     `lora` without. seed: of the head, the order of rows, dropout, and PEFT's start. checkpoints: where unfinished work
-    lies; the same call after a kill goes on from the last whole checkpoint there, and the folder is removed at the
-    end. progress(steps done, steps in all) is called after every optimiser step.
+    lies; the same call after a kill goes on from the last whole checkpoint there (another call starts afresh), and
+    they are removed at the end. progress(steps done, steps in all) is called after every optimiser step.
 
-    Raises LoraloomError for a base or init that cannot be used, and where the loss is not finite.
+    Raises LoraloomError for a base or init that cannot be used, where the loss is not finite, and for a full disk.
     """
-    settings = settings or TrainingSettings()
+    settings, lora = settings or TrainingSettings(), lora or LoraSettings()
     output = Path(output)
     checkpoints = checkpoints or output.with_name(f".{output.name}.checkpoints")
-    model = _peft_model(base, task, init, lora or LoraSettings(), seed)
+    model = _peft_model(base, task, init, lora, seed)
+    checkpoint = _resumable(checkpoints, _call(base, task, init, lora, settings, seed))
     tokenizer = load_tokenizer(base)
     trainer = Trainer(
         model=model,
-        args=_arguments(settings, seed, checkpoints),
+        args=_arguments(settings, seed, checkpoints, _epochs(checkpoint) or settings.epochs),
         train_dataset=_dataset(task, "train", tokenizer, settings),
         eval_dataset=_dataset(task, "heldout", tokenizer, settings),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics(task),
-        callbacks=_callbacks(settings, init, progress),
+        # T5 and decoders return further tensors beside the logits
+        preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,
+        callbacks=_callbacks(task, settings, init, progress),
     )
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
-    best = trainer.state.best_metric
-    if best is None or not all(numpy.isfinite(entry.get("loss", 0.0)) for entry in trainer.state.log_history):
-        raise LoraloomError(f"task {task.name!r}: the training loss is not finite", "lower the learning rate")
+    trainer.remove_callback(transformers.PrinterCallback)
+    with _full_disk_told(checkpoints):
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if not all(torch.isfinite(tensor).all() for tensor in get_peft_model_state_dict(model).values()):
+        raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", _NOT_FINITE)
     _save(model, output, task, init, settings, seed, trainer.state)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return Trained(output, float(best), int(trainer.state.global_step))
+    _clear(checkpoints)
+    return Trained(output, float(trainer.state.best_metric), int(trainer.state.global_step))
 
 
 def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettings, seed: int) -> PeftModel:
@@ -103,11 +111,15 @@ def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettin
     config = LoraConfig.from_pretrained(str(init))
     config.modules_to_save, config.task_type, config.inference_mode = head_modules(model), TaskType.SEQ_CLS, False
     peft_model = get_peft_model(model, config)
+    fresh, start = get_peft_model_state_dict(peft_model), load_peft_weights(str(init), device="cpu")
+    problems = [f"the base model has no layer for {name}" for name in sorted(start.keys() - fresh.keys())]
+    for name in sorted(fresh.keys() & start.keys()):
+        if fresh[name].shape != start[name].shape:
+            problems.append(f"{name} is {tuple(start[name].shape)}, in the model {tuple(fresh[name].shape)}")
+    problems += [f"it lacks {name}" for name in sorted(fresh.keys() - start.keys()) if ".lora_" in name]
+    raise_problems(str(init), problems, "start from an adapter of this base model")
     # a start has no head in its file: the fresh one stays
-    tensors = {**get_peft_model_state_dict(peft_model), **load_peft_weights(str(init), device="cpu")}
-    stray = set_peft_model_state_dict(peft_model, tensors).unexpected_keys
-    if stray:
-        raise LoraloomError(f"{init}: the base model has no layer for {stray[0]}", "start from an adapter of this base")
+    set_peft_model_state_dict(peft_model, {**fresh, **start})
     return peft_model
 
 
@@ -126,16 +138,24 @@ def lora_config(lora: LoraSettings, head: list[str]) -> LoraConfig:
     )
 
 
-def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path) -> TrainingArguments:
+def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path, epochs: int) -> TrainingArguments:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    known = {field.name for field in fields(TrainingArguments)}
+    by_version: dict[str, Any] = {}  # options that transformers 5 renamed on its way
+    if "train_sampling_strategy" in known:
+        by_version["train_sampling_strategy"] = "group_by_length"
+    else:
+        by_version["group_by_length"] = True
+    if settings.gradient_checkpointing:
+        new, old = "activation_checkpointing", "gradient_checkpointing"
+        by_version[new if new in known else old] = True
     return TrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=settings.epochs,
+        num_train_epochs=epochs,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        gradient_checkpointing=settings.gradient_checkpointing,
         lr_scheduler_type="linear",
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
@@ -143,35 +163,49 @@ def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path) -> Trai
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
         save_total_limit=1,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # early stopping counts on
         metric_for_best_model="score",
         greater_is_better=True,
-        train_sampling_strategy="group_by_length",
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
         data_seed=seed,
         report_to=[],
         disable_tqdm=True,
         log_level="error",
+        **by_version,
     )
 
 
-def _callbacks(settings: TrainingSettings, init: str | Path | None, progress: Progress | None) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [keep_callback(init)] if init is not None else []
+def _callbacks(
+    task: Task, settings: TrainingSettings, init: str | Path | None, progress: Progress | None
+) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [_Watch(task.name, progress)]
+    if init is not None:
+        callbacks.append(keep_callback(init))
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
-    if progress is not None:
-        callbacks.append(_ReportProgress(progress))
     return callbacks
 
 
-class _ReportProgress(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    def __init__(self, progress: Progress) -> None:
+class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Reports progress, and stops at the first epoch whose loss is not finite."""
+
+    def __init__(self, task: str, progress: Progress | None) -> None:
+        self.task = task
         self.progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress(state.global_step, state.max_steps)
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise LoraloomError(
+                f"task {self.task!r}: the training loss is not finite at step {state.global_step}", _NOT_FINITE
+            )
 
 
 def _dataset(task: Task, split: str, tokenizer: Any, settings: TrainingSettings) -> Dataset:
@@ -185,30 +219,81 @@ def _dataset(task: Task, split: str, tokenizer: Any, settings: TrainingSettings)
 
 def _metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     def compute(prediction: Any) -> dict[str, float]:
-        logits = prediction.predictions
-        # T5 classifiers return further tensors beside the logits
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        return {"score": metric_value(task.metric, torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))}
+        logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        return {"score": metric_value(task.metric, logits, labels)}
 
     return compute
 
 
-def _last_whole(checkpoints: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end (the trainer's state comes last); drop broken ones."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    whole = [path for path in found if _is_json(path / "trainer_state.json")]
+def _call(
+    base: str, task: Task, init: str | Path | None, lora: LoraSettings, settings: TrainingSettings, seed: int
+) -> str:
+    """Return what the result hangs on, as JSON: a checkpoint of another call must not be gone on from."""
+    start = lora.model_dump() if init is None else [adapter_sha256(init), read_provenance(init).get("init")]
+    content = [base_sha256(base), task.digest(), start, settings.model_dump(), seed, transformers.__version__]
+    return json.dumps(content, sort_keys=True)
+
+
+def _resumable(checkpoints: Path, call: str) -> Path | None:
+    """Return the newest checkpoint of this very `call` that was written to its end; remove all that is of no use."""
+    record, found = checkpoints / _CALL, _checkpoints(checkpoints)
+    if found and not record.is_file():
+        raise LoraloomError(f"{checkpoints}: holds checkpoints of some other training", "name another folder")
+    if found and record.read_text(encoding="utf-8") != call:
+        _clear(checkpoints)
+        found = []
+    write_text(record, call)
+    whole = [path for path in found if _state(path) is not None]
     for path in found:
         if path not in whole:
-            shutil.rmtree(path, ignore_errors=True)
-    return str(whole[-1]) if whole else None
+            shutil.rmtree(path)
+    return whole[-1] if whole else None
 
 
-def _is_json(path: Path) -> bool:
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what training left in a folder, and the folder where nothing else is in it."""
+    for path in _checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / _CALL).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads((checkpoint / _STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        return False
-    return True
+        return None
+
+
+def _epochs(checkpoint: Path | None) -> int | None:
+    """Return the epochs after which the checkpoint's training had already been stopped early, else None."""
+    state = (checkpoint and _state(checkpoint)) or {}
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
+    return round(state["epoch"]) if control.get("args", {}).get("should_training_stop") else None
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """Turn what Python, safetensors and torch each raise on a full disk into a LoraloomError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # torch tells no more than the place in its own code
+        told = any(sign in str(error) for sign in ("os error 28", "No space left", "inline_container", "PytorchStream"))
+        if not full and not told:
+            raise
+        raise LoraloomError(
+            f"{folder}: a checkpoint cannot be written: is the disk full? ({error})",
+            "free some space and run the same again: it goes on from the last whole checkpoint",
+        ) from error
 
 
 def _save(

@@ -67,8 +67,9 @@ def merged_chart(figures: Figures) -> Chart | None:
         id="merged",
         title="How good is the merged adapter?",
         caption="Each mark is one merged adapter: its average over all tasks on the test rows, at the scale chosen on "
-        "the held-out rows. Look for the init that stands furthest right under most rules, and for bars (one standard "
-        "error) that do not overlap. The dashed line is what separate adapters reach: nothing was lost on it.",
+        "the held-out rows or the only one tried. Look for the init that stands furthest right under most rules, and "
+        "for bars (one standard error) that do not overlap. The dashed line is what separate adapters reach, the grey "
+        "band its range over inits: on it, nothing was lost.",
         views=[View("", [Panel("", alt, data, layout)])],
         tables=[merged_averages(figures)],
         keys=(("open", "heads as trained"), ("filled", "heads aligned"), ("dashed", "single-task average")),
@@ -167,8 +168,8 @@ def single_chart(figures: Figures) -> Chart | None:
         id="single",
         title="Is anything lost before the merge?",
         caption="Each task's own adapter on its own test rows, before any merge. Look for marks of one task that lie "
-        "within each other's bars: then the init costs no accuracy. The thick stroke is what always naming the "
-        "commonest class would score in accuracy.",
+        "within each other's bars: then the init costs nothing here. The thick stroke is what always naming the "
+        "commonest class would score.",
         views=[View("", [Panel("", f"Single-task scores by task over inits: {'; '.join(said)}.", data, layout)])],
         tables=[single_table(figures.result)],
         keys=(("majority", "always the commonest class"),),

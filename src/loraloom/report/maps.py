@@ -111,8 +111,9 @@ def layer_chart(figures: Figures) -> Chart | None:
     return Chart(
         id="layers",
         title="Where in the model does it happen?",
-        caption="The mean over the cells off the diagonal of the map above, layer by layer from input to output. "
-        "Look for lines near 0 before training that stay low after it; a line that climbs has left its subspace.",
+        caption="The mean over the cells off the diagonal of the map above, layer by layer from input to output: 0 is "
+        "silence, 1 is as loud as own inputs. Look for lines that start low and stay low; a line that climbs after "
+        "training has left its subspace.",
         views=views,
         tables=[_layer_table(figures, stage) for stage in figures.stages],
         selector="Layers",

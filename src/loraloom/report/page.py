@@ -15,7 +15,7 @@ from loraloom.atomic import write_text
 from loraloom.report.aggregate import HEADS, Figures
 from loraloom.report.charts import charts
 from loraloom.report.figure import Chart, color_of, symbol_of
-from loraloom.report.tables import merged_table, number, points, summary_rows, summary_table
+from loraloom.report.tables import merged_table, points, summary_rows, summary_table
 from loraloom.report.verdict import comparisons, signed, verdict
 from loraloom.results import StudyResult
 
@@ -49,7 +49,6 @@ def render(result: StudyResult) -> str:
         charts=drawn,
         legend=[(name, color_of(index), symbol_of(index)) for index, name in enumerate(figures.inits)],
         diagnostics=list(dict.fromkeys(key for init in result.inits for key in init.diagnostics)),
-        number=number,
         recipe=yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True),
         specification=Markup(_script_json(_specification(drawn))),
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),

@@ -38,7 +38,7 @@ class SummaryRow:
 
 def points(score: Score | None) -> str:
     """Format a score in points (per cent) with its standard error."""
-    return MISSING if score is None else f"{100 * score.value:.1f} ±{100 * score.stderr:.1f}"
+    return MISSING if score is None else f"{100 * score.value:.1f} ±{100 * score.stderr:.1f}".replace("-", "−")
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -122,7 +122,7 @@ def single_table(result: StudyResult) -> Table:
     ]
     averages = (points(figures.single_averages.get(init)) for init in figures.inits)
     rows.append(("average", "", *averages, ""))
-    columns = ("task", "metric", *figures.inits, "majority class (accuracy)")
+    columns = ("task", "metric", *figures.inits, "majority class")
     return Table("Single-task adapters on their own test rows", columns, tuple(rows))
 
 

@@ -1,25 +1,42 @@
-"""Five English text tasks without a download: sentences of installed docstrings, labelled by where they stand.
+"""Four English text tasks without a download: sentences of installed docstrings, labelled by where they stand.
 
-Rows depend on the versions of Python and of the packages alone. Whole files are given to splits
-(`builtin_text.split_of`), and a sentence is used once over all splits of a task.
+Rows depend on the versions of Python and of the packages, on the counts and on the seed, and on nothing else. Whole
+source files are given to splits (`builtin_text.split_of`); no sentence stands twice in a task, in whatever split.
 """
 
 from __future__ import annotations
 
+import itertools
+import platform
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from loraloom.tasks.builtin_text import STANDARD_LIBRARY, docstrings, parts, sentences, split_of
-from loraloom.tasks.task import SPLITS, Metric
+import datasets
+
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.tasks.builtin_text import (
+    FOLDERS,
+    STANDARD_LIBRARY,
+    Part,
+    docstrings,
+    first_sentence,
+    package_of,
+    parts,
+    place,
+    split_of,
+)
+from loraloom.tasks.task import SPLITS, Metric, Task
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row with the source file it comes from, which fixes its split."""
+    """One row and the source file that it comes from, which fixes its split."""
 
     file: str
     label: int
@@ -28,22 +45,22 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What makes a task: its labels, metric and description, and its rows before they are sampled."""
+    """What makes a task: label names, metric, a sentence for the report, and seed -> all rows there are."""
 
     labels: tuple[str, ...]
     metric: Metric
     description: str
-    rows: Callable[[random.Random], Iterator[_Row]]
+    rows: Callable[[int], Iterator[_Row]]
 
 
 @cache
-def _sentences() -> tuple[tuple[str, str, str], ...]:
-    """Return (file, role, sentence) of the first sentence of each part of each docstring."""
+def _sentences() -> tuple[tuple[str, str, Part, str], ...]:
+    """Return (file, owner's name, part, its first sentence) for every part of every docstring that has one."""
     return tuple(
-        (docstring.file, role, found[0])
+        (docstring.file, docstring.name, part, sentence)
         for docstring in docstrings()
-        for role, paragraph in parts(docstring.text)
-        if (found := sentences(paragraph))
+        for part in parts(docstring.text)
+        if (sentence := first_sentence(part.text))
     )
 
 
@@ -53,189 +70,225 @@ _TOPICS = {
     "sympy": "symbolic mathematics",
     "torch": "neural networks",
 }
+_PACKAGE_NAMES = re.compile(r"networkx|\bnx\b|pandas|\bpd\b|sympy|torch", re.IGNORECASE)
 
 
-def _topic_rows(rng: random.Random) -> Iterator[_Row]:
-    labels = list(_TOPICS)
-    for file, role, sentence in _sentences():
-        package = file.partition("/")[0]
-        if package in _TOPICS and role in ("summary", "prose") and len(sentence.split()) >= 8:
-            yield _Row(file, labels.index(package), (sentence,))
+def _topic_rows(seed: int) -> Iterator[_Row]:
+    """Label a sentence of 8 words or more by the package that documents itself with it; its name may not be there."""
+    packages = list(_TOPICS)
+    for file, _, part, sentence in _sentences():
+        package = package_of(file)
+        if (
+            package in _TOPICS
+            and part.role != "parameter"
+            and len(sentence.split()) >= 8
+            and not _PACKAGE_NAMES.search(sentence)
+        ):
+            yield _Row(file, packages.index(package), (sentence,))
 
 
-_ROLES = ("summary", "parameter", "return value", "error")
-
-
-def _role_rows(rng: random.Random) -> Iterator[_Row]:
-    for file, role, sentence in _sentences():
-        if role in _ROLES:
-            yield _Row(file, _ROLES.index(role), (sentence,))
-
-
-def _order_rows(rng: random.Random) -> Iterator[_Row]:
-    for file, role, sentence in _sentences():
-        words = sentence.split()
-        if role in ("summary", "prose") and 7 <= len(words) <= 20 and re.fullmatch(r"[A-Za-z ,'-]+\.", sentence):
-            broken = rng.random() < 0.5
-            yield _Row(file, int(not broken), (_swap(words, rng) if broken else sentence,))
-
-
-def _swap(words: list[str], rng: random.Random) -> str:
-    """Return the sentence with two neighbouring words, neither the first nor the last, exchanged."""
-    places = [i for i in range(1, len(words) - 2) if words[i].lower() != words[i + 1].lower()]
-    if not places:
-        return ""
-    at = rng.choice(places)
-    return " ".join([*words[:at], words[at + 1], words[at], *words[at + 2 :]])
-
-
-def _match_rows(rng: random.Random) -> Iterator[_Row]:
-    by_file: dict[str, dict[str, str]] = defaultdict(dict)
-    for docstring in docstrings():
-        found = sentences(parts(docstring.text)[0][1])
-        if docstring.kind in ("function", "method") and found and not docstring.name.startswith("__") and len(_words(docstring.name).split())>=2:
-            by_file[docstring.file].setdefault(docstring.name, found[0])
-    for file, summaries in by_file.items():
-        names = sorted(summaries)
-        rng.shuffle(names)
-        half = len(names) // 2
-        for name in names[:half]:
-            yield _Row(file, 1, (_words(name), summaries[name]))
-        others = names[half:]
-        for name, other in zip(others, [*others[1:], others[0]], strict=True):
-            if name != other and _key(summaries[name]) != _key(summaries[other]):
-                yield _Row(file, 0, (_words(name), summaries[other]))
-
-
-def _next_rows(rng: random.Random) -> Iterator[_Row]:
-    """Two neighbouring sentences of a docstring in their order, or exchanged."""
-    for docstring in docstrings():
-        for role, paragraph in parts(docstring.text):
-            found = sentences(paragraph)
-            for i in range(0, len(found) - 1, 2):
-                a, b = found[i : i + 2]
-                if len(a.split()) + len(b.split()) < 36:
-                    ok = rng.random() < 0.5
-                    yield _Row(docstring.file, int(ok), (a, b) if ok else (b, a))
-
-
-def _follow_rows(rng: random.Random) -> Iterator[_Row]:
-    """first and second of a docstring, or the second of another docstring of the file"""
-    by = defaultdict(list)
-    for d in docstrings():
-        found = [s for role, p in parts(d.text) if role in ("summary", "prose") for s in sentences(p)]
-        if len(found) > 1 and len(found[0].split()) + len(found[1].split()) < 36:
-            by[d.file].append(found[:2])
-    for file, prs in by.items():
-        rng.shuffle(prs)
-        h = len(prs) // 2
-        for a, b in prs[:h]:
-            yield _Row(file, 1, (a, b))
-        o = prs[h:]
-        for (a, _), (_, b) in zip(o, [*o[1:], o[0]]):
-            if _ != b and len(o) > 1:
-                yield _Row(file, 0, (a, b))
-
-
-def _words(name):
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|_"," ",name).strip().lower()
-
-def _key(text: str) -> str:
-    """Return what near duplicates share: the words of a text in alphabetic order, without case, digits and marks."""
-    return " ".join(sorted(re.findall(r"[a-z]+", text.lower())))
-
-
-_GAPS=("of","in","to","for")
-def _gap_rows(rng):
-    for file, role, sentence in _sentences():
-        words=sentence.split()
-        if role in ("summary","prose") and 6<=len(words)<=20:
-            at=[i for i,w in enumerate(words) if w in _GAPS]
-            if at:
-                i=rng.choice(at)
-                yield _Row(file,_GAPS.index(words[i]),(" ".join([*words[:i],"[MASK]",*words[i+1:]]),))
-
-_KINDS=("module","class","function")
-def _kind_rows(rng):
-    for d in docstrings():
-        f=sentences(parts(d.text)[0][1])
-        k={"method":"function"}.get(d.kind,d.kind)
-        if f: yield _Row(d.file,_KINDS.index(k),(f[0],))
-
-_TYPES=("true or false","number","text","array")
-_TYPEMAP={"bool":0,"boolean":0,"int":1,"float":1,"integer":1,"number":1,"str":2,"string":2,"array_like":3,"array-like":3,"ndarray":3,"list":3,"tensor":3,"callable":4}
-def _type_rows(rng):
-    from loraloom.tasks.builtin_text import typed
-    for d in docstrings():
-        for t,desc in typed(d.text):
-            t=_TYPEMAP.get(re.split(r"[,\s(|{\[]",t.strip().lower())[0])
-            f=sentences(desc)
-            if t is not None and t<4 and f: yield _Row(d.file,t,(f[0],))
-
-def _shuf_rows(rng, width=4, at_least=8):
-    for file, role, sentence in _sentences():
-        words=sentence[:-1].split()
-        if role in ("summary","prose") and at_least<=len(words)<=20 and re.fullmatch(r"[A-Za-z ,'-]+\.", sentence):
-            broken=rng.random()<.5
-            if broken:
-                i=rng.randrange(1,len(words)-width+1); w=words[i:i+width]; v=list(w)
-                for _ in range(9):
-                    rng.shuffle(v)
-                    if all(a!=b for a,b in zip(v,w)): break
-                words=[*words[:i],*v,*words[i+width:]]
-            yield _Row(file,int(not broken),(" ".join(words)+".",))
-def _shufall(rng):
-    return _shuf_rows(rng,5)
-
-def _drop_rows(rng):
-    """drop a little word"""
-    F={"a","an","the","of","to","is","are","be","in","for","by","with","and","or","that","as","on","from"}
-    for file, role, sentence in _sentences():
-        words=sentence.split()
-        if role in ("summary","prose") and 7<=len(words)<=20 and re.fullmatch(r"[A-Za-z ,'-]+\.", sentence):
-            at=[i for i,w in enumerate(words) if w in F]
-            if not at: continue
-            broken=rng.random()<.5
-            if broken:
-                i=rng.choice(at); del words[i]
-            yield _Row(file,int(not broken),(" ".join(words),))
-
-_PLANS: dict[str, _Plan] = {
-    "topic": _Plan(tuple(_TOPICS.values()), "accuracy", "", _topic_rows),
-    "role": _Plan(_ROLES, "accuracy", "", _role_rows),
-    "order": _Plan(("broken", "intact"), "accuracy", "", _order_rows),
-    "match": _Plan(("other", "own"), "accuracy", "", _match_rows),
-    "gap": _Plan(_GAPS,"accuracy","",_gap_rows),
-    "kind": _Plan(_KINDS,"accuracy","",_kind_rows),
-    "type": _Plan(_TYPES,"accuracy","",_type_rows),
-    "shuf": _Plan(("broken","intact"),"accuracy","",_shuf_rows),
-    "shufall": _Plan(("broken","intact"),"accuracy","",_shufall),
-    "drop": _Plan(("broken","intact"),"accuracy","",_drop_rows),
-    "next": _Plan(("swapped", "inorder"), "accuracy", "", _next_rows),
-    "follow": _Plan(("other", "own"), "accuracy", "", _follow_rows),
+_TYPES = ("true or false", "number", "text", "array")
+_TYPE_OF_WORD = {
+    **dict.fromkeys(("bool", "boolean"), 0),
+    **dict.fromkeys(("int", "integer", "float", "number", "scalar"), 1),
+    **dict.fromkeys(("str", "string"), 2),
+    **dict.fromkeys(("array_like", "array-like", "array", "ndarray", "list", "tensor", "sequence"), 3),
 }
 
 
-def sample(name, counts, seed=0):
-    plan = _PLANS[name]
-    rng = random.Random(f"{seed}/{name}")
-    pools = defaultdict(list)
-    seen = set()
-    for row in plan.rows(rng):
-        keys = {_key(t) for t in row.texts}
-        if keys & seen or "" in keys:
+def _type_rows(seed: int) -> Iterator[_Row]:
+    """Label the description of a parameter by its declared type, where that is a single type."""
+    for file, _, part, sentence in _sentences():
+        declared = re.sub(r"\bor None\b|\|\s*None", "", part.declared).lower()
+        word = re.match(r"[a-z_-]+", declared)
+        if word and word[0] in _TYPE_OF_WORD and not re.search(r"\bor\b|\||\binstance\b|[{}]", declared):
+            yield _Row(file, _TYPE_OF_WORD[word[0]], (sentence,))
+
+
+_WIDTH = 5
+# Orders of 5 words in which none keeps its place and no two neighbours stay neighbours.
+_REORDERINGS = [
+    order
+    for order in itertools.permutations(range(_WIDTH))
+    if all(at != i for i, at in enumerate(order)) and all(b != a + 1 for a, b in itertools.pairwise(order))
+]
+
+
+def _order_rows(seed: int) -> Iterator[_Row]:
+    """Show each sentence once: as it is written, or with 5 neighbouring words in another order."""
+    for file, _, part, sentence in _sentences():
+        words = sentence[:-1].split()
+        if part.role == "parameter" or not 8 <= len(words) <= 20 or not re.fullmatch(r"[A-Za-z ,'-]+\.", sentence):
             continue
-        seen |= keys
-        pools[split_of(row.file), row.label].append(row)
-    out = {}
-    for split in SPLITS:
-        rows = []
-        for l in range(len(plan.labels)):
-            pool = pools[split, l]
-            rng.shuffle(pool)
-            k = counts[split] // len(plan.labels)
-            print(name, split, plan.labels[l], len(pool), k)
-            rows += pool[:k]
-        rng.shuffle(rows)
-        out[split] = rows
-    return out
+        rng = random.Random(f"{seed}/{sentence}")
+        intact = rng.random() < 0.5
+        shown = sentence if intact else _reordered(words, rng) + "."
+        if intact or shown.lower() != sentence.lower():
+            yield _Row(file, int(intact), (shown,))
+
+
+def _reordered(words: Sequence[str], rng: random.Random) -> str:
+    start = rng.randrange(1, len(words) - _WIDTH + 1)  # the first word keeps its place and its capital
+    window = [words[start + at] for at in rng.choice(_REORDERINGS)]
+    return " ".join([*words[:start], *window, *words[start + _WIDTH :]])
+
+
+def _match_rows(seed: int) -> Iterator[_Row]:
+    """Pair a name of two words or more with its own summary, or with another one of the same package and split."""
+    groups: dict[tuple[str, str], dict[str, tuple[str, str]]] = defaultdict(dict)
+    for file, name, part, sentence in _sentences():
+        spoken = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name).strip().lower()
+        if part.role == "summary" and " " in spoken and not name.startswith("__"):
+            groups[package_of(file), split_of(file)].setdefault(spoken, (file, sentence))
+    for group in groups.values():
+        names = sorted(group, key=lambda name: place(f"{seed}/{name}"))
+        own, others = names[: len(names) // 2], names[len(names) // 2 :]
+        for name in own:
+            yield _Row(group[name][0], 1, (name, group[name][1]))
+        for name, other in zip(others, others[1:] + others[:1], strict=True):
+            if _key(group[name][1]) != _key(group[other][1]):
+                yield _Row(group[name][0], 0, (name, group[other][1]))
+
+
+_PLANS = {
+    "topic": _Plan(
+        tuple(_TOPICS.values()),
+        "accuracy",
+        "What is this sentence about: graphs, tables, symbolic mathematics or neural networks? "
+        "Sentences from the docstrings of networkx, pandas, sympy and torch; the label is the package.",
+        _topic_rows,
+    ),
+    "type": _Plan(
+        _TYPES,
+        "accuracy",
+        "What does this parameter take: true or false, a number, text or an array? Descriptions of parameters from "
+        "the docstrings of numpy, pandas, scipy, scikit-learn and others; the label is the type declared there.",
+        _type_rows,
+    ),
+    "order": _Plan(
+        ("shuffled", "intact"),
+        "matthews",
+        "Is this sentence as its author wrote it, or were five neighbouring words put in another order? "
+        "Sentences from the docstrings of Python's library and of loraloom's dependencies, each used once.",
+        _order_rows,
+    ),
+    "match": _Plan(
+        ("another's", "its own"),
+        "accuracy",
+        "Does this summary belong to the function or class of this name, or to another one of the same package? "
+        "Names and summaries from Python's library and loraloom's dependencies, each used once.",
+        _match_rows,
+    ),
+}
+BUILTIN_NAMES = tuple(_PLANS)
+
+
+def builtin_tasks(*, train_rows: int, heldout_rows: int, test_rows: int, seed: int = 0) -> dict[str, Task]:
+    """Return every built-in task, by name, with the asked numbers of rows, the labels in equal shares.
+
+    Raises LoraloomError, naming every task and label, where this installation has too few rows.
+    """
+    counts = dict(zip(SPLITS, (train_rows, heldout_rows, test_rows), strict=True))
+    _check_counts(BUILTIN_NAMES, counts, seed)
+    return {name: _task(name, counts, seed) for name in BUILTIN_NAMES}
+
+
+def builtin_task(name: str, *, train_rows: int, heldout_rows: int, test_rows: int, seed: int = 0) -> Task:
+    """Return one built-in task, as `builtin_tasks` does. Raises LoraloomError for an unknown name too."""
+    if name not in _PLANS:
+        raise LoraloomError(f"no built-in task is called {name!r}", did_you_mean(name, BUILTIN_NAMES))
+    counts = dict(zip(SPLITS, (train_rows, heldout_rows, test_rows), strict=True))
+    _check_counts((name,), counts, seed)
+    return _task(name, counts, seed)
+
+
+def _task(name: str, counts: dict[str, int], seed: int) -> Task:
+    plan = _PLANS[name]
+    drawn = _drawn(name, counts, seed)
+    pools = _pools(name, seed)
+    source: dict[str, Any] = {
+        "origin": "docstrings of installed packages",
+        "seed": seed,
+        "versions": _versions(),
+        "rows_available": {split: sum(len(pools[split, i]) for i in range(len(plan.labels))) for split in SPLITS},
+        "source_files": {split: len({row.file for row in drawn[split]}) for split in SPLITS},
+    }
+    splits = {split: datasets.Dataset.from_list([_record(row) for row in drawn[split]]) for split in SPLITS}
+    return Task(name, plan.labels, plan.metric, description=plan.description, source=source, **splits)
+
+
+def _record(row: _Row) -> dict[str, Any]:
+    return {**dict(zip(("text_a", "text_b"), row.texts, strict=False)), "label": row.label}
+
+
+@cache
+def _pools(name: str, seed: int) -> dict[tuple[str, int], list[_Row]]:
+    """Return the rows of a task by (split, label), in an order drawn by the seed, without near duplicates."""
+    pools: dict[tuple[str, int], list[_Row]] = {
+        (split, label): [] for split in SPLITS for label in range(len(_PLANS[name].labels))
+    }
+    seen: set[str] = set()
+    for row in _PLANS[name].rows(seed):
+        keys = {_key(text) for text in row.texts}
+        if seen.isdisjoint(keys):
+            seen |= keys
+            pools[split_of(row.file), row.label].append(row)
+    for pool in pools.values():
+        pool.sort(key=lambda row: place(f"{seed}/{row.texts}"))
+    return pools
+
+
+def _key(text: str) -> str:
+    """Return what near duplicates share: the words in alphabetic order, without case, digits and punctuation."""
+    return " ".join(sorted(re.findall(r"[a-z]+", text.lower())))
+
+
+def _shares(rows: int, labels: int) -> list[int]:
+    """Return how many of `rows` each label gets; the first labels get one more where it does not divide."""
+    return [rows // labels + (label < rows % labels) for label in range(labels)]
+
+
+def _check_counts(names: Sequence[str], counts: dict[str, int], seed: int) -> None:
+    problems = []
+    for name, (split, rows) in itertools.product(names, counts.items()):
+        labels = _PLANS[name].labels
+        if rows < len(labels):
+            problems.append(f"task {name!r}: {rows} {split} rows asked, fewer than its {len(labels)} labels")
+        for label, share in enumerate(_shares(rows, len(labels))):
+            available = len(_pools(name, seed)[split, label])
+            if share > available:
+                problems.append(
+                    f"task {name!r}: {rows} {split} rows need {share} of label {labels[label]!r}, "
+                    f"this installation has {available}"
+                )
+    hint = "ask for other numbers of rows; " + _installed_hint()
+    raise_problems("built-in tasks", problems, hint)
+
+
+def _installed_hint() -> str:
+    missing = [package for package, found in _versions().items() if not found]
+    return f"or install {', '.join(missing)}" if missing else "all their packages are installed"
+
+
+def _drawn(name: str, counts: dict[str, int], seed: int) -> dict[str, list[_Row]]:
+    """Return the rows of each split, mixed over the labels by the seed."""
+    pools, labels = _pools(name, seed), len(_PLANS[name].labels)
+    return {
+        split: sorted(
+            (row for label, share in enumerate(_shares(rows, labels)) for row in pools[split, label][:share]),
+            key=lambda row: place(f"{seed}/{row.texts}"),
+        )
+        for split, rows in counts.items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Return the version of each source package, "" for one that is not installed."""
+    versions = {}
+    for package in FOLDERS:
+        try:
+            distribution = {"sklearn": "scikit-learn"}.get(package, package)
+            versions[package] = platform.python_version() if package == STANDARD_LIBRARY else version(distribution)
+        except PackageNotFoundError:
+            versions[package] = ""
+    return versions
