@@ -25,7 +25,7 @@ format: $(VENV)/.dev ## Put the code into its format
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/.dev ## Print the ratios of benchmarks/
-	$(BIN)/python benchmarks/statistics.py
+	$(BIN)/python benchmarks/statistics_cost.py
 
 clean: ## Remove the environment; studies and demo output stay
 	rm -rf $(VENV)

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from loraloom.errors import LoraloomError
 
 # faults of a full or read-only place, whoever meets them while it is being written
@@ -64,12 +62,14 @@ def staged_folder(path: Path) -> Iterator[Path]:
 
 def check_folder(path: Path) -> None:
     """Raise LoraloomError where `path` is a file, or a folder that holds something loraloom did not write."""
-    if path.exists() and not path.is_dir():
-        raise LoraloomError(f"{path}: is a file, where a folder is to be written", "name another folder")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OURS):
-        raise LoraloomError(
-            f"{path}: holds files that loraloom did not write; they would be lost", "name a folder that is new or empty"
-        )
+    with _write_errors(path):
+        if path.exists() and not path.is_dir():
+            raise LoraloomError(f"{path}: is a file, where a folder is to be written", "name another folder")
+        if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OURS):
+            raise LoraloomError(
+                f"{path}: holds files that loraloom did not write; they would be lost",
+                "name a folder that is new or empty",
+            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,8 +79,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left anywhere under `folder`; nobody else may be writing there."""
-    for path in list(folder.rglob(f".*{_PART}")):
+    """Remove what killed writers left in `folder`; nobody else may be writing there."""
+    for path in folder.glob(f".*{_PART}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -106,7 +106,9 @@ def _write_errors(path: Path) -> Iterator[None]:
     """Tell a fault of writing at `path` as LoraloomError; a fault of reading elsewhere passes as it is."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except LoraloomError:
+        raise
+    except Exception as error:
         reason = _write_fault(error, path)
         if not reason:
             raise
@@ -116,17 +118,20 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 def _write_fault(error: Exception, path: Path) -> str:
     """Return why `path` cannot be written, or an empty string where `error` is of another kind."""
+    if isinstance(error, shutil.Error):
+        # copytree keeps the words of what it met: a list of (from, to, why)
+        return str(error.args[0][0][2])
     if isinstance(error, OSError):
-        where = Path(os.fsdecode(error.filename or path))
+        where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
         here = where.is_relative_to(path.parent) or path.is_relative_to(where)
         if error.errno in _FULL or (error.errno in _NO_PLACE and here):
             return error.strerror or str(error)
         return ""
-    if isinstance(error, SafetensorError):
-        # reading says "deserializing"
-        match = re.match(r"Error while serializing: (?:I/O error: )?([^(]+)", str(error))
-        return match[1].strip() if match else ""
-    # torch.save has no class of its own for a write that fell short
+    # what is written in Rust (tokenizers, safetensors) gives the system's words and number as text
+    system = re.search(r"([^:(]+) \(os error (\d+)\)", str(error))
+    if system and (int(system[2]) in _FULL or str(error).startswith("Error while serializing")):
+        return system[1].strip()
+    # torch.save has no class and no number for a write that fell short
     return "the disk is full" if re.search("inline_container|PytorchStreamWriter", str(error)) else ""
 
 

@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +35,12 @@ def load_tokenizer(base: str) -> Any:
             f"{base}: the base model has no tokenizer that can be loaded: {_first_line(error)}",
             "put tokenizer.json and tokenizer_config.json of the base into its folder",
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty tokenizer from config.json alone
+        raise LoraloomError(
+            f"{base}: the base model's tokenizer has no words",
+            "put tokenizer.json and tokenizer_config.json of the base into its folder",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -52,27 +60,37 @@ def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: 
     """
     folder = base_folder(base)
     torch.manual_seed(seed)
-    verbosity = transformers_logging.get_verbosity()
-    # the fresh head is meant; transformers would warn of it at every load
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(folder)
         config.num_labels = outputs
         config.problem_type = "regression" if regression else "single_label_classification"
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        with _quiet_loading():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+            )
     except Exception as error:  # transformers raises of every kind for a folder that is not as it should be
         raise LoraloomError(
             f"{base}: cannot be loaded as a sequence classifier: {_first_line(error)}",
             "name a model on the hub, or a local folder with config.json and safetensors",
         ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     model.fresh = _fresh_modules(model, info["missing_keys"], base)
     # decoders find the last token by it, so it must be the one that the batches are padded with
     model.config.pad_token_id = load_tokenizer(base).pad_token_id
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence transformers: it would warn of the fresh head, which is meant, and draw a bar at every load."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _fresh_modules(model: torch.nn.Module, missing: set[str], base: str) -> list[str]:
@@ -115,6 +133,11 @@ def base_folder(base: str) -> str:
             f"{base}: not a local folder, and the hub could not give it: {_first_line(error)}",
             "name a local folder that holds it (--base FOLDER)",
         ) from error
+
+
+def base_name(base: str) -> str:
+    """Return what adapters record as their base: the packaged folder for `demo`, else the name or folder given."""
+    return str(demo_base()) if base == "demo" else base
 
 
 def base_sha256(base: str) -> str:

@@ -16,7 +16,6 @@ from loraloom.errors import LoraloomError
 
 if TYPE_CHECKING:
     from loraloom.recipe import Recipe
-    from loraloom.results import StudyResult
     from loraloom.terminal import Out
 
 app = typer.Typer(
@@ -37,6 +36,7 @@ Output = Annotated[
 RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or folder.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
+StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]
 Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
 
 
@@ -48,9 +48,9 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train, merge and measure on a small real model and real text; writes report.html. No download."""
-    from loraloom.demo import demo_recipe
-
     with _command(quiet, as_json) as out:
+        from loraloom.demo import demo_recipe
+
         _run(demo_recipe(fast=fast), output, out)
 
 
@@ -66,8 +66,10 @@ def run(
 ) -> None:
     """Run a recipe to its end: what is done already is not done again, a killed run goes on where it stood."""
     with _command(quiet, as_json) as out:
+        from loraloom.recipe import slug
+
         chosen = _recipe(recipe, base)
-        _run(chosen, output or Path("studies") / chosen.name, out)
+        _run(chosen, output or Path("studies") / slug(chosen.name), out)
 
 
 @app.command()
@@ -86,9 +88,9 @@ def statistics(
     as_json: AsJson = False,
 ) -> None:
     """Collect what the base model's layers see of unlabelled texts: one file to share instead of data."""
-    from loraloom.workflow import collect_from_file
-
     with _command(quiet, as_json) as out:
+        from loraloom.workflow import collect_from_file
+
         found = collect_from_file(texts, column, base, target, count, rows, max_length)
         found.save(output)
         out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
@@ -109,14 +111,14 @@ def init(
     keep: Annotated[str, typer.Option(help="free, frozen or projected.")] = "free",
     scale: Annotated[str, typer.Option(help="unit or response.")] = "unit",
     energy_share: Annotated[float, typer.Option(help="Share of the others' energy to stay off.")] = 0.5,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="For rules that draw at random.")] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the adapter folder that training starts from: A in its subspace, B = 0. No base model is loaded."""
-    from loraloom.workflow import initialise_from_files
-
     with _command(quiet, as_json) as out:
+        from loraloom.workflow import initialise_from_files
+
         lora = {"rank": rank, "alpha": alpha, "targets": target, "rslora": rslora}
         options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
         done = initialise_from_files(output, own, other, lora, options)
@@ -139,9 +141,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one adapter of a recipe; the same command after a kill goes on from the last checkpoint."""
-    from loraloom.workflow import train_from_recipe
-
     with _command(quiet, as_json) as out, out.progress() as shown:
+        from loraloom.workflow import train_from_recipe
+
         done = train_from_recipe(_recipe(recipe, base), task, output, start, seed, shown)
         out.result({"folder": str(done.folder), "heldout": round(done.heldout, 4), "steps": done.steps})
 
@@ -160,9 +162,9 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge adapters into one PEFT folder, heads kept beside it. No base model is loaded."""
-    from loraloom.workflow import merge_folders
-
     with _command(quiet, as_json) as out:
+        from loraloom.workflow import merge_folders
+
         facts = merge_folders(adapters, rule, output, _options(option or []), scale, weight, rank, seed, _typed())
         out.result(facts)
 
@@ -178,9 +180,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure an adapter on tasks of a recipe, each with its own head."""
-    from loraloom.workflow import evaluate_folder
-
     with _command(quiet, as_json) as out:
+        from loraloom.workflow import evaluate_folder
+
         scores = evaluate_folder(_recipe(recipe, base), adapter, task or [], split)
         out.table(
             f"{adapter} on {split} rows",
@@ -198,9 +200,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Tell what adapters and statistics hold; with both, each adapter's response to each task's inputs."""
-    from loraloom.workflow import inspect_paths
-
     with _command(quiet, as_json) as out:
+        from loraloom.workflow import inspect_paths
+
         facts, responses = inspect_paths(paths)
         if responses:
             columns = ("adapter", *(Path(name).name for name in responses["statistics"]))
@@ -212,9 +214,9 @@ def inspect(
 @app.command()
 def rules(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the merging rules with formula, paper, spaces and options."""
-    from loraloom.merging import get_rule, rule_names
-
     with _command(quiet, as_json) as out:
+        from loraloom.merging import get_rule, rule_names
+
         names = rule_names()
         out.result(
             {name: get_rule(name).help() for name in names}, "\n\n".join(get_rule(name).help() for name in names)
@@ -229,38 +231,58 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Draw the report of a results file again."""
-    from loraloom.report import write_report
-    from loraloom.results import StudyResult
-
     with _command(quiet, as_json) as out:
+        from loraloom.report import write_report
+        from loraloom.results import StudyResult
+
         out.result({"report": str(write_report(StudyResult.load(results), output))})
 
 
 @study_app.command("status")
-def study_status(folder: Annotated[Path, typer.Argument(help="A study folder.")], as_json: AsJson = False) -> None:
-    """List the stage outputs of a study and what each took."""
-    from loraloom.workflow import study_store
+def study_status(folder: StudyFolder, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List the stage outputs of a study and what each took, and the stages that failed."""
+    with _command(quiet, as_json) as out:
+        from loraloom.workflow import study_store
 
-    with _command(False, as_json) as out:
-        records = study_store(folder).records()
-        rows = [(f"{r['kind']}/{r['label']}-{r['key'][:12]}", f"{r['seconds']:.1f}") for r in records]
+        store = study_store(folder)
+        outputs, failures = store.outputs(), store.failures()
+        rows = [(name, f"{record['seconds']:.1f}") for name, record in outputs.items()]
         out.table(f"{len(rows)} stage outputs in {folder}", ("output", "seconds"), rows)
-        if as_json:
-            out.result({"outputs": records})
+        failed = "\n".join(f"failed: {name}: {message}" for name, message in failures.items())
+        out.result({"outputs": outputs, "failures": failures}, failed or "no stage failed")
+
+
+@study_app.command("explain")
+def study_explain(
+    folder: StudyFolder,
+    output: Annotated[str, typer.Argument(help="A stage output as `status` shows it.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what an output depends on, and what of it is missing."""
+    with _command(quiet, as_json) as out:
+        from loraloom.terminal import explanation
+        from loraloom.workflow import study_store
+
+        found = study_store(folder).explain(output)
+        out.result(found, explanation(found))
 
 
 @study_app.command("rm")
 def study_rm(
-    folder: Annotated[Path, typer.Argument(help="A study folder.")],
+    folder: StudyFolder,
     outputs: Annotated[list[str], typer.Argument(help="Stage outputs as `status` shows them.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Remove stage outputs; the next run makes them and what depends on them again."""
-    from loraloom.workflow import study_store
+    """Remove stage outputs; the next run makes them again."""
+    with _command(quiet, as_json) as out:
+        from loraloom.workflow import study_store
 
-    with _command(False, False) as out:
+        store = study_store(folder)
         for name in outputs:
-            study_store(folder).remove(name)
-            out.result({"removed": name})
+            store.remove(name)
+        out.result({"removed": outputs}, "\n".join(f"removed {name}" for name in outputs))
 
 
 @app.callback(invoke_without_command=True)
@@ -271,14 +293,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run the command line; faults in the input exit with 2 and no traceback."""
-    from loraloom.terminal import show_error
-
+    """Run the command line: a fault in the input exits with 2 and no traceback, Ctrl-C with 130."""
     try:
         app()
-    except LoraloomError as error:
-        show_error(error)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -292,13 +309,14 @@ def _recipe(path: Path, base: str | None) -> Recipe:
 
 def _run(recipe: Recipe, folder: Path, out: Out) -> None:
     from loraloom.outcome import run_study
-    from loraloom.report import summary_table, verdict
+    from loraloom.report import summary_rows, verdict
+    from loraloom.terminal import study_table
 
-    result: StudyResult = run_study(recipe, folder, command=_typed(), reporter=out.progress())
-    table = summary_table(result)
-    out.table(table.caption, table.columns, table.rows)
-    places = {"report": str(folder / "report.html"), "results": str(folder / "results.json"), "adapters": str(folder)}
-    out.result(places, f"{verdict(result)}\n\nreport: {places['report']}\nresults: {places['results']}")
+    result = run_study(recipe, folder, command=_typed(), reporter=out.progress())
+    out.table(*study_table(summary_rows(result)))
+    places = {"report": str(folder / "report.html"), "results": str(folder / "results.json")}
+    facts = {"verdict": verdict(result), "folder": str(folder), **places}
+    out.result(facts, "\n".join([facts["verdict"], "", *(f"{name}: {path}" for name, path in places.items())]))
     out.hint("open the report in a browser; the adapters lie in adapters/ and merged/ beside it")
 
 
@@ -313,17 +331,23 @@ def _options(given: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise LoraloomError(f"--option {text!r} is not name=value", "write it as --option density=0.2")
-        with contextlib.suppress(ValueError):
+        try:
             options[name] = json.loads(value)
-            continue
-        options[name] = value
+        except ValueError:
+            options[name] = value
     return options
 
 
 @contextlib.contextmanager
 def _command(quiet: bool, as_json: bool) -> Iterator[Out]:
-    """Set the tone of one command: its output, and libraries that keep quiet."""
-    from loraloom.terminal import Out, hush_libraries
+    """Set the tone of one command: its output, libraries that keep quiet, faults told without a traceback."""
+    from loraloom.terminal import Out, hush_libraries, show_error
 
     hush_libraries()
-    yield Out(as_json=as_json, quiet=quiet)
+    try:
+        yield Out(as_json=as_json, quiet=quiet)
+    except LoraloomError as error:
+        show_error(error)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(130) from stop

@@ -31,7 +31,7 @@ _INITS: dict[str, dict[str, Any]] = {
 
 def demo_recipe(*, fast: bool = False) -> Recipe:
     """Return the recipe of `loraloom demo`; `fast` is a reduced size for a check of the installation, not a result."""
-    rows = {"train_rows": 160, "heldout_rows": 60, "test_rows": 100} if fast else _ROWS
+    rows = {"train_rows": 100, "heldout_rows": 40, "test_rows": 60} if fast else _ROWS
     recipe = {
         "name": "loraloom demo" + (" (fast)" if fast else ""),
         "base": "demo",
@@ -42,13 +42,13 @@ def demo_recipe(*, fast: bool = False) -> Recipe:
         "training": {"epochs": 1 if fast else 3, "learning_rate": 2e-3, "batch_size": 16, "max_length": 48},
         "inits": _INITS,
         "merging": [
-            {"rule": "task_arithmetic", "scales": [0.3, 0.6] if fast else [0.2, 0.4, 0.6, 1.0]},
-            {"rule": "ties", "scales": [1.0] if fast else [0.5, 1.0, 2.0]},
-            {"rule": "tsv", "scales": [1.0] if fast else [0.5, 1.0, 2.0]},
+            {"rule": "task_arithmetic", "scales": [0.3, 0.6] if fast else [0.3, 0.5, 1.0]},
+            {"rule": "ties", "scales": [1.0] if fast else [0.5, 1.0]},
+            {"rule": "tsv", "scales": [1.0] if fast else [0.5, 1.0]},
         ],
-        "alignment": {"texts": 100 if fast else 160, "ridge": 0.1},
+        "alignment": {"texts": 60 if fast else 120, "ridge": 0.1},
     }
     return Recipe.parse(recipe, "demo recipe")
 
 
-_ROWS = {"train_rows": 600, "heldout_rows": 120, "test_rows": 300}
+_ROWS = {"train_rows": 500, "heldout_rows": 120, "test_rows": 240}

@@ -37,3 +37,11 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     if near:
         return "did you mean " + " or ".join(repr(match) for match in near) + "?"
     return "known: " + ", ".join(options)
+
+
+def raise_together(errors: Sequence[LoraloomError]) -> None:
+    """Raise one LoraloomError that tells everything `errors` tell, each once; do nothing when there are none."""
+    if errors:
+        messages = dict.fromkeys(error.message for error in errors)
+        hints = dict.fromkeys(error.hint for error in errors if error.hint)
+        raise LoraloomError("\n".join(messages), "; ".join(hints))

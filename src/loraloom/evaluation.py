@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -35,9 +34,6 @@ class Evaluator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: nn.Module = load_classifier(base, outputs=2)
         self.model = model.to(device).eval()
-        # a tokenizer may make more (token_type_ids) than the model reads
-        read = inspect.signature(self.model.forward).parameters
-        self.tokenizer.model_input_names = [name for name in self.tokenizer.model_input_names if name in read]
 
     def encode(self, task: Task, split: str) -> Encoded:
         """Return the token ids of one split, for `features`."""
@@ -149,8 +145,9 @@ def _pooled(inputs: Tensor, kept: Tensor) -> Tensor:
 
 
 def _submodule(model: nn.Module, path: str, base: str) -> nn.Module:
-    found = dict(model.named_modules()).get(path)
-    if found is None or not hasattr(found, "weight"):
-        near = did_you_mean(path, [name for name, module in model.named_modules() if hasattr(module, "weight")])
-        raise LoraloomError(f"{base}: has no layer {path}", f"use the adapter's own base model; {near}")
-    return found
+    layers: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+    if path not in layers:
+        raise LoraloomError(
+            f"{base}: has no layer {path}", f"use the adapter's base model; {did_you_mean(path, layers)}"
+        )
+    return layers[path]

@@ -56,10 +56,12 @@ def align_head(head: Head, own: Tensor, merged: Tensor, *, ridge: float = 0.1) -
     a ridge fit towards the identity; the difference of the means goes into the bias. No cost at inference. After
     "representation surgery" (arXiv 2402.02705), which learns such a map by gradient.
 
-    Raises LoraloomError where the two do not hold the same rows.
+    Raises LoraloomError where the two do not hold the same rows or are not what the head reads.
     """
     if own.shape != merged.shape:
         raise LoraloomError(f"features of {tuple(own.shape)} and {tuple(merged.shape)} are not of the same rows")
+    if own.shape[1] != head.weight.shape[1]:
+        raise LoraloomError(f"{head.last} reads {head.weight.shape[1]} features, {own.shape[1]} were given")
     own, merged = own.double(), merged.double()
     own_mean, merged_mean = own.mean(dim=0), merged.mean(dim=0)
     Fo, Fm = own - own_mean, merged - merged_mean

@@ -22,7 +22,7 @@ import loraloom
 from loraloom.adapter import headless_config, pattern_value, read_provenance, write_folder
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.statistics import Statistics
-from loraloom.subspace import Subspace, osrm_subspace, project_out, response_scale
+from loraloom.subspace import Subspace, check_room, osrm_subspace, project_out, response_scale
 
 Keep = Literal["free", "frozen", "projected"]
 Scale = Literal["unit", "response"]
@@ -178,6 +178,7 @@ def _layer_seed(seed: int, module: str) -> int:
 def _start(space: Subspace, own: Statistics, module: str, keep: Keep, scale: Scale) -> Tensor:
     A = space.A
     if keep == "projected":
+        check_room(space.avoid, len(A))
         A = project_out(A.double(), space.avoid.double()).float()
     if scale == "response":
         A = A * response_scale(own.moment(module), A)
@@ -193,13 +194,14 @@ def _check_statistics(own: Statistics, others: Mapping[str, Statistics], keep: s
     if not others:
         problems.append("no statistics of other tasks were given")
     for name, other in others.items():
-        if other.fingerprint != own.fingerprint:
+        # the fingerprint is of these layers' weights, so it differs where they do
+        if other.layers != own.layers:
+            problems.append(f"statistics of {name!r} cover other layers than the task's own")
+        elif other.fingerprint != own.fingerprint:
             problems.append(
                 f"statistics of {name!r} come from {other.base} ({other.fingerprint[:12]}), the task's own from "
                 f"{own.base} ({own.fingerprint[:12]})"
             )
-        elif other.layers != own.layers:
-            problems.append(f"statistics of {name!r} cover other layers than the task's own")
     raise_problems("cannot initialise", problems, "collect all statistics on one base model and one target set")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy
 from scipy.stats import pearsonr, spearmanr
@@ -54,19 +54,26 @@ def _predictions(metric: str, logits: Tensor) -> numpy.ndarray:
 
 
 def _value(metric: str, predicted: numpy.ndarray, true: numpy.ndarray) -> float:
-    if metric == "accuracy":
-        return float(accuracy_score(true, predicted))
-    if metric == "matthews":
-        return float(matthews_corrcoef(true, predicted))
-    if metric == "accuracy_f1":
-        return float((accuracy_score(true, predicted) + f1_score(true, predicted, zero_division=0)) / 2)
-    if metric == "pearson_spearman":
-        with warnings.catch_warnings():
-            # a constant input has no correlation: both give nan and warn
-            warnings.simplefilter("ignore")
-            both = (pearsonr(predicted, true)[0] + spearmanr(predicted, true)[0]) / 2
-        return 0.0 if numpy.isnan(both) else float(both)
-    raise LoraloomError(
-        f"metric {metric!r} is unknown",
-        did_you_mean(metric, ("accuracy", "matthews", "accuracy_f1", "pearson_spearman")),
-    )
+    if metric not in _METRICS:
+        raise LoraloomError(f"metric {metric!r} is unknown", did_you_mean(metric, _METRICS))
+    with warnings.catch_warnings():
+        # constant predictions, or a resample of one label alone, make scikit-learn and scipy warn
+        warnings.simplefilter("ignore")
+        value = float(_METRICS[metric](true, predicted))
+    return 0.0 if math.isnan(value) else value
+
+
+def _accuracy_f1(true: numpy.ndarray, predicted: numpy.ndarray) -> float:
+    return float(accuracy_score(true, predicted) + f1_score(true, predicted, zero_division=0)) / 2
+
+
+def _pearson_spearman(true: numpy.ndarray, predicted: numpy.ndarray) -> float:
+    return float(pearsonr(predicted, true)[0] + spearmanr(predicted, true)[0]) / 2
+
+
+_METRICS: dict[str, Callable[[numpy.ndarray, numpy.ndarray], float]] = {
+    "accuracy": accuracy_score,
+    "matthews": matthews_corrcoef,
+    "accuracy_f1": _accuracy_f1,
+    "pearson_spearman": _pearson_spearman,
+}

@@ -52,7 +52,8 @@ class Moment:
         if self.rows is not None:
             return self.rows.double()
         values, vectors = torch.linalg.eigh(self.as_gram())
-        return values.clamp_min(0).sqrt()[:, None] * vectors.T
+        root: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.T
+        return root
 
     def trace(self) -> float:
         """Return tr(H^T H), the energy of all rows."""
@@ -69,7 +70,8 @@ class Moment:
 
     def mean(self) -> Tensor:
         """Return the mean row, (n,) float64."""
-        return self.total / max(self.count, 1)
+        mean: Tensor = self.total / max(self.count, 1)
+        return mean
 
     def __add__(self, other: Moment) -> Moment:
         """Return the moment of both sets of rows together."""

@@ -16,15 +16,16 @@ import torch
 
 from loraloom import stages
 from loraloom.adapter import read_adapter, read_provenance, write_adapter
-from loraloom.atomic import staged_folder
+from loraloom.atomic import remove_leftovers, staged_folder
 from loraloom.evaluation import labels
+from loraloom.merging.merge import merged_card
 from loraloom.metrics import average, metric_value
 from loraloom.progress import Reporter
-from loraloom.recipe import Recipe
+from loraloom.recipe import MergeSettings, Recipe, slug
 from loraloom.report import write_report
 from loraloom.results import InitFacts, Interference, MergeScore, Score, SingleScore, StudyResult, TaskFacts
 from loraloom.store import RECORD
-from loraloom.study import Evaluated, Study, Trained, merged_facts
+from loraloom.study import Evaluated, Output, Study, Trained, merged_facts
 from loraloom.tasks.task import SPLITS, Task
 
 _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit-learn", "scipy", "numpy")
@@ -40,42 +41,45 @@ def run_study(
     """
     with reporter or Reporter(quiet=True) as shown:
         study = Study(recipe, folder, shown)
-        merges, evaluated = [], []
-        for one, rows in study.evaluations():
-            merges += [score for row in rows for score in _merge_scores(study, one, row)]
-            evaluated += [(one, row) for row in rows]
+        study.store.tidy()
+        evaluated = [(one, row) for one, rows in study.evaluations() for row in rows]
+        merges = [score for one, row in evaluated for score in _merge_scores(one, row)]
         responses = [table for one, found in study.interference() for table in _interference(one, found)]
         result = _result(study, merges, responses, command)
-        for one in study.trained:
-            _export_adapters(study, one)
-        for one, row in evaluated:
-            if row.chosen_aligned:
-                _export_merged(study, one, row)
-        result.save(study.folder / "results.json")
-        write_report(result, study.folder / "report.html")
+        # two runs of one study must not write their adapters over each other
+        with study.store.lock("outcome"):
+            for place in (study.folder, *study.folder.glob("adapters/*"), *study.folder.glob("merged/*")):
+                remove_leftovers(place)
+            for one in study.trained:
+                _export_adapters(study, one)
+            for one, row in evaluated:
+                if row.chosen_aligned:
+                    _export_merged(study, one, row)
+            result.save(study.folder / "results.json")
+            write_report(result, study.folder / "report.html")
     return result
 
 
 def _result(study: Study, merges: list[MergeScore], responses: list[Interference], command: str) -> StudyResult:
     recipe, tasks = study.recipe, study.tasks
-    first = next(iter(study.statistics["train"].values()))[1]
+    first = next(iter(study.statistics["train"].values())).path
     return StudyResult(
         name=recipe.name,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         base=recipe.base,
         base_sha256=stages.read_statistics(first).fingerprint,
-        content_sha256=hashlib.sha256("".join(task.digest() for task in tasks.values()).encode()).hexdigest(),
+        content_sha256=hashlib.sha256("".join(study.digests.values()).encode()).hexdigest(),
         versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch on {_device()}",
         seeds=recipe.seeds,
         recipe=recipe.model_dump(mode="json"),
         inits=[_init_facts(study, name) for name in recipe.inits],
-        tasks=[_task_facts(task) for task in tasks.values()],
+        tasks=[_task_facts(task, study.digests[task.name]) for task in tasks.values()],
         singles=[
-            SingleScore(init=one.init, seed=one.seed, task=task, score=_single(path, "test"))
+            SingleScore(init=one.init, seed=one.seed, task=task, score=_single(output, "test"))
             for one in study.trained
-            for task, path in one.singles.items()
+            for task, output in one.singles.items()
         ],
         merges=merges,
         interference=responses,
@@ -84,16 +88,16 @@ def _result(study: Study, merges: list[MergeScore], responses: list[Interference
     )
 
 
-def _merge_scores(study: Study, one: Trained, row: Evaluated) -> list[MergeScore]:
+def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
     facts, found = merged_facts(row.merged), []
     places: list[tuple[Literal["heldout", "test"], Path, bool]] = []
-    places += [("heldout", row.heldout, aligned) for aligned in (False, True)]
+    places += [("heldout", row.heldout.path, aligned) for aligned in (False, True)]
     if row.test is not None:
         chosen = ((False, row.chosen_as_trained), (True, row.chosen_aligned))
         places += [("test", row.test, aligned) for aligned, is_chosen in chosen if is_chosen]
     for split, path, aligned in places:
         scores = stages.read_scores(path, aligned)
-        alone = average({task: _single(folder, split) for task, folder in one.singles.items()})
+        alone = average({task: _single(output, split) for task, output in one.singles.items()})
         together = average(scores)
         found.append(
             MergeScore(
@@ -119,17 +123,17 @@ def _interference(one: Trained, found: dict[str, Any]) -> list[Interference]:
     ]
 
 
-def _single(folder: Path, split: str) -> Score:
-    return Score(**json.loads((folder / stages.SCORES).read_text(encoding="utf-8"))[split])
+def _single(output: Output, split: str) -> Score:
+    return Score(**json.loads((output.path / stages.SCORES).read_text(encoding="utf-8"))[split])
 
 
 def _init_facts(study: Study, name: str) -> InitFacts:
     settings = study.recipe.inits[name]
     read = [
-        json.loads((folder / stages.SCORES).read_text(encoding="utf-8"))
+        json.loads((start.path / stages.SCORES).read_text(encoding="utf-8"))
         for one in study.trained
         if one.init == name
-        for folder in one.starts.values()
+        for start in one.starts.values()
     ]
     rows = [one["diagnostics"] for one in read]
     diagnostics = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
@@ -144,7 +148,7 @@ def _init_facts(study: Study, name: str) -> InitFacts:
     )
 
 
-def _task_facts(task: Task) -> TaskFacts:
+def _task_facts(task: Task, sha256: str) -> TaskFacts:
     text = " | ".join(str(task.train[0][column]) for column in task.text_columns)
     return TaskFacts(
         name=task.name,
@@ -153,7 +157,7 @@ def _task_facts(task: Task) -> TaskFacts:
         labels=list(task.labels) if task.labels else None,
         rows={split: len(getattr(task, split)) for split in SPLITS},
         majority=_majority(task),
-        sha256=task.digest(),
+        sha256=sha256,
         example=text if len(text) <= 200 else text[:199] + "…",
     )
 
@@ -179,44 +183,48 @@ def _notes(study: Study) -> list[str]:
 
 
 def _export_adapters(study: Study, one: Trained) -> None:
-    for task, folder in one.folders.items():
-        _copy(folder, study.folder / "adapters" / _with_seed(study, one.init, one.seed) / task)
+    for task, output in one.trained.items():
+        place = study.folder / "adapters" / _place(study, one) / task
+        record = (output.path / RECORD).read_text(encoding="utf-8")
+        if not (place / RECORD).is_file() or (place / RECORD).read_text(encoding="utf-8") != record:
+            with staged_folder(place) as staged:
+                shutil.copytree(output.path / "adapter", staged, dirs_exist_ok=True)
+                shutil.copy2(output.path / RECORD, staged / RECORD)
 
 
 def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
     """Write the merged adapter at its chosen scale with the aligned heads beside it."""
-    place = study.folder / "merged" / _with_seed(study, one.init, one.seed) / row.settings.rule
+    adapter = row.merged / "adapter"
+    place = study.folder / "merged" / _place(study, one) / _rule_name(study.recipe, row.settings)
+    chosen = "the best of several on held-out rows, with labels" if len(row.settings.scales) > 1 else "the recipe's own"
     provenance = {
-        **read_provenance(row.merged / "adapter"),
+        **read_provenance(adapter),
         "scale": row.scale,
-        "scale_chosen_on": "held-out rows, with labels",
-        "heads": "aligned to the merged features on unlabelled training texts",
+        "notes": [f"scale: {chosen}", "heads: aligned to the merged features on unlabelled training texts"],
+        "evaluation": row.heldout.stage.key,
     }
     if place.is_dir() and read_provenance(place) == provenance:
         return
-    heads = stages.read_aligned(row.heldout, one.heads)
-    card = (row.merged / "adapter" / "README.md").read_text(encoding="utf-8")
+    merged = read_adapter(adapter).scaled(row.scale)
+    heads = stages.read_aligned(row.heldout.path, one.heads)
     write_adapter(
-        read_adapter(row.merged / "adapter").scaled(row.scale),
+        merged,
         place,
         provenance=provenance,
-        files={"README.md": card.replace("scale 1", f"scale {row.scale:g}")},
+        files={"README.md": merged_card(merged.base, provenance)},
         extra={f"heads/{task}.safetensors": head.tensors for task, head in heads.items()},
     )
 
 
-def _copy(stage_folder: Path, place: Path) -> None:
-    record = (stage_folder / RECORD).read_text(encoding="utf-8")
-    if place.is_dir() and (place / RECORD).is_file() and (place / RECORD).read_text(encoding="utf-8") == record:
-        return
-    with staged_folder(place) as staged:
-        shutil.copytree(stage_folder / "adapter", staged, dirs_exist_ok=True)
-        shutil.copy2(stage_folder / RECORD, staged / RECORD)
+def _place(study: Study, one: Trained) -> str:
+    return slug(one.init) if len(study.recipe.seeds) == 1 else f"{slug(one.init)}-seed{one.seed}"
 
 
-def _with_seed(study: Study, init: str, seed: int) -> str:
-    name = init.replace("/", "_").replace(" ", "-")
-    return name if len(study.recipe.seeds) == 1 else f"{name}-seed{seed}"
+def _rule_name(recipe: Recipe, settings: MergeSettings) -> str:
+    """Return the rule's name, with its options where the recipe has it more than once."""
+    if sum(other.rule == settings.rule for other in recipe.merging) == 1:
+        return settings.rule
+    return slug("-".join([settings.rule, *(f"{key}.{value}" for key, value in settings.filled().items())]))
 
 
 def _device() -> str:

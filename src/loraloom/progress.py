@@ -15,7 +15,7 @@ class Reporter:
         console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[detail]}"),
@@ -38,7 +38,7 @@ class Reporter:
         self._tasks[kind] = self._bars.add_task(kind, total=total, detail="")
 
     def detail(self, kind: str, text: str) -> None:
-        """Say what the kind is at."""
+        """Say what the kind is at. The kind must have begun."""
         self._bars.update(self._tasks[kind], detail=text)
 
     def advance(self, kind: str) -> None:

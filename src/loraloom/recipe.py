@@ -132,7 +132,7 @@ class AlignmentSettings(Settings):
 class _TaskOptions(Settings):
     """What a task of any source takes."""
 
-    train_rows: int | None = Field(None, ge=2, description="at most so many; all without")
+    train_rows: int | None = Field(None, ge=2, description="so many, drawn at random; all without")
     heldout_rows: int = Field(200, ge=2, description="cut from the training rows")
     test_rows: int | None = Field(None, ge=2)
     epochs: int | None = Field(None, ge=1, description="in place of training.epochs")
@@ -202,10 +202,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _distinct(self) -> Recipe:
         problems = [
-            f"{what}: {names} would share one folder" for what, names in (
+            f"{what}: {names} would share one folder"
+            for what, names in (
                 ("tasks", _same_folder(self.tasks)),
                 ("inits", _same_folder(self.inits)),
-            ) if names
+            )
+            if names
         ]
         if len(set(self.seeds)) < len(self.seeds):
             problems.append("seeds: the same seed twice")
@@ -241,6 +243,11 @@ class Recipe(Settings):
         except ValidationError as error:
             raise_problems(origin, [_describe(cls, dict(fault)) for fault in error.errors()])
             raise
+
+    def training_of(self, task: str) -> TrainingSettings:
+        """Return how one task is trained: `training`, with the task's own epochs where it has them."""
+        epochs = self.tasks[task].epochs
+        return self.training.model_copy(update={"epochs": epochs} if epochs else {})
 
     def resolved(self, folder: Path) -> Recipe:
         """Return the recipe with its relative local paths taken from `folder`.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraloom.atomic import write_text
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, raise_problems
 
 
 class _Record(BaseModel):
@@ -104,7 +104,9 @@ class StudyResult(_Record):
     singles: list[SingleScore]
     merges: list[MergeScore]
     interference: list[Interference]
-    seconds: dict[str, float] = Field(description="wall-clock seconds by stage, as first computed")
+    seconds: dict[str, float] = Field(
+        description="wall-clock by kind of stage, as first computed; after a kill, since then"
+    )
     notes: list[str] = Field(default_factory=list, description="what a reader must know before trusting a figure")
 
     def save(self, path: Path) -> None:
@@ -119,5 +121,7 @@ class StudyResult(_Record):
         except OSError as error:
             raise LoraloomError(f"{path}: cannot be read: {error.strerror}", "name a study's results.json") from error
         except ValidationError as error:
-            fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise LoraloomError(f"{path}: not a results file: {fields}", "run the study again") from error
+            faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
+            more = [f"and {len(faults) - 5} more"] if faults[5:] else []
+            raise_problems(f"{path}: not a results file", [*faults[:5], *more], "run the study again")
+            raise

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,13 @@ from loraloom.recipe import (
 )
 from loraloom.results import Score
 from loraloom.statistics import Statistics, collect_statistics
-from loraloom.tasks.builtin import builtin_task
-from loraloom.tasks.builtin_text import FOLDERS, STANDARD_LIBRARY
+from loraloom.tasks.builtin import builtin_task, source_versions
 from loraloom.tasks.encoding import Encoded, batches, encode
 from loraloom.tasks.files import file_task
 from loraloom.tasks.glue import glue_task
 from loraloom.tasks.task import Task
 from loraloom.training import lora_config
 
-_DISTRIBUTION = {"sklearn": "scikit-learn"}
 SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
 
 
@@ -57,7 +54,7 @@ def task_inputs(name: str, settings: TaskSettings) -> dict[str, Any]:
     inputs: dict[str, Any] = {"name": name, **settings.model_dump(mode="json", exclude={"epochs"})}
     if isinstance(settings, BuiltinTask):
         inputs["python"] = platform.python_version()
-        inputs["packages"] = builtin_versions()
+        inputs["packages"] = source_versions()
     elif isinstance(settings, GlueTask):
         folder = settings.path and settings.path / name
         files = ("train.jsonl", "dev.jsonl", "meta.json")
@@ -104,7 +101,7 @@ def make_init(
     seed: int,
     base: str,
 ) -> None:
-    """Write the adapter folder of base model `base` that training starts from, and its diagnostics averaged over layers."""
+    """Write the adapter folder that training starts from, named for base model `base`, and its mean diagnostics."""
     config = lora_config(lora, [])
     config.base_model_name_or_path = base
     done = initialise(
@@ -224,11 +221,6 @@ def sample(task: Task, split: str, count: int) -> Any:
 def alignment_rows(evaluator: Evaluator, task: Task, alignment: AlignmentSettings) -> Encoded:
     """Return the unlabelled training texts that heads are aligned on, as token ids."""
     return encode(sample(task, "train", alignment.texts), evaluator.tokenizer, evaluator.max_length)
-
-
-def builtin_versions() -> dict[str, str]:
-    """Return the versions of the packages whose documentation the built-in tasks are made from."""
-    return {name: version(_DISTRIBUTION.get(name, name)) for name in sorted(FOLDERS) if name != STANDARD_LIBRARY}
 
 
 def _both(

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraloom import stages
 from loraloom.adapter import Adapter, read_adapter, read_provenance
-from loraloom.base import base_folder, base_sha256
+from loraloom.base import base_folder, base_name, base_sha256
+from loraloom.errors import LoraloomError, raise_problems, raise_together
 from loraloom.evaluation import Evaluator
 from loraloom.heads import Head
 from loraloom.initialise import task_seed
 from loraloom.merging import merge, write_merged
 from loraloom.metrics import average
 from loraloom.progress import Reporter
-from loraloom.recipe import InitSettings, MergeSettings, Recipe
+from loraloom.recipe import MergeSettings, Recipe, slug
 from loraloom.store import Stage, Store
 from loraloom.tasks.task import Task
 from loraloom.training import train_adapter
@@ -36,34 +37,47 @@ _VERSIONS = {
 }
 
 
+class Output(NamedTuple):
+    """A stage that is done and the folder of its output."""
+
+    stage: Stage
+    path: Path
+
+
 @dataclass(frozen=True)
 class Trained:
-    """The adapters of one init and seed, by task: where each stage's output lies, and its stage."""
+    """The adapters of one init and seed, by task: as they start, as trained, and evaluated alone."""
 
     init: str
     seed: int
-    starts: dict[str, Path]
-    folders: dict[str, Path]
-    stages: dict[str, Stage]
-    singles: dict[str, Path]
+    starts: dict[str, Output] = field(default_factory=dict)
+    trained: dict[str, Output] = field(default_factory=dict)
+    singles: dict[str, Output] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Return the name of this init and seed in stages and folders."""
+        return f"{slug(self.init)}.s{self.seed}"
 
     @cached_property
     def adapters(self) -> dict[str, Adapter]:
-        return {task: read_adapter(folder / "adapter") for task, folder in self.folders.items()}
+        """The trained adapters, read once."""
+        return {task: read_adapter(output.path / "adapter") for task, output in self.trained.items()}
 
     @cached_property
     def heads(self) -> dict[str, Head]:
+        """The tasks' heads as trained."""
         return {task: Head.of(adapter.head, adapter.name) for task, adapter in self.adapters.items()}
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One merged adapter at one scale: its folder at scale 1, its held-out and, where chosen, test evaluation."""
+    """One merged adapter at one scale: at scale 1, its held-out and, where chosen, test evaluation."""
 
     merged: Path
     settings: MergeSettings
     scale: float
-    heldout: Path
+    heldout: Output
     test: Path | None
     chosen_as_trained: bool
     chosen_aligned: bool
@@ -72,7 +86,8 @@ class Evaluated:
 class Study:
     """A recipe and the store that holds what it has computed so far.
 
-    Every method below makes what is missing and returns where it lies; calling one twice computes nothing twice.
+    Every member below makes what is missing and returns where it lies; asking twice computes nothing twice. Everything
+    that can be wrong with the recipe's inputs is found before the first adapter is trained.
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, reporter: Reporter) -> None:
@@ -81,87 +96,61 @@ class Study:
         self.store = Store(self.folder / "stages")
         self.reporter = reporter
         self.base = base_folder(recipe.base)
+        self.base_name = base_name(recipe.base)
         self.base_sha256 = base_sha256(self.base)
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
-        """The tasks of the recipe, made or read again."""
+        """The tasks of the recipe, made or read again. Raises LoraloomError that tells what is wrong with any."""
         self.reporter.begin("tasks", len(self.recipe.tasks))
-        tasks = {}
+        tasks: dict[str, Task] = {}
+        errors = []
         for name, settings in self.recipe.tasks.items():
             stage = self._stage("task", name, stages.task_inputs(name, settings))
 
             def make(folder: Path, _: Path, name: str = name, settings: Any = settings) -> None:
                 stages.build_task(name, settings).save(folder / "rows")
 
-            tasks[name] = Task.load(self._get("tasks", stage, make) / "rows")
+            try:
+                tasks[name] = Task.load(self._get("tasks", stage, make).path / "rows")
+                asked = stages.sample_problems(tasks[name], self.recipe.statistics, self.recipe.alignment)
+                raise_problems("samples", asked, "lower it in the recipe, or give the task more training rows")
+            except LoraloomError as error:
+                errors.append(error)
+        raise_together(errors)
         return tasks
 
     @cached_property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every task's rows."""
+        return {name: task.digest() for name, task in self.tasks.items()}
+
+    @cached_property
     def evaluator(self) -> Evaluator:
-        """The one base model in memory; loaded when the first stage needs it."""
+        """The one base model in memory; loaded when a stage needs it."""
         training = self.recipe.training
         return Evaluator(self.base, max_length=training.max_length, batch_size=training.eval_batch_size)
 
     @cached_property
-    def statistics(self) -> dict[str, dict[str, tuple[Stage, Path]]]:
+    def statistics(self) -> dict[str, dict[str, Output]]:
         """Statistics by split (train, heldout) and task."""
         self.reporter.begin("statistics", 2 * len(self.tasks))
-        settings, targets = self.recipe.statistics, self.recipe.lora.targets
-        found: dict[str, dict[str, tuple[Stage, Path]]] = {"train": {}, "heldout": {}}
-        for split, by_task in found.items():
-            for name, task in self.tasks.items():
-                inputs = {"task": task.digest(), "split": split, "targets": targets, "base": self.base_sha256}
-                stage = self._stage("statistics", f"{name}.{split}", {**inputs, **settings.model_dump()})
-
-                def make(folder: Path, _: Path, task: Task = task, split: str = split) -> None:
-                    stages.make_statistics(folder, self.evaluator, task, split, settings, targets)
-
-                by_task[name] = stage, self._get("statistics", stage, make)
-        return found
+        return {split: {name: self._statistics(name, split) for name in self.tasks} for split in ("train", "heldout")}
 
     @cached_property
     def trained(self) -> list[Trained]:
         """Every init and seed with all its adapters initialised, trained and evaluated alone."""
-        count = len(self.recipe.inits) * len(self.recipe.seeds) * len(self.tasks)
-        for kind in ("inits", "training", "single tasks"):
-            self.reporter.begin(kind, count)
-        found = []
-        for init, settings in self.recipe.inits.items():
-            for seed in self.recipe.seeds:
-                one = Trained(init, seed, {}, {}, {}, {})
+        runs = [Trained(init, seed) for init in self.recipe.inits for seed in self.recipe.seeds]
+        steps = {"inits": self._start, "training": self._train, "single tasks": self._single}
+        for bar, step in steps.items():
+            self.reporter.begin(bar, len(runs) * len(self.tasks))
+            if bar == "training":
+                # it loads a base of its own; two large ones would not fit
+                self.__dict__.pop("evaluator", None)
+            for one in runs:
                 for name in self.tasks:
-                    self._train(one, name, settings)
-                found.append(one)
-        return found
-
-    def evaluated(self, one: Trained, settings: MergeSettings) -> list[Evaluated]:
-        """Return one init and seed merged by one rule at every scale, tested at the scales that held-out rows chose."""
-        merge_stage, merged_folder = self._merge(one, settings)
-        label = f"{one.init}.{settings.rule}.s{one.seed}"
-        upstream = {"merge": merge_stage.key, "tasks": {name: task.digest() for name, task in self.tasks.items()}}
-        upstream["settings"] = {**self.recipe.alignment.model_dump(), "max_length": self.recipe.training.max_length}
-        heldout: dict[float, tuple[Stage, Path]] = {}
-        for scale in settings.scales:
-            stage = self._stage(
-                "evaluate", f"{label}.x{scale:g}.heldout", {**upstream, "scale": scale, "split": "heldout"}
-            )
-
-            def make(folder: Path, _: Path, scale: float = scale) -> None:
-                merged = read_adapter(merged_folder / "adapter").scaled(scale)
-                own = {name: stages.own_features(path) for name, path in one.singles.items()}
-                alignment = self.recipe.alignment
-                stages.make_heldout_evaluation(folder, self.evaluator, merged, one.heads, own, self.tasks, alignment)
-
-            heldout[scale] = stage, self._get("evaluation", stage, make)
-        best = {aligned: _best_scale(heldout, aligned) for aligned in (False, True)}
-        tests: dict[float, Path] = {}
-        for scale in sorted(set(best.values())):
-            tests[scale] = self._test(one, merged_folder, scale, *heldout[scale], label)
-        return [
-            Evaluated(merged_folder, settings, scale, path, tests.get(scale), scale == best[False], scale == best[True])
-            for scale, (_, path) in heldout.items()
-        ]
+                    step(one, name)
+        return runs
 
     def evaluations(self) -> Iterator[tuple[Trained, list[Evaluated]]]:
         """Yield every init and seed with all its merges."""
@@ -169,102 +158,144 @@ class Study:
         self.reporter.begin("merging", runs * len(rules))
         self.reporter.begin("evaluation", runs * sum(len(rule.scales) for rule in rules))
         for one in self.trained:
-            yield one, [row for rule in rules for row in self.evaluated(one, rule)]
+            yield one, [row for rule in rules for row in self._evaluate(one, rule)]
 
     def interference(self) -> Iterator[tuple[Trained, dict[str, Any]]]:
         """Yield every init and seed with its responses before and after training."""
         self.reporter.begin("interference", len(self.trained))
         heldout = self.statistics["heldout"]
         for one in self.trained:
-            keys = {name: [one.stages[name].key, heldout[name][0].key] for name in self.tasks}
-            stage = self._stage("interference", f"{one.init}.s{one.seed}", keys)
+            inputs = {f"{name} trained": output.stage for name, output in one.trained.items()}
+            inputs |= {f"{name} inputs": output.stage for name, output in heldout.items()}
 
             def make(folder: Path, _: Path, one: Trained = one) -> None:
-                start = {name: path / "adapter" for name, path in one.starts.items()}
-                trained = {name: path / "adapter" for name, path in one.folders.items()}
-                stages.make_interference(folder, start, trained, {name: path for name, (_, path) in heldout.items()})
+                start = {name: output.path / "adapter" for name, output in one.starts.items()}
+                trained = {name: output.path / "adapter" for name, output in one.trained.items()}
+                seen = {name: output.path for name, output in heldout.items()}
+                stages.make_interference(folder, start, trained, seen)
 
-            path = self._get("interference", stage, make) / stages.RESPONSES
+            stage = self._stage("interference", one.label, {}, inputs)
+            path = self._get("interference", stage, make).path / stages.RESPONSES
             yield one, json.loads(path.read_text(encoding="utf-8"))
 
-    def _train(self, one: Trained, name: str, settings: InitSettings) -> None:
-        task, statistics = self.tasks[name], self.statistics["train"]
-        label = f"{one.init}.{name}.s{one.seed}"
-        seed = one.seed if settings.seed == "shared" else task_seed(one.seed, name)
-        start_seed = one.seed if settings.rule == "shared" else seed
-        keys = {other: stage.key for other, (stage, _) in statistics.items()}
-        init_inputs = {"own": name, "statistics": keys, "lora": self.recipe.lora.model_dump(), "seed": start_seed}
-        init_stage = self._stage("init", label, {**init_inputs, **settings.model_dump(exclude={"description", "seed"})})
+    def _statistics(self, name: str, split: str) -> Output:
+        settings, targets = self.recipe.statistics, self.recipe.lora.targets
+        options = {"rows_sha256": self.digests[name], "split": split, "targets": targets, "base": self.base_sha256}
+        stage = self._stage("statistics", f"{name}.{split}", {**settings.model_dump(), **options})
 
-        def make_init(folder: Path, _: Path) -> None:
-            read = {other: stages.read_statistics(path) for other, (_, path) in statistics.items()}
+        def make(folder: Path, _: Path) -> None:
+            stages.make_statistics(folder, self.evaluator, self.tasks[name], split, settings, targets)
+
+        return self._get("statistics", stage, make)
+
+    def _start(self, one: Trained, name: str) -> None:
+        settings, lora, statistics = self.recipe.inits[one.init], self.recipe.lora, self.statistics["train"]
+        seed = one.seed if settings.rule == "shared" else self._seed(one, name)
+        options = {**settings.model_dump(exclude={"description", "seed"}), "lora": lora.model_dump()}
+        inputs = {other: output.stage for other, output in statistics.items()}
+        stage = self._stage("init", f"{one.label}.{name}", {**options, "own": name, "seed": seed}, inputs)
+
+        def make(folder: Path, _: Path) -> None:
+            read = {other: stages.read_statistics(output.path) for other, output in statistics.items()}
             own = read.pop(name)
-            stages.make_init(folder, own, read, self.recipe.lora, settings, start_seed, self.base)
+            stages.make_init(folder, own, read, lora, settings, seed, self.base_name)
 
-        one.starts[name] = self._get("inits", init_stage, make_init)
+        one.starts[name] = self._get("inits", stage, make)
 
-        training = self.recipe.training
-        train_inputs = {"init": init_stage.key, "task": task.digest(), "base": self.base_sha256, "seed": seed}
-        train_stage = self._stage("train", label, {**train_inputs, **training.model_dump()})
+    def _train(self, one: Trained, name: str) -> None:
+        start, seed = one.starts[name], self._seed(one, name)
+        settings = self.recipe.training_of(name)
+        options = {"rows_sha256": self.digests[name], "base": self.base_sha256, "seed": seed}
+        stage = self._stage("train", f"{one.label}.{name}", {**settings.model_dump(), **options}, {"init": start.stage})
 
-        def make_train(folder: Path, scratch: Path) -> None:
+        def make(folder: Path, scratch: Path) -> None:
             train_adapter(
-                self.base,
-                task,
+                self.base_name,
+                self.tasks[name],
                 folder / "adapter",
-                init=one.starts[name] / "adapter",
-                settings=training,
+                init=start.path / "adapter",
+                settings=settings,
                 seed=seed,
                 checkpoints=scratch,
-                progress=lambda done, total: self.reporter.detail("training", f"{label} step {done}/{total}"),
+                progress=lambda done, total: self.reporter.detail("training", f"{stage.label} step {done}/{total}"),
             )
 
-        one.stages[name] = train_stage
-        one.folders[name] = self._get("training", train_stage, make_train)
+        one.trained[name] = self._get("training", stage, make)
 
-        alignment = self.recipe.alignment
-        single_inputs = {"train": train_stage.key, "texts": alignment.texts, "max_length": training.max_length}
-        single_stage = self._stage("single", label, {**single_inputs, "task": task.digest()})
-
-        def make_single(folder: Path, _: Path) -> None:
-            adapter = read_adapter(one.folders[name] / "adapter")
-            stages.make_single(folder, self.evaluator, adapter, task, alignment)
-
-        one.singles[name] = self._get("single tasks", single_stage, make_single)
-
-    def _merge(self, one: Trained, settings: MergeSettings) -> tuple[Stage, Path]:
-        inputs = {"adapters": {name: stage.key for name, stage in one.stages.items()}, "rule": settings.rule}
-        stage = self._stage("merge", f"{one.init}.{settings.rule}.s{one.seed}", {**inputs, "options": settings.options})
+    def _single(self, one: Trained, name: str) -> None:
+        alignment, trained = self.recipe.alignment, one.trained[name]
+        options = {"texts": alignment.texts, "max_length": self.recipe.training.max_length}
+        stage = self._stage("single", f"{one.label}.{name}", options, {"train": trained.stage})
 
         def make(folder: Path, _: Path) -> None:
-            merged = merge(one.adapters, settings.rule, scale=1.0, **settings.options)
+            adapter = read_adapter(trained.path / "adapter")
+            stages.make_single(folder, self.evaluator, adapter, self.tasks[name], alignment)
+
+        one.singles[name] = self._get("single tasks", stage, make)
+
+    def _evaluate(self, one: Trained, settings: MergeSettings) -> list[Evaluated]:
+        """Return one init and seed merged by one rule at every scale, tested at the scales that held-out rows chose."""
+        label = f"{one.label}.{settings.rule}"
+        merged = self._merge(one, settings, label)
+        heldout = {scale: self._heldout(one, merged, scale, label) for scale in settings.scales}
+        best = {aligned: _best_scale(heldout, aligned) for aligned in (False, True)}
+        tests = {scale: self._test(one, merged, scale, heldout[scale], label) for scale in sorted(set(best.values()))}
+        return [
+            Evaluated(merged.path, settings, scale, output, tests.get(scale), scale == best[False], scale == best[True])
+            for scale, output in heldout.items()
+        ]
+
+    def _merge(self, one: Trained, settings: MergeSettings, label: str) -> Output:
+        inputs = {name: output.stage for name, output in one.trained.items()}
+        options = {"rule": settings.rule, "options": settings.filled(), "seed": one.seed}
+
+        def make(folder: Path, _: Path) -> None:
+            merged = merge(one.adapters, settings.rule, scale=1.0, seed=one.seed, **settings.options)
             write_merged(merged, folder / "adapter")
 
-        return stage, self._get("merging", stage, make)
+        return self._get("merging", self._stage("merge", label, options, inputs), make)
 
-    def _test(self, one: Trained, merged_folder: Path, scale: float, stage: Stage, heldout: Path, label: str) -> Path:
-        test = self._stage("evaluate", f"{label}.x{scale:g}.test", {"heldout": stage.key, "split": "test"})
+    def _heldout(self, one: Trained, merged: Output, scale: float, label: str) -> Output:
+        alignment = self.recipe.alignment
+        # the rows, the texts aligned on and their length are those of the single-task evaluations
+        inputs = {"merge": merged.stage, **{f"{name} alone": output.stage for name, output in one.singles.items()}}
+        options = {"scale": scale, "ridge": alignment.ridge, "split": "heldout"}
 
         def make(folder: Path, _: Path) -> None:
-            merged = read_adapter(merged_folder / "adapter").scaled(scale)
-            aligned = stages.read_aligned(heldout, one.heads)
-            stages.make_test_evaluation(folder, self.evaluator, merged, one.heads, aligned, self.tasks)
+            adapter = read_adapter(merged.path / "adapter").scaled(scale)
+            own = {name: stages.own_features(output.path) for name, output in one.singles.items()}
+            stages.make_heldout_evaluation(folder, self.evaluator, adapter, one.heads, own, self.tasks, alignment)
 
-        return self.store.get(test, make)
+        return self._get("evaluation", self._stage("evaluate", f"{label}.x{scale:g}.heldout", options, inputs), make)
 
-    def _stage(self, kind: str, label: str, depends_on: Mapping[str, Any]) -> Stage:
-        return Stage(kind, label.replace("/", "_").replace(" ", "-"), {"version": _VERSIONS[kind], **depends_on})
+    def _test(self, one: Trained, merged: Output, scale: float, heldout: Output, label: str) -> Path:
+        stage = self._stage("evaluate", f"{label}.x{scale:g}.test", {"split": "test"}, {"heldout": heldout.stage})
 
-    def _get(self, bar: str, stage: Stage, make: Callable[[Path, Path], None]) -> Path:
+        def make(folder: Path, _: Path) -> None:
+            adapter = read_adapter(merged.path / "adapter").scaled(scale)
+            aligned = stages.read_aligned(heldout.path, one.heads)
+            stages.make_test_evaluation(folder, self.evaluator, adapter, one.heads, aligned, self.tasks)
+
+        return self.store.get(stage, make)
+
+    def _seed(self, one: Trained, name: str) -> int:
+        return one.seed if self.recipe.inits[one.init].seed == "shared" else task_seed(one.seed, name)
+
+    def _stage(
+        self, kind: str, label: str, options: Mapping[str, Any], inputs: Mapping[str, Stage] | None = None
+    ) -> Stage:
+        return Stage(kind, label, {"version": _VERSIONS[kind], **options}, inputs or {})
+
+    def _get(self, bar: str, stage: Stage, make: Callable[[Path, Path], None]) -> Output:
         self.reporter.detail(bar, stage.label)
         path = self.store.get(stage, make)
         self.reporter.advance(bar)
-        return path
+        return Output(stage, path)
 
 
-def _best_scale(heldout: Mapping[float, tuple[Stage, Path]], aligned: bool) -> float:
+def _best_scale(heldout: Mapping[float, Output], aligned: bool) -> float:
     """Return the scale of the best held-out average, the smallest of equals."""
-    averages = {scale: average(stages.read_scores(path, aligned)).value for scale, (_, path) in heldout.items()}
+    averages = {scale: average(stages.read_scores(output.path, aligned)).value for scale, output in heldout.items()}
     return max(sorted(averages), key=lambda scale: averages[scale])
 
 

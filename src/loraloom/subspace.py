@@ -127,6 +127,16 @@ def project_out(A: Tensor, avoid: Tensor) -> Tensor:
     return A
 
 
+def check_room(avoid: Tensor, rank: int) -> None:
+    """Raise LoraloomError where the complement of `avoid` (n, p) has fewer than `rank` directions."""
+    width, avoided = avoid.shape
+    if width - avoided < rank:
+        raise LoraloomError(
+            f"{avoided} loud directions to stay off leave {width - avoided} of {width}, too few for rank {rank}",
+            "lower energy_share or the rank",
+        )
+
+
 def response_scale(own: Moment, A: Tensor) -> float:
     """Return the c for which tr(cA G_own (cA)^T) equals what PEFT's default A is expected to give.
 
@@ -163,6 +173,7 @@ def _covariance(problem: _Problem) -> Tensor:
 
 def _complement(problem: _Problem) -> Tensor:
     """The r directions of most own energy in the complement of the others' loud directions."""
+    check_room(problem.avoid, problem.rank)
     return _own_directions(problem, problem.avoid, problem.rank)
 
 
@@ -203,7 +214,7 @@ RULES: dict[str, Callable[[_Problem], Tensor]] = {
 
 
 def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:
-    """Return the `count` orthonormal directions off `avoid` (n, p) in which the own inputs have most energy, (count, n).
+    """Return `count` orthonormal directions off `avoid` (n, p) with most energy of the own inputs, (count, n).
 
     Where the own inputs hold fewer such directions, seeded random ones off both fill up.
     """

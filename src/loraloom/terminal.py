@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from loraloom.errors import LoraloomError
 from loraloom.progress import Reporter
+
+if TYPE_CHECKING:
+    from loraloom.report import SummaryRow
+    from loraloom.report.aggregate import Merged
+    from loraloom.results import Score
 
 
 class Out:
@@ -35,9 +45,10 @@ class Out:
         """Print a table for people; nothing with --json, where `result` tells all."""
         if self.as_json or self.quiet:
             return
-        table = Table(title=title, title_justify="left", header_style="bold")
+        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            # where the terminal is narrow, the first column gives way
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self._out.print(table)
@@ -60,13 +71,70 @@ def show_error(error: LoraloomError) -> None:
         console.print(f"  [dim]next:[/dim] {escape(error.hint)}", soft_wrap=True)
 
 
-def hush_libraries() -> None:
-    """Silence what libraries print while they load and save; their faults still come as exceptions."""
-    import datasets
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging
+def study_table(rows: Sequence[SummaryRow]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Return title, columns and rows of a study's summary, short enough for 80 characters."""
+    rules = {merged.rule for row in rows for merged in (row.as_trained, row.aligned) if merged}
+    legend = "".join(f", {_short(rule)}: {rule}" for rule in sorted(rules) if _short(rule) != rule)
+    columns = ("init", "single", "merged", "kept", "+ aligned", "kept", "interference")
+    shown: list[tuple[str, ...]] = [
+        (
+            row.init,
+            _points(row.single),
+            *_merged(row.as_trained),
+            *_merged(row.aligned),
+            f"{_number(row.interference_before)} → {_number(row.interference_after)}",
+        )
+        for row in rows
+    ]
+    return f"Averages over tasks with rule and scale{legend}", columns, shown
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()
-    disable_progress_bars()
+
+def explanation(found: Mapping[str, Any]) -> str:
+    """Return what `Store.explain` found as an indented list."""
+    options = [f"  {name}: {json.dumps(value)}" for name, value in found["options"].items()]
+    return "\n".join([str(found["output"]), *options, *_inputs(found["inputs"], 1)])
+
+
+def _inputs(inputs: Mapping[str, Any], depth: int) -> list[str]:
+    lines = []
+    for name, one in inputs.items():
+        lines.append(f"{'  ' * depth}{name}: {one['output']}" + ("" if one["present"] else "  MISSING"))
+        lines += _inputs(one.get("inputs", {}), depth + 1)
+    return lines
+
+
+def _merged(merged: Merged | None) -> tuple[str, str]:
+    """Return score with rule and scale, and share kept."""
+    if merged is None:
+        return "-", "-"
+    low, high = min(merged.scales), max(merged.scales)
+    scale = f"{low:.2g}" if low == high else f"{low:.2g}-{high:.2g}"
+    return f"{_points(merged.average)} {_short(merged.rule)} {scale}", f"{100 * merged.kept:.0f}%"
+
+
+def _short(rule: str) -> str:
+    """Return the initials of a rule of several words."""
+    words = rule.split("_")
+    return rule if len(words) == 1 else "".join(word[:1] for word in words)
+
+
+def _points(score: Score | None) -> str:
+    return "-" if score is None else f"{100 * score.value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def hush_libraries() -> None:
+    """Silence what libraries print and warn while they load and save; faults still come as exceptions.
+
+    Call before the libraries are imported: their progress bars are switched off by environment variables.
+    """
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    logging.disable(logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        # a rule plugin that cannot be loaded, for one
+        warnings.filterwarnings("default", module="loraloom")

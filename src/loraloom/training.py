@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -31,7 +32,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 import loraloom
 from loraloom.adapter import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.atomic import staged_folder, write_text
-from loraloom.base import base_sha256, head_modules, load_classifier, load_tokenizer
+from loraloom.base import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.initialise import keep_callback
 from loraloom.metrics import metric_value
@@ -88,29 +89,30 @@ def train_adapter(
         eval_dataset=_dataset(task, "heldout", tokenizer, settings),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics(task),
-        # T5 and decoders return further tensors beside the logits
-        preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,
+        preprocess_logits_for_metrics=_logits,
         callbacks=_callbacks(task, settings, init, progress),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     with _full_disk_told(checkpoints):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if not all(torch.isfinite(tensor).all() for tensor in get_peft_model_state_dict(model).values()):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    best = trainer.state.best_metric
+    if best is None or not all(torch.isfinite(tensor).all() for tensor in get_peft_model_state_dict(model).values()):
         raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", _NOT_FINITE)
-    _save(model, output, task, init, settings, seed, trainer.state)
+    _save(model, base, output, task, init, settings, seed, trainer.state)
     _clear(checkpoints)
-    return Trained(output, float(trainer.state.best_metric), int(trainer.state.global_step))
+    return Trained(output, float(best), int(trainer.state.global_step))
 
 
 def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettings, seed: int) -> PeftModel:
     model = load_classifier(base, task.outputs, regression=task.labels is None, seed=seed)
     if init is None:
         torch.manual_seed(seed)
-        return get_peft_model(model, lora_config(lora, head_modules(model)))
+        return _wrapped(model, lora_config(lora, head_modules(model)))
     read_adapter(init)  # for its checks
     config = LoraConfig.from_pretrained(str(init))
     config.modules_to_save, config.task_type, config.inference_mode = head_modules(model), TaskType.SEQ_CLS, False
-    peft_model = get_peft_model(model, config)
+    config.base_model_name_or_path = None  # PEFT warns where this is another spelling of the same base
+    peft_model = _wrapped(model, config)
     fresh, start = get_peft_model_state_dict(peft_model), load_peft_weights(str(init), device="cpu")
     problems = [f"the base model has no layer for {name}" for name in sorted(start.keys() - fresh.keys())]
     for name in sorted(fresh.keys() & start.keys()):
@@ -121,6 +123,13 @@ def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettin
     # a start has no head in its file: the fresh one stays
     set_peft_model_state_dict(peft_model, {**fresh, **start})
     return peft_model
+
+
+def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # PEFT mends fan_in_fan_out for GPT-2 by itself, and asks transformers for a name it has deprecated
+        warnings.filterwarnings("ignore", message="fan_in_fan_out|.*gradient_checkpointing")
+        return get_peft_model(model, config)
 
 
 def lora_config(lora: LoraSettings, head: list[str]) -> LoraConfig:
@@ -201,8 +210,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps)
 
-    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
-        if not math.isfinite(logs.get("loss", 0.0)):
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not math.isfinite(kwargs["logs"].get("loss", 0.0)):
             raise LoraloomError(
                 f"task {self.task!r}: the training loss is not finite at step {state.global_step}", _NOT_FINITE
             )
@@ -215,6 +224,11 @@ def _dataset(task: Task, split: str, tokenizer: Any, settings: TrainingSettings)
     return Dataset.from_list(
         [{**row, "labels": kind(label)} for row, label in zip(encoded, rows["label"], strict=True)]
     )
+
+
+def _logits(outputs: Any, _: Any) -> Any:
+    """Return the logits alone: T5 and decoders return further tensors beside them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _metrics(task: Task) -> Callable[[Any], dict[str, float]]:
@@ -298,6 +312,7 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
 
 def _save(
     model: PeftModel,
+    base: str,
     output: Path,
     task: Task,
     init: str | Path | None,
@@ -319,6 +334,8 @@ def _save(
         "heldout": {"metric": task.metric, "best": state.best_metric, "step": state.best_global_step},
     }
     with staged_folder(output) as staged:
-        model.save_pretrained(str(staged))
+        # the snapshot's folder means nothing on another machine, the hub's name does
+        model.peft_config["default"].base_model_name_or_path = base_name(base)
+        model.save_pretrained(str(staged), save_embedding_layers=False)
         (staged / "README.md").unlink(missing_ok=True)
         write_text(staged / PROVENANCE, json.dumps(provenance, indent=2) + "\n")

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import datasets
-import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraloom.adapter import CONFIG, Adapter, read_adapter, read_provenance
+from loraloom.adapter import Adapter, read_adapter, read_provenance
+from loraloom.atomic import check_folder
 from loraloom.base import base_folder
-from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems, raise_together
 from loraloom.evaluation import Evaluator, evaluate
 from loraloom.heads import Head
-from loraloom.initialise import Initialisation, initialise
+from loraloom.hooks import Kind
+from loraloom.initialise import Initialisation, initialise, task_seed
 from loraloom.interference import response
-from loraloom.merging import merge, write_merged
+from loraloom.merging import get_rule, merge, write_merged
 from loraloom.progress import Reporter
 from loraloom.recipe import Recipe
 from loraloom.results import Score
 from loraloom.stages import build_task
-from loraloom.moments import Moment
 from loraloom.statistics import Statistics, collect_statistics
 from loraloom.store import Store
 from loraloom.tasks.encoding import batches, encode
@@ -46,23 +47,35 @@ def collect_from_file(
         table = read_table(texts, "train", columns)
     except ValueError as error:
         raise LoraloomError(f"{texts}: {error}", "name a JSONL, CSV, TSV or Parquet file, or org/name") from error
-    for column in columns:
-        if column not in table.columns:
-            raise LoraloomError(f"{texts}: has no column {column!r}", did_you_mean(column, table.columns))
+    problems = [] if len(columns) <= 2 else [f"{len(columns)} columns were named, a text or a pair is read"]
+    problems += [
+        f"no column {column!r}: {did_you_mean(column, table.columns)}"
+        for column in columns
+        if column not in table.columns
+    ]
     if len(table.rows) < count:
-        raise LoraloomError(f"{texts}: {count} texts were asked for, it holds {len(table.rows)}", "lower --texts")
+        problems.append(f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts")
+    if not problems:
+        faulty = [
+            str(number)
+            for number, row in enumerate(table.rows[:count], start=1)
+            if not all(isinstance(row.get(column), str) and row[column].strip() for column in columns)
+        ]
+        problems += [f"no text in row {', '.join(faulty[:5])}"] if faulty else []
+    raise_problems(texts, problems)
     names = ("text_a", "text_b")[: len(columns)]
-    kept = [{name: str(row[column]) for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
+    kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
     evaluator = Evaluator(base_folder(base), max_length=max_length)
     encoded = encode(datasets.Dataset.from_list(kept), evaluator.tokenizer, max_length)
     fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, 32))
-    return collect_statistics(evaluator.model, fed, list(targets), rows=rows)  # type: ignore[arg-type]
+    return collect_statistics(evaluator.model, fed, list(targets), rows=cast(Kind, rows))
 
 
 def initialise_from_files(
     output: Path, own: Path, others: Sequence[Path], lora: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Initialisation:
-    """Write an adapter folder from statistics files; see `initialise`."""
+    """Write an adapter folder from statistics files; see `initialise`. The others are named by their files."""
+    check_folder(output)
     config = LoraConfig(
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], use_rslora=lora["rslora"]
     )
@@ -73,16 +86,18 @@ def initialise_from_files(
 def train_from_recipe(
     recipe: Recipe, task: str, output: Path, init: Path | None, seed: int, reporter: Reporter
 ) -> Trained:
-    """Train one task of a recipe; see `train_adapter`."""
+    """Train one task of a recipe as a study with this seed would; see `train_adapter`."""
+    check_folder(output)
+    built = _task(recipe, task)
     reporter.begin("training", 1)
     return train_adapter(
-        base_folder(recipe.base),
-        _task(recipe, task),
+        recipe.base,
+        built,
         output,
         init=init,
         lora=recipe.lora,
-        settings=recipe.training,
-        seed=seed,
+        settings=recipe.training_of(task),
+        seed=task_seed(seed, task),
         progress=lambda done, total: reporter.detail("training", f"{task} step {done}/{total}"),
     )
 
@@ -98,8 +113,27 @@ def merge_folders(
     seed: int,
     command: str,
 ) -> dict[str, Any]:
-    """Merge adapter folders into `output` and return the facts to tell; see `merge`."""
-    members = [read_adapter(folder) for folder in folders]
+    """Merge adapter folders into `output` and return the facts to tell; see `merge`.
+
+    Raises LoraloomError that tells what is wrong with the output, the rule, its options and any folder.
+    """
+    members, errors = [], []
+    try:
+        check_folder(output)
+    except LoraloomError as error:
+        errors.append(error)
+    for folder in folders:
+        try:
+            members.append(read_adapter(folder))
+        except LoraloomError as error:
+            errors.append(error)
+    if errors:
+        # where all can be read, `merge` tells what is wrong with the rest
+        try:
+            raise_problems("the rule", get_rule(rule).check(options)[1])
+        except LoraloomError as error:
+            errors.append(error)
+    raise_together(errors)
     merged = merge(members, rule, weights=weights, scale=scale, rank=rank, seed=seed, **options)
     write_merged(merged, output, command=command)
     lost = list(merged.energy_lost.values())
@@ -126,17 +160,16 @@ def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: s
     wanted = list(names) or [name for name in recipe.tasks if name in heads]
     missing = [name for name in wanted if name not in heads]
     if missing or not wanted:
-        raise LoraloomError(
-            f"{folder}: no head for task {', '.join(missing) or 'of this recipe'}", f"it has: {', '.join(heads)}"
-        )
+        which = f"task {', '.join(missing)}" if missing else f"any task of the recipe ({', '.join(recipe.tasks)})"
+        raise LoraloomError(f"{folder}: no head for {which}", f"it has heads for: {', '.join(heads) or 'none'}")
+    tasks = {name: _task(recipe, name) for name in wanted}
     evaluator = Evaluator(
         base_folder(recipe.base),
         max_length=recipe.training.max_length,
         batch_size=recipe.training.eval_batch_size,
     )
     scores: dict[str, tuple[str, Score]] = {}
-    for name in wanted:
-        task = _task(recipe, name)
+    for name, task in tasks.items():
         scores[name] = task.metric, evaluate(evaluator, adapter.updates, heads[name], task, split=split)
     return scores
 
@@ -184,28 +217,29 @@ def _task(recipe: Recipe, name: str) -> Task:
 
 def _heads(adapter: Adapter, folder: Path) -> dict[str, Head]:
     """Return heads by task: those beside a merged adapter, or the one inside a task's own."""
-    beside = {path.stem: load_file(path) for path in sorted((folder / "heads").glob("*.safetensors"))}
-    found: dict[str, dict[str, Tensor]] = {name: _unprefixed(tensors) for name, tensors in beside.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for path in sorted((folder / "heads").glob("*.safetensors")):
+        try:
+            found[path.stem] = load_file(path)
+        except SafetensorError as error:
+            raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", "merge again") from error
     if adapter.head:
         task = read_provenance(folder).get("task", {}).get("name", folder.name)
         found[task] = adapter.head
     return {name: Head.of(tensors, name) for name, tensors in found.items()}
 
 
-def _unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {path.removeprefix("base_model.model."): tensor for path, tensor in tensors.items()}
-
-
 def _adapter_facts(adapter: Adapter, path: Path) -> dict[str, Any]:
-    energies = torch.tensor([float(update.dense().square().sum()) for update in adapter.updates.values()])
+    # |B A|^2 = tr(B^T B A A^T), without the dense update
+    energy = sum(float(((u.B.T @ u.B) * (u.A @ u.A.T)).sum()) for u in adapter.updates.values())
+    provenance = read_provenance(path)
     return {
         "base": adapter.base,
         "layers": len(adapter.updates),
         "rank": adapter.rank,
-        "energy |dW|^2": round(float(energies.sum()), 6),
-        "head": sorted(adapter.head) or "none",
-        "config": str(path / CONFIG),
-        "made by": read_provenance(path).get("made_by", "unknown"),
+        "energy |dW|^2": round(energy, 6),
+        "heads": sorted(_heads(adapter, path)),
+        "made by": provenance.get("made_by") or provenance.get("kind", "unknown"),
     }
 
 

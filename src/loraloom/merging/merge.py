@@ -111,6 +111,7 @@ def write_merged(merged: Merged, folder: str | Path, *, command: str | None = No
         "options": merged.options,
         "scale": merged.scale,
         "seed": merged.seed,
+        "heads": sorted(merged.heads),
         "versions": {"loraloom": version("loraloom"), "torch": torch.__version__},
         "layers": {
             module: {"rank": update.rank, "energy_lost": merged.energy_lost[module]}
@@ -121,7 +122,7 @@ def write_merged(merged: Merged, folder: str | Path, *, command: str | None = No
         merged.adapter,
         folder,
         provenance=provenance,
-        files={"README.md": _card(merged, sha256)},
+        files={"README.md": merged_card(merged.adapter.base, provenance)},
         extra={f"heads/{name}.safetensors": head for name, head in merged.heads.items()},
     )
 
@@ -197,27 +198,30 @@ def _dtype(members: Sequence[Adapter]) -> torch.dtype:
     return dtype
 
 
-def _card(merged: Merged, sha256: Mapping[str, str | None]) -> str:
-    """Return the model card: what the adapter is made of, how, and how to load it."""
-    base = merged.adapter.base
+def merged_card(base: str, provenance: Mapping[str, Any]) -> str:
+    """Return the model card that `provenance` (a merged adapter's loraloom.json) tells: of what, how, how to load it.
+
+    `provenance["notes"]`, where present, is a list of further lines.
+    """
     front = ["library_name: peft", "tags:", "- lora", "- merge", "- loraloom"]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not base.startswith("."):
         front.insert(0, f"base_model: {base}")  # a name on the Hub; the Hub refuses a folder here
-    options = ", ".join(f"{key} {value}" for key, value in merged.options.items()) or "none"
-    worst = max(merged.energy_lost.values())
-    rows = [f"| {name} | {weight:g} | {sha256[name] or 'unknown'} |" for name, weight in merged.weights.items()]
-    heads = "; ".join(f"`heads/{name}.safetensors`" for name in merged.heads) or "none"
+    options = ", ".join(f"{key} {value}" for key, value in provenance["options"].items()) or "none"
+    layers = provenance["layers"].values()
+    rows = [f"| {one['name']} | {one['weight']:g} | {one['sha256'] or 'unknown'} |" for one in provenance["inputs"]]
+    heads = "; ".join(f"`heads/{name}.safetensors`" for name in provenance["heads"]) or "none"
     return "\n".join(
         [
             *("---", *front, "---", "", "# Merged LoRA adapter", ""),
-            f"{len(merged.weights)} adapters merged by the rule `{merged.rule}` of loraloom.",
+            f"{len(rows)} adapters merged by the rule `{provenance['rule']}` of loraloom.",
             *("", "| input | weight | sha256 |", "|---|---|---|", *rows, ""),
-            f"- space {merged.space}",
+            f"- space {provenance['space']}",
             f"- options {options}",
-            f"- scale {merged.scale:g}",
-            f"- output rank {merged.adapter.rank}",
-            f"- energy lost by truncation in the worst layer {worst:.3g}",
+            f"- scale {provenance['scale']:g}",
+            f"- output rank {max(layer['rank'] for layer in layers)}",
+            f"- energy lost by truncation in the worst layer {max(layer['energy_lost'] for layer in layers):.3g}",
             f"- task heads, kept apart and never merged {heads}",
+            *(f"- {note}" for note in provenance.get("notes", ())),
             *("", "An ordinary PEFT adapter, with the scaling folded in:", ""),
             *("```python", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""),
             "Everything needed to make it again is in `loraloom.json`.",

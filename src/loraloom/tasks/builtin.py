@@ -167,7 +167,7 @@ _PLANS = {
     ),
     "order": _Plan(
         ("shuffled", "intact"),
-        "matthews",
+        "accuracy",
         "Is this sentence as its author wrote it, or were five neighbouring words put in another order? "
         "Sentences from the docstrings of Python's library and of loraloom's dependencies, each used once.",
         _order_rows,
@@ -209,7 +209,7 @@ def _task(name: str, counts: dict[str, int], seed: int) -> Task:
     source: dict[str, Any] = {
         "origin": "docstrings of installed packages",
         "seed": seed,
-        "versions": _versions(),
+        "versions": source_versions(),
         "rows_available": {split: sum(len(pools[split, i]) for i in range(len(plan.labels))) for split in SPLITS},
         "source_files": {split: len({row.file for row in drawn[split]}) for split in SPLITS},
     }
@@ -266,7 +266,7 @@ def _check_counts(names: Sequence[str], counts: dict[str, int], seed: int) -> No
 
 
 def _installed_hint() -> str:
-    missing = [package for package, found in _versions().items() if not found]
+    missing = [package for package, found in source_versions().items() if not found]
     return f"or install {', '.join(missing)}" if missing else "all their packages are installed"
 
 
@@ -282,13 +282,12 @@ def _drawn(name: str, counts: dict[str, int], seed: int) -> dict[str, list[_Row]
     }
 
 
-def _versions() -> dict[str, str]:
-    """Return the version of each source package, "" for one that is not installed."""
-    versions = {}
-    for package in FOLDERS:
+def source_versions() -> dict[str, str]:
+    """Return the version of Python and of each package that gives rows, "" for one that is not installed."""
+    versions = {STANDARD_LIBRARY: platform.python_version()}
+    for package in FOLDERS.keys() - {STANDARD_LIBRARY}:
         try:
-            distribution = {"sklearn": "scikit-learn"}.get(package, package)
-            versions[package] = platform.python_version() if package == STANDARD_LIBRARY else version(distribution)
+            versions[package] = version({"sklearn": "scikit-learn"}.get(package, package))
         except PackageNotFoundError:
             versions[package] = ""
-    return versions
+    return dict(sorted(versions.items()))

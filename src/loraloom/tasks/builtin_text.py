@@ -7,12 +7,14 @@ its package, so no module gives rows to two splits, and a file's split is the sa
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import inspect
 import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -87,12 +89,25 @@ def split_of(file: str) -> str:
 @cache
 def docstrings() -> tuple[Docstring, ...]:
     """Return the ASCII docstrings of those packages in FOLDERS that are installed, in the order of their paths."""
-    return tuple(
-        docstring
-        for package, folders in FOLDERS.items()
-        for path, file in _source_files(package, folders)
-        for docstring in _file_docstrings(path, file)
-    )
+    with _collector_paused():
+        return tuple(
+            docstring
+            for package, folders in FOLDERS.items()
+            for path, file in _source_files(package, folders)
+            for docstring in _file_docstrings(path, file)
+        )
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause the cycle collector: syntax trees hold no cycles, and passing over them takes half the time of parsing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _source_files(package: str, folders: tuple[str, ...]) -> list[tuple[Path, str]]:

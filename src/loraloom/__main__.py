@@ -1,0 +1,5 @@
+"""`python -m loraloom` is the command line."""
+
+from loraloom.cli import main
+
+main()

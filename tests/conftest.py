@@ -1,0 +1,24 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_study
+
+# tiny models run no faster on more threads, and sums then round as in the processes that the tests start
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe.yaml and, in `study`, what a run of it left; read it, change nothing."""
+    from loraloom.outcome import run_study
+    from loraloom.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    run_study(Recipe.load(tiny_study.write_study(folder)), folder / "study")
+    return folder

@@ -1,0 +1,113 @@
+"""The walls of docs/architecture.md, held against the imports of the code; and the documents against the commands."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from loraloom.cli import app
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((SOURCE / "loraloom").rglob("*.py"))
+}
+TRANSFORMERS_ALLOWED = ("base", "initialise", "heads", "evaluation", "training", "tasks", "workflow", "terminal")
+
+
+def _imports(path: Path, *, lazy: bool) -> set[str]:
+    """Return the modules that a file imports; `lazy`: inside functions too. TYPE_CHECKING blocks do not run."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree)) if lazy else [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def _uses(name: str, package: str) -> bool:
+    return any(found.split(".")[0] == package for found in _imports(MODULES[name], lazy=True))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "loraloom"])
+def test_only_the_named_files_touch_transformers_or_peft(name: str) -> None:
+    if name.split(".")[1] not in TRANSFORMERS_ALLOWED:
+        assert not _uses(name, "peft")
+        assert not _uses(name, "transformers")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("loraloom.report")])
+def test_the_report_never_needs_a_model(name: str) -> None:
+    assert not _uses(name, "torch")
+
+
+def test_nothing_imports_the_command_line() -> None:
+    importers = [name for name, path in MODULES.items() if "loraloom.cli" in _imports(path, lazy=True)]
+    assert importers == ["loraloom.__main__"]
+
+
+def test_imports_make_no_circle() -> None:
+    graph = {name: {used for used in _imports(path, lazy=False) if used in MODULES} for name, path in MODULES.items()}
+    # a package's __init__ imports its own files, which is no circle between files
+    files = {name: used - {name, name.rsplit(".", 1)[0]} for name, used in graph.items()}
+    assert len(list(TopologicalSorter(files).static_order())) == len(MODULES)
+
+
+def test_files_stay_readable() -> None:
+    long = {name: lines for name, path in MODULES.items() if (lines := len(path.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_every_file_of_the_architecture_page_exists() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Walls")[0]
+    named = {
+        name.rsplit("/", 1)[-1]
+        for cell in re.findall(r"^\| (`[^|]*) \|", table, flags=re.M)
+        for name in re.findall(r"`([\w/]+\.py)`", cell)
+    }
+    existing = {path.name for path in MODULES.values()}
+    assert len(named) > 20
+    assert named <= existing
+
+
+def _commands() -> dict[str, click.Command]:
+    group = typer.main.get_command(app)
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found.update({f"{name} {sub}": one for sub, one in inner.items()} if inner else {name: command})
+    return found
+
+
+def _documented() -> list[str]:
+    lines = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        lines += re.findall(r"^(?:    )?(loraloom [a-z].*)$", text, flags=re.M)
+    return lines
+
+
+def test_documents_show_commands() -> None:
+    assert len(_documented()) >= 4
+
+
+@pytest.mark.parametrize("line", _documented())
+def test_every_command_shown_exists_with_its_options(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    commands = _commands()
+    command = commands.get(" ".join(words[:2])) or commands.get(words[0])
+    assert command is not None, line
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word.split("=")[0] for word in words if word.startswith("-")} <= known
