@@ -32,26 +32,34 @@ _INITS: dict[str, dict[str, Any]] = {
 }
 
 
+# rows of every task, epochs, scales a rule, and texts that heads are aligned on: both sizes run the same stages
+_FULL: dict[str, Any] = {
+    "rows": {"train_rows": 500, "heldout_rows": 120, "test_rows": 240},
+    "epochs": 3,
+    "scales": {"task_arithmetic": [0.3, 0.5, 1.0], "ties": [0.5, 1.0], "tsv": [0.5, 1.0]},
+    "texts": 120,
+}
+_FAST: dict[str, Any] = {
+    "rows": {"train_rows": 100, "heldout_rows": 40, "test_rows": 60},
+    "epochs": 1,
+    "scales": {"task_arithmetic": [0.3, 0.6], "ties": [1.0], "tsv": [1.0]},
+    "texts": 60,
+}
+
+
 def demo_recipe(*, fast: bool = False) -> Recipe:
     """Return the recipe of `loraloom demo`; `fast` is a reduced size for a check of the installation, not a result."""
-    rows = {"train_rows": 100, "heldout_rows": 40, "test_rows": 60} if fast else _ROWS
+    size = _FAST if fast else _FULL
     recipe = {
-        "name": "loraloom demo" + (" (fast)" if fast else ""),
+        "name": "loraloom demo (fast)" if fast else "loraloom demo",
         "base": "demo",
         "seeds": [0],
-        "tasks": {name: {"source": "builtin", **rows} for name in BUILTIN_NAMES},
+        "tasks": {name: {"source": "builtin", **size["rows"]} for name in BUILTIN_NAMES},
         "lora": {"rank": 8, "alpha": 16, "targets": ["query", "value"]},
         "statistics": {"texts": 100, "rows": "token", "max_length": 48},
-        "training": {"epochs": 1 if fast else 3, "learning_rate": 5e-3, "batch_size": 16, "max_length": 48},
+        "training": {"epochs": size["epochs"], "learning_rate": 5e-3, "batch_size": 16, "max_length": 48},
         "inits": _INITS,
-        "merging": [
-            {"rule": "task_arithmetic", "scales": [0.3, 0.6] if fast else [0.3, 0.5, 1.0]},
-            {"rule": "ties", "scales": [1.0] if fast else [0.5, 1.0]},
-            {"rule": "tsv", "scales": [1.0] if fast else [0.5, 1.0]},
-        ],
-        "alignment": {"texts": 60 if fast else 120, "ridge": 0.1},
+        "merging": [{"rule": rule, "scales": scales} for rule, scales in size["scales"].items()],
+        "alignment": {"texts": size["texts"], "ridge": 0.1},
     }
     return Recipe.parse(recipe, "demo recipe")
-
-
-_ROWS = {"train_rows": 500, "heldout_rows": 120, "test_rows": 240}
