@@ -13,7 +13,7 @@ import yaml
 import tiny
 import tiny_study
 from loraloom.errors import LoraloomError
-from loraloom.recipe import FileTask, GlueTask, Recipe, slug
+from loraloom.recipe import FileTask, GlueTask, InitSettings, Recipe, slug
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -87,6 +87,12 @@ def test_what_would_share_a_folder_is_refused() -> None:
     assert slug("OSRM, kept (fast)/..") == "OSRM-kept-fast"
     assert slug("../x") == "x"
     assert slug("/") == "-"
+
+
+@pytest.mark.parametrize(("given", "rule"), [({}, "covariance"), ({"keep": "projected"}, "complement")])
+def test_an_init_without_a_rule_takes_that_of_initialise(given: dict[str, Any], rule: str) -> None:
+    assert InitSettings(**given).rule == rule
+    assert InitSettings(**{**given, "rule": "random"}).rule == "random"
 
 
 def test_numbers_are_labels_too_and_epochs_are_per_task() -> None:

@@ -71,7 +71,7 @@ class TrainingSettings(Settings):
 
 
 class InitSettings(Settings):
-    """How A starts and how it is kept."""
+    """How A starts and how it is kept. Without a rule: complement where A is kept projected, else covariance."""
 
     rule: str = Field("covariance", description="covariance (the paper), complement, mean, random, shared or default")
     keep: Literal["free", "frozen", "projected"] = Field(
@@ -83,6 +83,14 @@ class InitSettings(Settings):
     energy_share: float = Field(0.5, ge=0, lt=1, description="share of the others' energy that `avoid` holds")
     seed: Literal["task", "shared"] = Field("task", description="a seed of its own for every task, or one for all")
     description: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rule_of_keep(cls, given: Any) -> Any:
+        """Take the rule that `initialise` would take, so that the results file names it."""
+        if isinstance(given, dict) and given.get("keep") == "projected":
+            return {"rule": "complement", **given}
+        return given
 
     @field_validator("rule")
     @classmethod
