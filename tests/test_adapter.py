@@ -294,6 +294,18 @@ def test_every_difference_is_told() -> None:
     check_compatible([one, one])
 
 
+def test_one_base_in_two_folders_is_one_base(tmp_path) -> None:
+    def written(name: str, base: str, fingerprint: str | None) -> Adapter:
+        provenance = {"base_fingerprint": fingerprint} if fingerprint else {}
+        return read_adapter(write_adapter(adapter({"q": (4, 4)}, base, name), tmp_path / name, provenance=provenance))
+
+    check_compatible([written("a", "/home/a/base", None), written("b", "/srv/base", None)])
+    check_compatible([written("c", "org/base", "f1"), written("d", "/srv/base", "f1")])
+    for one, two in ((("e", "/x/base", "f1"), ("f", "/x/base", "f2")), (("g", "org/a", "f1"), ("h", "org/b", None))):
+        with pytest.raises(LoraloomError, match="base model"):
+            check_compatible([written(*one), written(*two)])
+
+
 def test_dtypes_are_kept_and_overflow_is_refused(tmp_path) -> None:
     head = {"classifier.weight": torch.ones(2, 4)}
     half = adapter({"q": (4, 4)}, "base", "half", head=head, dtype=torch.float16)

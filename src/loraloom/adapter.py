@@ -238,7 +238,7 @@ def compatibility_problems(adapters: Sequence[Adapter]) -> list[str]:
     problems = []
     for other in adapters[1:]:
         first = adapters[0]
-        if first.base and other.base and first.base != other.base:
+        if _bases_differ(first, other):
             problems.append(f"base model: {first.name} has {first.base!r}, {other.name} has {other.base!r}")
         for one, two in ((first, other), (other, first)):
             missing = sorted(set(one.updates) - set(two.updates))
@@ -256,6 +256,19 @@ def check_compatible(adapters: Sequence[Adapter]) -> None:
     """Raise LoraloomError telling all of `compatibility_problems`; do nothing where there are none."""
     hint = "merge adapters of one base model and one target set"
     raise_problems("these adapters do not fit together", compatibility_problems(adapters), hint)
+
+
+def _bases_differ(one: Adapter, two: Adapter) -> bool:
+    """Compare the fingerprints of the bases where both are known, else their names; a local folder's tells nothing.
+
+    One base lies in another folder on every machine, so two paths need not be two bases.
+    """
+    known = [read_provenance(adapter.path).get("base_fingerprint") for adapter in (one, two) if adapter.path]
+    if len(known) == 2 and all(known):
+        return known[0] != known[1]
+    if any(not adapter.base or adapter.base.startswith(("/", ".", "~")) for adapter in (one, two)):
+        return False
+    return one.base != two.base
 
 
 def _shape(update: Update) -> str:
