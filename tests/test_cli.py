@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,8 @@ def test_a_bad_recipe_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_ctrl_c_in_training(finished: Path, tmp_path: Path) -> None:
     words = tiny_study.command("run", finished / "recipe.yaml", "-o", "study")
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # a shell that runs the tests in the background has them ignore Ctrl-C, and so their children
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(words, cwd=tmp_path, env=tiny_study.environment(), text=True, **pipes)
     train = tmp_path / "study" / "stages" / "train"
     deadline = time.monotonic() + 120
