@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
@@ -47,13 +49,13 @@ def average(scores: Mapping[str, Score]) -> Score:
     return Score(value=value, stderr=math.sqrt(sum(one.stderr**2 for one in scores.values())) / count)
 
 
-def _predictions(metric: str, logits: Tensor) -> numpy.ndarray:
+def _predictions(metric: str, logits: Tensor) -> NDArray[Any]:
     if metric == "pearson_spearman":
         return numpy.asarray(logits.float().reshape(-1).numpy())
     return numpy.asarray(logits.argmax(dim=-1).numpy())
 
 
-def _value(metric: str, predicted: numpy.ndarray, true: numpy.ndarray) -> float:
+def _value(metric: str, predicted: NDArray[Any], true: NDArray[Any]) -> float:
     if metric not in _METRICS:
         raise LoraloomError(f"metric {metric!r} is unknown", did_you_mean(metric, _METRICS))
     with warnings.catch_warnings():
@@ -63,15 +65,15 @@ def _value(metric: str, predicted: numpy.ndarray, true: numpy.ndarray) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def _accuracy_f1(true: numpy.ndarray, predicted: numpy.ndarray) -> float:
+def _accuracy_f1(true: NDArray[Any], predicted: NDArray[Any]) -> float:
     return float(accuracy_score(true, predicted) + f1_score(true, predicted, zero_division=0)) / 2
 
 
-def _pearson_spearman(true: numpy.ndarray, predicted: numpy.ndarray) -> float:
+def _pearson_spearman(true: NDArray[Any], predicted: NDArray[Any]) -> float:
     return float(pearsonr(predicted, true)[0] + spearmanr(predicted, true)[0]) / 2
 
 
-_METRICS: dict[str, Callable[[numpy.ndarray, numpy.ndarray], float]] = {
+_METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "accuracy": accuracy_score,
     "matthews": matthews_corrcoef,
     "accuracy_f1": _accuracy_f1,
