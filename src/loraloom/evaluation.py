@@ -82,6 +82,11 @@ def evaluate(
 ) -> Score:
     """Return the task's metric on one split with `updates` in the base model and `head` on top."""
     features = evaluator.features(updates, head, evaluator.encode(task, split))
+    return scored(task, split, head, features)
+
+
+def scored(task: Task, split: str, head: Head, features: Tensor) -> Score:
+    """Return the task's metric where `head` reads `features` (k, d) of the rows of one split."""
     return score(task.metric, head.logits(features), labels(task, split))
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.adapter import Adapter, read_adapter
-from loraloom.evaluation import Evaluator, labels
+from loraloom.evaluation import Evaluator, scored
 from loraloom.heads import Head, align_heads
+from loraloom.hooks import Kind
 from loraloom.initialise import initialise
 from loraloom.interference import interference, ratio
-from loraloom.metrics import score
 from loraloom.recipe import (
     AlignmentSettings,
     BuiltinTask,
@@ -53,7 +53,6 @@ def task_inputs(name: str, settings: TaskSettings) -> dict[str, Any]:
     """Return what the rows of a task depend on: options, and hashes of its files or versions of its packages."""
     inputs: dict[str, Any] = {"name": name, **settings.model_dump(mode="json", exclude={"epochs"})}
     if isinstance(settings, BuiltinTask):
-        inputs["python"] = platform.python_version()
         inputs["packages"] = source_versions()
     elif isinstance(settings, GlueTask):
         folder = settings.path and settings.path / name
@@ -81,10 +80,17 @@ def make_statistics(
 ) -> None:
     """Collect what the base model's layers see of `settings.texts` unlabelled texts of one split."""
     rows = sample(task, split, settings.texts)
-    encoded = encode(rows, evaluator.tokenizer, settings.max_length)
-    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, settings.batch_size))
-    statistics = collect_statistics(evaluator.model, fed, targets, rows=settings.rows)
+    statistics = collect(evaluator, rows, targets, settings.rows, settings.max_length, settings.batch_size)
     statistics.save(folder / "statistics.safetensors")
+
+
+def collect(
+    evaluator: Evaluator, rows: Dataset, targets: list[str] | str, kind: Kind, max_length: int, batch_size: int
+) -> Statistics:
+    """Return the statistics of the texts in `rows`, as the evaluator's base model reads them."""
+    encoded = encode(rows, evaluator.tokenizer, max_length)
+    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, batch_size))
+    return collect_statistics(evaluator.model, fed, targets, rows=kind)
 
 
 def read_statistics(folder: Path) -> Statistics:
@@ -128,10 +134,7 @@ def make_single(folder: Path, evaluator: Evaluator, adapter: Adapter, task: Task
         "test": evaluator.features(adapter.updates, head, evaluator.encode(task, "test")),
     }
     save_file({"unlabelled": features["unlabelled"]}, folder / FEATURES)
-    scores = {
-        split: score(task.metric, head.logits(features[split]), labels(task, split)).model_dump()
-        for split in ("heldout", "test")
-    }
+    scores = {split: scored(task, split, head, features[split]).model_dump() for split in ("heldout", "test")}
     _write_json(folder / SCORES, scores)
 
 
@@ -230,13 +233,10 @@ def _both(
     tasks: Mapping[str, Task],
     split: str,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    scored: dict[str, dict[str, dict[str, float]]] = {}
-    for kind, chosen in (("as_trained", heads), ("aligned", aligned)):
-        scored[kind] = {
-            name: score(task.metric, chosen[name].logits(features[name]), labels(task, split)).model_dump()
-            for name, task in tasks.items()
-        }
-    return scored
+    return {
+        kind: {name: scored(task, split, chosen[name], features[name]).model_dump() for name, task in tasks.items()}
+        for kind, chosen in (("as_trained", heads), ("aligned", aligned))
+    }
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -25,10 +25,9 @@ from loraloom.merging import get_rule, merge, write_merged
 from loraloom.progress import Reporter
 from loraloom.recipe import Recipe
 from loraloom.results import Score
-from loraloom.stages import build_task
-from loraloom.statistics import Statistics, collect_statistics
+from loraloom.stages import build_task, collect
+from loraloom.statistics import Statistics
 from loraloom.store import Store
-from loraloom.tasks.encoding import batches, encode
 from loraloom.tasks.sources import read_table
 from loraloom.tasks.task import Task
 from loraloom.training import Trained, train_adapter
@@ -66,9 +65,7 @@ def collect_from_file(
     names = ("text_a", "text_b")[: len(columns)]
     kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
     evaluator = Evaluator(base_folder(base), max_length=max_length)
-    encoded = encode(datasets.Dataset.from_list(kept), evaluator.tokenizer, max_length)
-    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, 32))
-    return collect_statistics(evaluator.model, fed, list(targets), rows=cast(Kind, rows))
+    return collect(evaluator, datasets.Dataset.from_list(kept), list(targets), cast(Kind, rows), max_length, 32)
 
 
 def initialise_from_files(
