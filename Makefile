@@ -26,6 +26,8 @@ format: $(VENV)/.dev ## Put the code into its format
 
 benchmarks: $(VENV)/.dev ## Print the ratios of benchmarks/
 	$(BIN)/python benchmarks/statistics_cost.py
+	$(BIN)/python benchmarks/merging.py
+	$(BIN)/python benchmarks/fuse.py
 
 clean: ## Remove the environment; studies and demo output stay
 	rm -rf $(VENV)

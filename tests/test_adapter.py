@@ -22,21 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loraloom.adapter import (
-    CONFIG,
-    WEIGHTS,
-    Adapter,
-    Update,
-    adapter_sha256,
-    check_compatible,
-    matches_target,
-    pattern_value,
-    read_adapter,
-    read_provenance,
-    write_adapter,
-)
+from loraloom.adapter import Adapter, Update, check_compatible, matches_target, pattern_value
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge, write_merged
+from loraloom.peft_folder import CONFIG, WEIGHTS, adapter_sha256, read_adapter, read_provenance, write_adapter
 
 TOKENS = torch.arange(24).reshape(2, 12)
 

@@ -30,6 +30,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         loraloom.marge  # noqa: B018
 
 
+def test_no_public_name_is_hidden_by_its_module() -> None:
+    folder = Path(loraloom.__file__).parent
+    assert not {path.stem for path in folder.iterdir()} & set(loraloom.__all__)
+
+
 def test_types_are_shipped() -> None:
     assert (Path(loraloom.__file__).parent / "py.typed").is_file()
 

@@ -74,6 +74,7 @@ def test_every_command_says_what_it_does() -> None:
         "init",
         "train",
         "merge",
+        "compare",
         "evaluate",
         "inspect",
         "rules",
@@ -116,7 +117,7 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     score = said("evaluate", recipe, out)["mood"]
     assert score["metric"] == "accuracy"
     tone = finished / "study" / "adapters" / "LoRA" / "tone"
-    told = said("merge", out, tone, "--rule", "ties", "--option", "density=0.5", "--scale", "0.7", "-o", tmp_path / "m")
+    told = said("merge", out, tone, "--rule", "ties", "--density", "0.5", "--scale", "0.7", "-o", tmp_path / "m")
     assert (told["rule"], told["scale"], told["heads"]) == ("ties", 0.7, "mood, tone")
     assert set(said("evaluate", recipe, tmp_path / "m")) == {"mood", "tone"}
     told = said("inspect", out, own, other)
@@ -211,7 +212,7 @@ def test_merge_tells_all_that_is_wrong(finished: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("x")
-    told = refused("merge", whole, half, empty, "--rule", "ties", "--option", "densty=1", "-o", mine)
+    told = refused("merge", whole, half, empty, "--rule", "ties", "--densty=1", "-o", mine)
     for part in (
         "half: adapter_model.safetensors cannot be read",
         "empty: not an adapter folder",
@@ -222,9 +223,9 @@ def test_merge_tells_all_that_is_wrong(finished: Path, tmp_path: Path) -> None:
     assert "no merging rule is called 'tiess': did you mean 'ties'" in refused(
         "merge", whole, "--rule", "tiess", "-o", tmp_path / "x"
     )
-    assert "is not name=value" in refused("merge", whole, "--rule", "ties", "--option", "density", "-o", tmp_path / "x")
+    assert "--density has no value" in refused("merge", whole, "--rule", "ties", "-o", tmp_path / "x", "--density")
     assert "3 weights for 1 adapters" in refused(
-        "merge", whole, "--rule", "ties", *["--weight", "1"] * 3, "-o", tmp_path / "x"
+        "merge", whole, "--rule", "ties", "--weights", "1,1,1", "-o", tmp_path / "x"
     )
     assert entries(tmp_path) == {"half", "empty", "mine"}
     assert entries(mine) == {"thesis.tex"}

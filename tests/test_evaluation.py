@@ -11,12 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import tiny
-from loraloom.adapter import Update, read_adapter
+from loraloom.adapter import Update
 from loraloom.base import head_modules, load_classifier, load_tokenizer
 from loraloom.errors import LoraloomError
 from loraloom.evaluation import Evaluator, evaluate, labels, switched_in
 from loraloom.heads import Head
 from loraloom.metrics import metric_value
+from loraloom.peft_folder import read_adapter
 from loraloom.tasks.task import Task
 
 TASK = tiny.task(rows=24)

@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from loraloom.cli import app
+from loraloom.merging import get_rule, rule_names
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
@@ -110,4 +111,16 @@ def test_every_command_shown_exists_with_its_options(line: str) -> None:
     command = commands.get(" ".join(words[:2])) or commands.get(words[0])
     assert command is not None, line
     known = {option for parameter in command.params for option in parameter.opts}
+    if command.context_settings.get("ignore_unknown_options"):  # those of the rule named
+        rule = get_rule(words[words.index("--rule") + 1])
+        known |= {f"--{name.replace('_', '-')}" for name in rule.options.model_fields}
     assert {word.split("=")[0] for word in words if word.startswith("-")} <= known
+
+
+def test_every_rule_has_its_row_in_the_rules_page() -> None:
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    lines = (line.strip("|").split(" | ") for line in page.splitlines())
+    rows = {cells[0].strip("` "): cells for cells in lines if len(cells) == 8}
+    for name in rule_names():
+        assert name in rows, name
+        assert (", ".join(get_rule(name).needs) or "nothing") == rows[name][3], name

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import tiny
-from loraloom.adapter import read_adapter
 from loraloom.errors import LoraloomError
 from loraloom.initialise import Initialisation, initialise, keep_callback, task_seed
 from loraloom.merging import merge
+from loraloom.peft_folder import read_adapter
 from loraloom.statistics import Statistics, collect_statistics
 
 ALL = ["query", "value", "intermediate.dense"]

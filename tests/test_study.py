@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import tiny_study
-from loraloom.adapter import read_adapter, read_provenance
 from loraloom.base import load_classifier
 from loraloom.errors import LoraloomError
 from loraloom.outcome import run_study
+from loraloom.peft_folder import read_adapter, read_provenance
 from loraloom.progress import Reporter
 from loraloom.recipe import Recipe
 from loraloom.store import Store

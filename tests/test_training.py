@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import Trainer
 
 import tiny
-from loraloom.adapter import CONFIG, WEIGHTS, read_adapter, read_provenance
 from loraloom.base import load_classifier, load_tokenizer
 from loraloom.errors import LoraloomError
 from loraloom.evaluation import Evaluator, evaluate
 from loraloom.heads import Head
 from loraloom.initialise import initialise
+from loraloom.peft_folder import CONFIG, WEIGHTS, read_adapter, read_provenance
 from loraloom.recipe import LoraSettings, TrainingSettings
 from loraloom.statistics import Statistics, collect_statistics
 from loraloom.tasks.task import Task

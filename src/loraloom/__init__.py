@@ -7,7 +7,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# name -> module; loaded when first used, so that `import loraloom` does not import torch
+# name -> module; loaded when first used, so that `import loraloom` does not import torch. No name of a module is here:
+# once imported, the module would hide the function
 _PUBLIC = {
     "Adapter": "adapter",
     "Head": "heads",
@@ -24,15 +25,16 @@ _PUBLIC = {
     "align_heads": "heads",
     "collect_statistics": "statistics",
     "evaluate": "evaluation",
-    "initialise": "initialise",
-    "interference": "interference",
+    "make_plan": "merging",
     "merge": "merging",
     "osrm_subspace": "subspace",
-    "read_adapter": "adapter",
+    "read_adapter": "peft_folder",
+    "read_provenance": "peft_folder",
+    "read_readout": "merging",
     "rule": "merging",
     "run_study": "outcome",
     "train_adapter": "training",
-    "write_adapter": "adapter",
+    "write_adapter": "peft_folder",
     "write_merged": "merging",
     "write_report": "report",
 }

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import loraloom
-from loraloom.errors import LoraloomError
+from loraloom.cli_common import (
+    AsJson,
+    Base,
+    Output,
+    Quiet,
+    RecipeFile,
+    Seed,
+    StudyFolder,
+    TaskName,
+    command,
+    read_recipe,
+    typed,
+)
+from loraloom.cli_merge import RULE_OPTIONS, RuleCommand, compare, merge, rules
 
 if TYPE_CHECKING:
     from loraloom.recipe import Recipe
@@ -28,17 +39,6 @@ app = typer.Typer(
 study_app = typer.Typer(help="Look at what a study folder holds.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder or file to write; it appears whole or not at all.")
-]
-RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe.")]
-Base = Annotated[str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or folder.")]
-TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
-StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]
-Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
-
 
 @app.command()
 def demo(
@@ -48,7 +48,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train, merge and measure on a small real model and real text; writes report.html. No download."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.demo import demo_recipe
 
         _run(demo_recipe(fast=fast), output, out)
@@ -65,10 +65,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe to its end: what is done already is not done again, a killed run goes on where it stood."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.recipe import slug
 
-        chosen = _recipe(recipe, base)
+        chosen = read_recipe(recipe, base)
         _run(chosen, output or Path("studies") / slug(chosen.name), out)
 
 
@@ -88,7 +88,7 @@ def statistics(
     as_json: AsJson = False,
 ) -> None:
     """Collect what the base model's layers see of unlabelled texts: one file to share instead of data."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.workflow import collect_from_file
 
         found = collect_from_file(texts, column, base, target, count, rows, max_length)
@@ -116,7 +116,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write the adapter folder that training starts from: A in its subspace, B = 0. No base model is loaded."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.workflow import initialise_from_files
 
         lora = {"rank": rank, "alpha": alpha, "targets": target, "rslora": rslora}
@@ -141,32 +141,16 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one adapter of a recipe; the same command after a kill goes on from the last checkpoint."""
-    with _command(quiet, as_json) as out, out.progress() as shown:
+    with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.workflow import train_from_recipe
 
-        done = train_from_recipe(_recipe(recipe, base), task, output, start, seed, shown)
+        done = train_from_recipe(read_recipe(recipe, base), task, output, start, seed, shown)
         out.result({"folder": str(done.folder), "heldout": round(done.heldout, 4), "steps": done.steps})
 
 
-@app.command()
-def merge(
-    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders.")],
-    rule: Annotated[str, typer.Option("--rule", help="See `loraloom rules`.")],
-    output: Output,
-    scale: Annotated[float | None, typer.Option(help="Factor on the result; the rule's own without.")] = None,
-    weight: Annotated[list[float] | None, typer.Option("--weight", help="One for each adapter, in order.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Truncate the result; the energy lost is told.")] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", help="A rule's option as name=value.")] = None,
-    seed: Annotated[int, typer.Option(help="For rules that draw at random.")] = 0,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Merge adapters into one PEFT folder, heads kept beside it. No base model is loaded."""
-    with _command(quiet, as_json) as out:
-        from loraloom.workflow import merge_folders
-
-        facts = merge_folders(adapters, rule, output, _options(option or []), scale, weight, rank, seed, _typed())
-        out.result(facts)
+app.command(cls=RuleCommand, context_settings=RULE_OPTIONS)(merge)
+app.command()(compare)
+app.command()(rules)
 
 
 @app.command()
@@ -180,10 +164,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure an adapter on tasks of a recipe, each with its own head."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.workflow import evaluate_folder
 
-        scores = evaluate_folder(_recipe(recipe, base), adapter, task or [], split)
+        scores = evaluate_folder(read_recipe(recipe, base), adapter, task or [], split)
         out.table(
             f"{adapter} on {split} rows",
             ("task", "metric", "value", "standard error"),
@@ -200,7 +184,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Tell what adapters and statistics hold; with both, each adapter's response to each task's inputs."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.workflow import inspect_paths
 
         facts, responses = inspect_paths(paths)
@@ -212,18 +196,6 @@ def inspect(
 
 
 @app.command()
-def rules(quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """List the merging rules with formula, paper, spaces and options."""
-    with _command(quiet, as_json) as out:
-        from loraloom.merging import get_rule, rule_names
-
-        names = rule_names()
-        out.result(
-            {name: get_rule(name).help() for name in names}, "\n\n".join(get_rule(name).help() for name in names)
-        )
-
-
-@app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="results.json of a study.")],
     output: Output,
@@ -231,7 +203,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Draw the report of a results file again."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.report import write_report
         from loraloom.results import StudyResult
 
@@ -241,7 +213,7 @@ def report(
 @study_app.command("status")
 def study_status(folder: StudyFolder, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the stage outputs of a study and what each took, and the stages that failed."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.workflow import study_store
 
         store = study_store(folder)
@@ -260,7 +232,7 @@ def study_explain(
     as_json: AsJson = False,
 ) -> None:
     """Tell what an output depends on, and what of it is missing."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.terminal import explanation
         from loraloom.workflow import study_store
 
@@ -276,7 +248,7 @@ def study_rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove stage outputs; the next run makes them again."""
-    with _command(quiet, as_json) as out:
+    with command(quiet, as_json) as out:
         from loraloom.workflow import study_store
 
         store = study_store(folder)
@@ -300,54 +272,14 @@ def main() -> None:
         sys.exit(130)
 
 
-def _recipe(path: Path, base: str | None) -> Recipe:
-    from loraloom.recipe import Recipe
-
-    recipe = Recipe.load(path)
-    return recipe.model_copy(update={"base": base}) if base else recipe
-
-
 def _run(recipe: Recipe, folder: Path, out: Out) -> None:
     from loraloom.outcome import run_study
     from loraloom.report import summary_rows, verdict
     from loraloom.terminal import study_table
 
-    result = run_study(recipe, folder, command=_typed(), reporter=out.progress())
+    result = run_study(recipe, folder, command=typed(), reporter=out.progress())
     out.table(*study_table(summary_rows(result)))
     places = {"report": str(folder / "report.html"), "results": str(folder / "results.json")}
     facts = {"verdict": verdict(result), "folder": str(folder), **places}
     out.result(facts, "\n".join([facts["verdict"], "", *(f"{name}: {path}" for name, path in places.items())]))
     out.hint("open the report in a browser; the adapters lie in adapters/ and merged/ beside it")
-
-
-def _typed() -> str:
-    return " ".join(["loraloom", *sys.argv[1:]])
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    """Return name=value options as typed values: numbers, true, false and null as in JSON, words as they are."""
-    options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise LoraloomError(f"--option {text!r} is not name=value", "write it as --option density=0.2")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
-@contextlib.contextmanager
-def _command(quiet: bool, as_json: bool) -> Iterator[Out]:
-    """Set the tone of one command: its output, libraries that keep quiet, faults told without a traceback."""
-    from loraloom.terminal import Out, hush_libraries, show_error
-
-    hush_libraries()
-    try:
-        yield Out(as_json=as_json, quiet=quiet)
-    except LoraloomError as error:
-        show_error(error)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as stop:
-        raise typer.Exit(130) from stop

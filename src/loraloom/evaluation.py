@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from loraloom.adapter import Update
 from loraloom.base import load_classifier, load_tokenizer
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.heads import Head
-from loraloom.hooks import layer_shape
+from loraloom.hooks import LayerReader, Side, batch_sides, layer_shape
 from loraloom.metrics import score
 from loraloom.results import Score
 from loraloom.tasks.encoding import Encoded, batches, encode
@@ -33,7 +34,7 @@ class Evaluator:
         self.tokenizer = load_tokenizer(base)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: nn.Module = load_classifier(base, outputs=2)
-        self.model = model.to(device).eval()
+        self.model = model.to(device).eval().requires_grad_(False)
 
     def encode(self, task: Task, split: str) -> Encoded:
         """Return the token ids of one split, for `features`."""
@@ -45,16 +46,45 @@ class Evaluator:
         Raises LoraloomError where an update or the head does not fit the base model.
         """
         rows: list[Tensor] = [torch.empty(0)] * len(encoded)
-        device = next(self.model.parameters()).device
-        last = self._load_head(head)
-        with torch.inference_mode(), switched_in(self.model, updates), _inputs_of(last) as seen:
+        with torch.inference_mode(), self.running(updates, head) as run:
             for chosen, batch in batches(encoded, self.tokenizer, self.batch_size):
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                self.model(**batch)
-                pooled = _pooled(seen.pop(), batch["input_ids"] != self.tokenizer.pad_token_id).float().cpu()
-                for index, feature in zip(chosen, pooled, strict=True):
+                for index, feature in zip(chosen, run(batch), strict=True):
                     rows[index] = feature
         return torch.stack(rows)
+
+    @contextmanager
+    def running(
+        self, updates: Mapping[str, Update], head: Head, see: Callable[[str, Tensor], None] | None = None
+    ) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor]]:
+        """Yield f(batch) -> (k, d) float32 on the CPU: the `features` of one padded batch, differentiable in `updates`.
+
+        `see(path, rows)` is given what every updated layer reads, in the order in which the layers run: (tokens, n)
+        float32 on the CPU, padding left out, differentiable too. Gradients must be taken before another head runs.
+        Raises LoraloomError as `features` does.
+        """
+        device, pad = next(self.model.parameters()).device, self.tokenizer.pad_token_id
+        last = self._load_head(head)
+        with switched_in(self.model, updates):
+            watched = {path: _submodule(self.model, path, self.base) for path in updates} if see else {}
+            reader = LayerReader(self.model, {**watched, head.last: last})
+
+            def run(batch: Mapping[str, Tensor]) -> Tensor:
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                encoder, decoder = batch_sides(
+                    batch, two_sided=reader.encoder is not None, pad=pad, labelled_only=False
+                )
+                read_by_head: list[Tensor] = []
+
+                def hand_over(path: str, x: Tensor) -> None:
+                    if path == head.last:
+                        read_by_head.append(x)
+                    elif see:
+                        see(path, _rows(x, encoder if reader.in_encoder(path, x) else decoder))
+
+                reader.run(batch, hand_over, list(reader.layers))
+                return _pooled(read_by_head.pop(), batch["input_ids"] != pad).float().cpu()
+
+            yield run
 
     @torch.no_grad()
     def _load_head(self, head: Head) -> nn.Module:
@@ -92,7 +122,12 @@ def scored(task: Task, split: str, head: Head, features: Tensor) -> Score:
 
 def labels(task: Task, split: str) -> Tensor:
     """Return the labels of one split: (k,) int64, or float32 for regression."""
-    return torch.tensor(getattr(task, split)["label"], dtype=torch.int64 if task.labels else torch.float32)
+    return label_tensor(task, getattr(task, split))
+
+
+def label_tensor(task: Task, rows: Dataset) -> Tensor:
+    """Return the labels of some rows of a task: (k,) int64, or float32 for regression."""
+    return torch.tensor(rows["label"], dtype=torch.int64 if task.labels else torch.float32)
 
 
 @contextmanager
@@ -131,14 +166,12 @@ def _adding(update: Update) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor],
     return hook
 
 
-@contextmanager
-def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def _rows(x: Tensor, side: Side) -> Tensor:
+    """Return the rows of `x` (..., n) that count, (k, n) float32 on the CPU: one a token, or one a sample."""
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) == side.mask.numel():
+        flat = flat.index_select(0, side.tokens)
+    return flat.float().cpu()
 
 
 def _pooled(inputs: Tensor, kept: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import loraloom
-from loraloom.adapter import headless_config, pattern_value, read_provenance, write_folder
+from loraloom.adapter import headless_config, pattern_value
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.peft_folder import read_provenance, write_folder
 from loraloom.statistics import Statistics
 from loraloom.subspace import Subspace, check_room, osrm_subspace, project_out, response_scale
 

@@ -15,17 +15,18 @@ from typing import Any, Literal
 import torch
 
 from loraloom import stages
-from loraloom.adapter import read_adapter, read_provenance, write_adapter
 from loraloom.atomic import remove_leftovers, staged_folder
 from loraloom.evaluation import labels
 from loraloom.merging.merge import merged_card
+from loraloom.merging.readout import scaled_readouts
 from loraloom.metrics import average, metric_value
+from loraloom.peft_folder import adapter_sha256, read_adapter, read_provenance, write_adapter
 from loraloom.progress import Reporter
 from loraloom.recipe import MergeSettings, Recipe, slug
 from loraloom.report import write_report
 from loraloom.results import InitFacts, Interference, MergeScore, Score, SingleScore, StudyResult, TaskFacts
 from loraloom.store import RECORD
-from loraloom.study import Evaluated, Output, Study, Trained, merged_facts
+from loraloom.study import GIVEN, Evaluated, Output, Study, Trained, merged_facts
 from loraloom.tasks.task import SPLITS, Task
 
 _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit-learn", "scipy", "numpy")
@@ -50,7 +51,7 @@ def run_study(
         with study.store.lock("outcome"):
             for place in (study.folder, *study.folder.glob("adapters/*"), *study.folder.glob("merged/*")):
                 remove_leftovers(place)
-            for one in study.trained:
+            for one in study.trained if recipe.inits else ():
                 _export_adapters(study, one)
             for one, row in evaluated:
                 if row.chosen_aligned:
@@ -74,7 +75,7 @@ def _result(study: Study, merges: list[MergeScore], responses: list[Interference
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch on {_device()}",
         seeds=recipe.seeds,
         recipe=recipe.model_dump(mode="json"),
-        inits=[_init_facts(study, name) for name in recipe.inits],
+        inits=[_init_facts(study, name) for name in recipe.inits] or [_given_facts(study)],
         tasks=[_task_facts(task, study.digests[task.name]) for task in tasks.values()],
         singles=[
             SingleScore(init=one.init, seed=one.seed, task=task, score=_single(output, "test"))
@@ -148,6 +149,11 @@ def _init_facts(study: Study, name: str) -> InitFacts:
     )
 
 
+def _given_facts(study: Study) -> InitFacts:
+    hashes = {name: adapter_sha256(path) for name, path in study.recipe.adapters.items()}
+    return InitFacts(name=GIVEN, description="adapters trained before, elsewhere", options={"sha256": hashes})
+
+
 def _task_facts(task: Task, sha256: str) -> TaskFacts:
     text = " | ".join(str(task.train[0][column]) for column in task.text_columns)
     return TaskFacts(
@@ -212,7 +218,8 @@ def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
         place,
         provenance=provenance,
         files={"README.md": merged_card(merged.base, provenance)},
-        extra={f"heads/{task}.safetensors": head.tensors for task, head in heads.items()},
+        extra={f"heads/{task}.safetensors": head.tensors for task, head in heads.items()}
+        | scaled_readouts(adapter, row.scale),
     )
 
 

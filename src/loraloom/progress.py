@@ -41,6 +41,10 @@ class Reporter:
         """Say what the kind is at. The kind must have begun."""
         self._bars.update(self._tasks[kind], detail=text)
 
+    def reach(self, kind: str, count: int) -> None:
+        """Say that `count` stages of the kind are done."""
+        self._bars.update(self._tasks[kind], completed=count)
+
     def advance(self, kind: str) -> None:
         """Count one stage of the kind as done."""
         self._bars.update(self._tasks[kind], advance=1, detail="")

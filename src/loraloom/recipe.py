@@ -106,6 +106,7 @@ class MergeSettings(Settings):
     rule: str
     scales: list[float] = Field(min_length=1)
     options: dict[str, Any] = {}
+    texts: int = Field(100, ge=1, description="training texts a task for a rule that looks at texts")
 
     @field_validator("rule")
     @classmethod
@@ -194,7 +195,7 @@ def _task_name(name: str) -> str:
 
 
 class Recipe(Settings):
-    """tasks x inits x seeds x rules x scales on one base model."""
+    """tasks x inits x seeds x rules x scales on one base model; or finished adapters in place of the inits."""
 
     name: str
     base: str = Field(description="hub name or local folder of the base model; `demo` is the embedded default")
@@ -203,8 +204,9 @@ class Recipe(Settings):
     lora: LoraSettings = LoraSettings()
     statistics: StatisticsSettings = StatisticsSettings()
     training: TrainingSettings = TrainingSettings()
-    inits: dict[str, InitSettings] = Field(min_length=1)
-    merging: list[MergeSettings] = Field(min_length=1)
+    inits: dict[str, InitSettings] = {}
+    adapters: dict[str, Path] = Field({}, description="finished adapter folders by task, in place of inits")
+    merging: list[MergeSettings] = []
     alignment: AlignmentSettings = AlignmentSettings()
 
     @model_validator(mode="after")
@@ -219,6 +221,11 @@ class Recipe(Settings):
         ]
         if len(set(self.seeds)) < len(self.seeds):
             problems.append("seeds: the same seed twice")
+        if self.adapters and self.inits:
+            problems.append("adapters are finished and inits are trained: give one of the two")
+        if self.adapters and set(self.adapters) != set(self.tasks):
+            odd = sorted(set(self.adapters) ^ set(self.tasks))
+            problems.append(f"adapters: one for each task, no other; look at {', '.join(odd)}")
         rules = [(entry.rule, entry.filled()) for entry in self.merging]
         if any(one in rules[:index] for index, one in enumerate(rules)):
             problems.append("merging: the same rule with the same options twice: give one entry all scales")
@@ -252,6 +259,12 @@ class Recipe(Settings):
             raise_problems(origin, [_describe(cls, dict(fault)) for fault in error.errors()])
             raise
 
+    def check_complete(self) -> None:
+        """Raise LoraloomError where this is no whole study: tasks and base alone are enough to look at texts."""
+        problems = [] if self.inits or self.adapters else ["inits: none, and no adapters: there is nothing to merge"]
+        problems += [] if self.merging else ["merging: no rule"]
+        raise_problems(self.name, problems, "see recipes/ for examples")
+
     def training_of(self, task: str) -> TrainingSettings:
         """Return how one task is trained: `training`, with the task's own epochs where it has them."""
         epochs = self.tasks[task].epochs
@@ -277,7 +290,8 @@ class Recipe(Settings):
         base = self.base
         if base.startswith((".", "~")) or (base != "demo" and (folder / base).is_dir()):
             base = str(_from(folder, base))
-        return self.model_copy(update={"tasks": tasks, "base": base})
+        adapters = {name: _from(folder, path) for name, path in self.adapters.items()}
+        return self.model_copy(update={"tasks": tasks, "base": base, "adapters": adapters})
 
 
 class _Loader(yaml.SafeLoader):

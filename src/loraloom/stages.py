@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraloom.adapter import Adapter, read_adapter
-from loraloom.evaluation import Evaluator, scored
+from loraloom.adapter import Adapter
+from loraloom.evaluation import Evaluator, label_tensor, scored
 from loraloom.heads import Head, align_heads
 from loraloom.hooks import Kind
 from loraloom.initialise import initialise
 from loraloom.interference import interference, ratio
+from loraloom.merging import read_readout
+from loraloom.merging.readout import READOUTS
+from loraloom.peft_folder import CONFIG, PROVENANCE, WEIGHTS, read_adapter
+from loraloom.probe import TaskProbe
 from loraloom.recipe import (
     AlignmentSettings,
     BuiltinTask,
@@ -73,6 +78,40 @@ def sample_problems(task: Task, statistics: StatisticsSettings, alignment: Align
         for option, count in asked.items()
         if count > len(task.train)
     ]
+
+
+def task_probe(
+    evaluator: Evaluator,
+    tasks: Mapping[str, Task],
+    heads: Mapping[str, Head],
+    texts: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> TaskProbe:
+    """Return what a merging rule may look at: `texts` training rows a task, with labels for the rules that use them."""
+    rows = {name: sample(task, "train", texts) for name, task in tasks.items()}
+    return TaskProbe(
+        evaluator,
+        [heads[name] for name in tasks],
+        [encode(found, evaluator.tokenizer, evaluator.max_length) for found in rows.values()],
+        [label_tensor(tasks[name], found) for name, found in rows.items()],
+        [task.labels is None for task in tasks.values()],
+        progress=progress,
+    )
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """Copy the files of an adapter folder that count: config, weights, provenance."""
+    (folder / "adapter").mkdir()
+    for name in (CONFIG, WEIGHTS, PROVENANCE):
+        if (source / name).is_file():
+            shutil.copy2(source / name, folder / "adapter" / name)
+
+
+def merged_adapters(folder: Path, scale: float, tasks: Iterable[str]) -> dict[str, Adapter]:
+    """Return what each task reads of the merged adapter in `folder`, times `scale`: mostly one adapter for all."""
+    if (folder / READOUTS).is_dir():
+        return {name: read_readout(folder, name).scaled(scale) for name in tasks}
+    return dict.fromkeys(tasks, read_adapter(folder).scaled(scale))
 
 
 def make_statistics(
@@ -146,20 +185,20 @@ def own_features(folder: Path) -> Tensor:
 def make_heldout_evaluation(
     folder: Path,
     evaluator: Evaluator,
-    merged: Adapter,
+    merged: Mapping[str, Adapter],
     heads: Mapping[str, Head],
     own: Mapping[str, Tensor],
     tasks: Mapping[str, Task],
     alignment: AlignmentSettings,
 ) -> None:
-    """Evaluate a merged adapter on held-out rows with the heads as trained and aligned; keep the aligned heads.
+    """Evaluate a merged adapter, by task, on held-out rows with the heads as trained and aligned; keep the latter.
 
     One forward pass over unlabelled and held-out rows together serves both.
     """
     unlabelled, heldout = {}, {}
     for name, task in tasks.items():
         first = alignment_rows(evaluator, task, alignment)
-        features = evaluator.features(merged.updates, heads[name], first + evaluator.encode(task, "heldout"))
+        features = evaluator.features(merged[name].updates, heads[name], first + evaluator.encode(task, "heldout"))
         unlabelled[name], heldout[name] = features[: len(first)], features[len(first) :]
     aligned = align_heads(heads, own, unlabelled, ridge=alignment.ridge)
     save_file(
@@ -172,14 +211,14 @@ def make_heldout_evaluation(
 def make_test_evaluation(
     folder: Path,
     evaluator: Evaluator,
-    merged: Adapter,
+    merged: Mapping[str, Adapter],
     heads: Mapping[str, Head],
     aligned: Mapping[str, Head],
     tasks: Mapping[str, Task],
 ) -> None:
-    """Evaluate a merged adapter on test rows with the heads as trained and as aligned before."""
+    """Evaluate a merged adapter, by task, on test rows with the heads as trained and as aligned before."""
     features = {
-        name: evaluator.features(merged.updates, heads[name], evaluator.encode(task, "test"))
+        name: evaluator.features(merged[name].updates, heads[name], evaluator.encode(task, "test"))
         for name, task in tasks.items()
     }
     _write_json(folder / SCORES, _both(heads, aligned, features, tasks, "test"))
@@ -203,16 +242,18 @@ def read_scores(folder: Path, aligned: bool) -> dict[str, Score]:
 def make_interference(
     folder: Path, start: Mapping[str, Path], trained: Mapping[str, Path], heldout: Mapping[str, Path]
 ) -> None:
-    """Measure every adapter's response to every task's held-out inputs, before and after training."""
+    """Measure every adapter's response to every task's held-out inputs; before training too where `start` is given."""
     seen = {name: read_statistics(path) for name, path in heldout.items()}
-    before = interference({name: read_adapter(path) for name, path in start.items()}, seen)
     after = interference({name: read_adapter(path) for name, path in trained.items()}, seen)
-    tables = [("before", "A", before.A), ("after", "A", after.A), ("after", "BA", after.BA)]
+    tables = [("after", "A", after.A), ("after", "BA", after.BA)]
+    if start:
+        before = interference({name: read_adapter(path) for name, path in start.items()}, seen)
+        tables.insert(0, ("before", "A", before.A))
     rows = [
         {"when": when, "quantity": quantity, "values": values.tolist(), "ratio": ratio(values)}
         for when, quantity, values in tables
     ]
-    _write_json(folder / RESPONSES, {"tasks": before.tasks, "layers": before.layers, "tables": rows})
+    _write_json(folder / RESPONSES, {"tasks": after.tasks, "layers": after.layers, "tables": rows})
 
 
 def sample(task: Task, split: str, count: int) -> Any:

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraloom import stages
-from loraloom.adapter import Adapter, read_adapter, read_provenance
+from loraloom.adapter import Adapter
 from loraloom.base import base_folder, base_name, base_sha256
 from loraloom.errors import LoraloomError, raise_problems, raise_together
 from loraloom.evaluation import Evaluator
 from loraloom.heads import Head
 from loraloom.initialise import task_seed
-from loraloom.merging import merge, write_merged
+from loraloom.merging import get_rule, make_plan, write_merged
 from loraloom.metrics import average
+from loraloom.peft_folder import adapter_sha256, read_adapter, read_provenance
 from loraloom.progress import Reporter
 from loraloom.recipe import MergeSettings, Recipe, slug
 from loraloom.store import Stage, Store
 from loraloom.tasks.task import Task
 from loraloom.training import train_adapter
+
+GIVEN = "given adapters"  # the init of a recipe that brings its adapters
 
 # raised by hand where a stage's code changes what it computes
 _VERSIONS = {
@@ -30,8 +33,9 @@ _VERSIONS = {
     "statistics": 1,
     "init": 1,
     "train": 1,
+    "adapter": 1,
     "single": 1,
-    "merge": 1,
+    "merge": 2,
     "evaluate": 1,
     "interference": 1,
 }
@@ -91,6 +95,7 @@ class Study:
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, reporter: Reporter) -> None:
+        recipe.check_complete()
         self.recipe = recipe
         self.folder = Path(folder)
         self.store = Store(self.folder / "stages")
@@ -139,7 +144,9 @@ class Study:
 
     @cached_property
     def trained(self) -> list[Trained]:
-        """Every init and seed with all its adapters initialised, trained and evaluated alone."""
+        """Every init and seed with all its adapters initialised, trained and evaluated alone; or the finished ones."""
+        if self.recipe.adapters:
+            return self._given()
         runs = [Trained(init, seed) for init in self.recipe.inits for seed in self.recipe.seeds]
         steps = {"inits": self._start, "training": self._train, "single tasks": self._single}
         for bar, step in steps.items():
@@ -151,6 +158,29 @@ class Study:
                 for name in self.tasks:
                     step(one, name)
         return runs
+
+    def _given(self) -> list[Trained]:
+        """Return the recipe's finished adapters, evaluated alone; seeds are those of the rules that draw at random."""
+        runs = [Trained(GIVEN, seed) for seed in self.recipe.seeds]
+        self.reporter.begin("single tasks", len(runs) * len(self.tasks))
+        for one in runs:
+            for name in self.tasks:
+                source = self.recipe.adapters[name]
+                stage = self._stage("adapter", name, {"sha256": adapter_sha256(source)})
+
+                def make(folder: Path, _: Path, source: Path = source) -> None:
+                    stages.copy_adapter(source, folder)
+
+                one.trained[name] = Output(stage, self.store.get(stage, make))
+                self._single(one, name)
+        return runs
+
+    @cached_property
+    def targets(self) -> list[str] | str:
+        """The layers whose inputs count: the recipe's targets, or those of its finished adapters."""
+        if not self.recipe.adapters:
+            return self.recipe.lora.targets
+        return sorted({module for path in self.recipe.adapters.values() for module in read_adapter(path).shapes})
 
     def evaluations(self) -> Iterator[tuple[Trained, list[Evaluated]]]:
         """Yield every init and seed with all its merges."""
@@ -179,7 +209,7 @@ class Study:
             yield one, json.loads(path.read_text(encoding="utf-8"))
 
     def _statistics(self, name: str, split: str) -> Output:
-        settings, targets = self.recipe.statistics, self.recipe.lora.targets
+        settings, targets = self.recipe.statistics, self.targets
         options = {"rows_sha256": self.digests[name], "split": split, "targets": targets, "base": self.base_sha256}
         stage = self._stage("statistics", f"{name}.{split}", {**settings.model_dump(), **options})
 
@@ -246,12 +276,34 @@ class Study:
         ]
 
     def _merge(self, one: Trained, settings: MergeSettings, label: str) -> Output:
+        rule = get_rule(settings.rule)
         inputs = {name: output.stage for name, output in one.trained.items()}
         options = {"rule": settings.rule, "options": settings.filled(), "seed": one.seed}
+        seen = self.statistics["train"] if "moments" in rule.supplied else {}
+        inputs |= {f"{name} inputs": output.stage for name, output in seen.items()}
+        if rule.whole:
+            length = self.recipe.training.max_length
+            options |= {"texts": settings.texts, "rows_sha256": self.digests, "max_length": length}
+            options |= {"base": self.base_sha256}
 
         def make(folder: Path, _: Path) -> None:
-            merged = merge(one.adapters, settings.rule, scale=1.0, seed=one.seed, **settings.options)
-            write_merged(merged, folder / "adapter")
+            def step(done: int, total: int) -> None:
+                self.reporter.detail("merging", f"{label} step {done}/{total}")
+
+            statistics = {name: stages.read_statistics(output.path) for name, output in seen.items()}
+            probe = None
+            if rule.whole:
+                probe = stages.task_probe(self.evaluator, self.tasks, one.heads, settings.texts, step)
+            plan = make_plan(
+                one.adapters,
+                settings.rule,
+                scale=1.0,
+                seed=one.seed,
+                statistics=statistics or None,
+                probe=probe,
+                **settings.options,
+            )
+            write_merged(plan, folder / "adapter")
 
         return self._get("merging", self._stage("merge", label, options, inputs), make)
 
@@ -262,7 +314,7 @@ class Study:
         options = {"scale": scale, "ridge": alignment.ridge, "split": "heldout"}
 
         def make(folder: Path, _: Path) -> None:
-            adapter = read_adapter(merged.path / "adapter").scaled(scale)
+            adapter = stages.merged_adapters(merged.path / "adapter", scale, self.tasks)
             own = {name: stages.own_features(output.path) for name, output in one.singles.items()}
             stages.make_heldout_evaluation(folder, self.evaluator, adapter, one.heads, own, self.tasks, alignment)
 
@@ -272,7 +324,7 @@ class Study:
         stage = self._stage("evaluate", f"{label}.x{scale:g}.test", {"split": "test"}, {"heldout": heldout.stage})
 
         def make(folder: Path, _: Path) -> None:
-            adapter = read_adapter(merged.path / "adapter").scaled(scale)
+            adapter = stages.merged_adapters(merged.path / "adapter", scale, self.tasks)
             aligned = stages.read_aligned(heldout.path, one.heads)
             stages.make_test_evaluation(folder, self.evaluator, adapter, one.heads, aligned, self.tasks)
 

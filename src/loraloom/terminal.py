@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -21,7 +21,7 @@ from loraloom.progress import Reporter
 if TYPE_CHECKING:
     from loraloom.report import SummaryRow
     from loraloom.report.aggregate import Merged
-    from loraloom.results import Score
+    from loraloom.results import Score, StudyResult
 
 
 class Out:
@@ -38,7 +38,7 @@ class Out:
         if self.as_json:
             self._out.file.write(json.dumps(facts, indent=1, default=str) + "\n")
         elif not self.quiet:
-            shown = text or "\n".join(f"{key}: {value}" for key, value in facts.items())
+            shown = text or "\n".join(_lines(facts))
             self._out.print(escape(shown), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -61,6 +61,15 @@ class Out:
     def progress(self) -> Reporter:
         """Return the progress display that fits."""
         return Reporter(quiet=self.quiet or self.as_json)
+
+
+def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:"
+            yield from _lines(value, f"{indent}  ")
+        else:
+            yield f"{indent}{key}: {value if value not in ({}, None) else 'none'}"
 
 
 def show_error(error: LoraloomError) -> None:
@@ -87,6 +96,26 @@ def study_table(rows: Sequence[SummaryRow]) -> tuple[str, tuple[str, ...], list[
         for row in rows
     ]
     return f"Averages over tasks with rule and scale{legend}", columns, shown
+
+
+def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Return title, columns and rows of a comparison of rules, the best on held-out rows first."""
+    from loraloom.report import merged_rows
+
+    rows = sorted(merged_rows(result), key=lambda row: (row.aligned, -(row.heldout or 0.0)))
+    columns = ("rule", "heads", "average", "kept", "scale", "rank")
+    shown: list[tuple[str, ...]] = [
+        (
+            row.label,
+            "aligned" if row.aligned else "as trained",
+            f"{_points(row.average)} ±{100 * row.average.stderr:.1f}",
+            f"{100 * row.kept:.1f}%",
+            ", ".join(f"{scale:g}" for scale in row.scales),
+            ", ".join(map(str, row.output_ranks)),
+        )
+        for row in rows
+    ]
+    return "Test rows; scales chosen on held-out rows, with their labels", columns, shown
 
 
 def explanation(found: Mapping[str, Any]) -> str:

@@ -30,12 +30,12 @@ from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import loraloom
-from loraloom.adapter import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.atomic import staged_folder, write_text
 from loraloom.base import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.initialise import keep_callback
 from loraloom.metrics import metric_value
+from loraloom.peft_folder import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.recipe import LoraSettings, TrainingSettings
 from loraloom.tasks.encoding import encode
 from loraloom.tasks.task import Task

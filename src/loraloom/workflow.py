@@ -12,20 +12,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraloom.adapter import Adapter, read_adapter, read_provenance
+from loraloom.adapter import Adapter
 from loraloom.atomic import check_folder
 from loraloom.base import base_folder
-from loraloom.errors import LoraloomError, did_you_mean, raise_problems, raise_together
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.evaluation import Evaluator, evaluate
 from loraloom.heads import Head
 from loraloom.hooks import Kind
 from loraloom.initialise import Initialisation, initialise, task_seed
 from loraloom.interference import response
-from loraloom.merging import get_rule, merge, write_merged
+from loraloom.merging import Rule
+from loraloom.merging.folders import Look
+from loraloom.peft_folder import read_adapter, read_provenance, task_of
+from loraloom.probe import TaskProbe
 from loraloom.progress import Reporter
 from loraloom.recipe import Recipe
 from loraloom.results import Score
-from loraloom.stages import build_task, collect
+from loraloom.stages import build_task, collect, merged_adapters, sample, task_probe
 from loraloom.statistics import Statistics
 from loraloom.store import Store
 from loraloom.tasks.sources import read_table
@@ -99,50 +102,39 @@ def train_from_recipe(
     )
 
 
-def merge_folders(
-    folders: Sequence[Path],
-    rule: str,
-    output: Path,
-    options: Mapping[str, Any],
-    scale: float | None,
-    weights: Sequence[float] | None,
-    rank: int | None,
-    seed: int,
-    command: str,
-) -> dict[str, Any]:
-    """Merge adapter folders into `output` and return the facts to tell; see `merge`.
+def looker(recipe: Recipe, texts: int, reporter: Reporter) -> Look:
+    """Return what lets a merging rule look at `texts` training texts of each adapter's task, and at the base model.
 
-    Raises LoraloomError that tells what is wrong with the output, the rule, its options and any folder.
+    An adapter's task is the one it was trained on, or the one its folder is named for. The function raises
+    LoraloomError for an adapter without a task in the recipe, or without a head where the rule needs one.
     """
-    members, errors = [], []
-    try:
-        check_folder(output)
-    except LoraloomError as error:
-        errors.append(error)
-    for folder in folders:
-        try:
-            members.append(read_adapter(folder))
-        except LoraloomError as error:
-            errors.append(error)
-    if errors:
-        # where all can be read, `merge` tells what is wrong with the rest
-        try:
-            raise_problems("the rule", get_rule(rule).check(options)[1])
-        except LoraloomError as error:
-            errors.append(error)
-    raise_together(errors)
-    merged = merge(members, rule, weights=weights, scale=scale, rank=rank, seed=seed, **options)
-    write_merged(merged, output, command=command)
-    lost = list(merged.energy_lost.values())
-    return {
-        "folder": str(output),
-        "rule": merged.rule,
-        "space": merged.space,
-        "scale": merged.scale,
-        "rank": merged.adapter.rank,
-        "energy lost": f"{sum(lost) / len(lost):.2%} a layer on average, {max(lost):.2%} at most",
-        "heads": ", ".join(merged.heads) or "none",
-    }
+
+    def look(rule: Rule, members: Sequence[Adapter]) -> tuple[Sequence[Statistics], TaskProbe | None]:
+        names = [task_of(member.path) for member in members if member.path]
+        problems = [
+            f"{member.name}: the recipe has no task {name!r}: {did_you_mean(name, recipe.tasks)}"
+            for name, member in zip(names, members, strict=True)
+            if name not in recipe.tasks
+        ]
+        raise_problems("tasks of the adapters", problems, "name folders or tasks alike")
+        training = recipe.training
+        evaluator = Evaluator(base_folder(recipe.base), max_length=training.max_length)
+        tasks = {name: _task(recipe, name) for name in names}
+        seen: list[Statistics] = []
+        if "moments" in rule.supplied:
+            targets = sorted(members[0].shapes)
+            for task in tasks.values():
+                rows = sample(task, "train", texts)
+                seen.append(collect(evaluator, rows, targets, "token", training.max_length, 32))
+        if not rule.whole:
+            return seen, None
+        heads = {name: Head.of(member.head, member.name) for name, member in zip(names, members, strict=True)}
+        reporter.begin(rule.name, 1)
+        return seen, task_probe(
+            evaluator, tasks, heads, texts, lambda done, total: reporter.detail(rule.name, f"step {done}/{total}")
+        )
+
+    return look
 
 
 def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: str) -> dict[str, tuple[str, Score]]:
@@ -167,7 +159,8 @@ def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: s
     )
     scores: dict[str, tuple[str, Score]] = {}
     for name, task in tasks.items():
-        scores[name] = task.metric, evaluate(evaluator, adapter.updates, heads[name], task, split=split)
+        updates = merged_adapters(folder, 1.0, [name])[name].updates
+        scores[name] = task.metric, evaluate(evaluator, updates, heads[name], task, split=split)
     return scores
 
 
@@ -221,8 +214,7 @@ def _heads(adapter: Adapter, folder: Path) -> dict[str, Head]:
         except SafetensorError as error:
             raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", "merge again") from error
     if adapter.head:
-        task = read_provenance(folder).get("task", {}).get("name", folder.name)
-        found[task] = adapter.head
+        found[task_of(folder)] = adapter.head
     return {name: Head.of(tensors, name) for name, tensors in found.items()}
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import tiny
-from loraloom.adapter import read_adapter
 from loraloom.initialise import Keep, Scale, initialise
+from loraloom.peft_folder import read_adapter
 from loraloom.statistics import Statistics, collect_statistics
 from loraloom.subspace import RULES
 

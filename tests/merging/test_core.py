@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraloom.adapter import Update
-from loraloom.merging import core, entrywise
+from loraloom.merging import core, spaces
 from loraloom.merging.entrywise import ties
 from loraloom.merging.spectral import tsv
 
@@ -96,5 +96,5 @@ def test_ties_keeps_all_entries_that_share_the_last_kept_magnitude() -> None:
 def test_ties_is_the_same_in_any_blocks(monkeypatch) -> None:
     members = [update(33, 20, r, seed) for seed, r in enumerate((2, 3, 4))]
     whole = ties(members)
-    monkeypatch.setattr(entrywise, "_BLOCK", 3 * 20 * 5)  # 5 rows a block, and 3 in the last
+    monkeypatch.setattr(spaces, "_BLOCK", 3 * 20 * 5)  # 5 rows a block, and 3 in the last
     torch.testing.assert_close(ties(members), whole, atol=1e-12, rtol=0)

@@ -110,7 +110,7 @@ def test_an_unknown_rule_tells_the_nearest() -> None:
 
 
 def test_a_stochastic_rule_draws_from_the_seed_and_the_layer_alone() -> None:
-    @rule("noise", **FACTS, stochastic=True)
+    @rule("noise", **FACTS)
     def noise(updates, *, generator: torch.Generator) -> Update:
         return Update(torch.randn(updates[0].B.shape, generator=generator), updates[0].A)
 

@@ -1,11 +1,9 @@
-"""Adapters in, one adapter out: check everything, merge layer by layer, write the result with its provenance."""
+"""Adapters in, one adapter out: in memory, or layer by layer into a folder with its provenance."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,31 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, Update, adapter_sha256, compatibility_problems, headless_config, write_adapter
-from loraloom.errors import LoraloomError, raise_problems
-from loraloom.merging.core import truncate, truncate_dense
-from loraloom.merging.rules import Rule, get_rule
+from loraloom.adapter import Adapter, Update
+from loraloom.merging.plan import Heads, Layer, Plan, make_plan
+from loraloom.merging.probe import Probe
+from loraloom.merging.readout import READOUTS, readout_tensors
+from loraloom.peft_folder import adapter_sha256, adapter_writer
+from loraloom.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One merged adapter and how it came about.
+    """One merged adapter in memory: the plan it follows, and every layer by module path."""
 
-    `heads` holds each input's own head, never merged; `options`, `scale` and `weights` (by input) are those in force,
-    defaults filled in; `energy_lost` is the share of |dW|_F^2 that truncation took from each layer, 0.0 where the rule
-    is exact in factors; `inputs` maps each input's name to its folder.
-    """
+    plan: Plan
+    merged: dict[str, Layer]
 
-    adapter: Adapter
-    heads: dict[str, dict[str, Tensor]]
-    rule: str
-    space: str
-    options: dict[str, Any]
-    scale: float
-    weights: dict[str, float]
-    seed: int
-    energy_lost: dict[str, float]
-    inputs: dict[str, Path | None]
+    @property
+    def adapter(self) -> Adapter:
+        """Return the merged adapter."""
+        updates = {module: layer.update for module, layer in self.merged.items()}
+        return Adapter(updates, self.plan.config, self.plan.head, self.plan.dtype)
+
+    @property
+    def energy_lost(self) -> dict[str, float]:
+        """Return the share of |dW|_F^2 that truncation took, by module path; 0.0 where nothing was cut off."""
+        return {module: layer.energy_lost for module, layer in self.merged.items()}
+
+    def readout(self, task: str) -> Adapter:
+        """Return what one input's task reads of a rule that tells tasks apart (see `Shared`), as an adapter.
+
+        Raises KeyError for another rule or an input that took no part.
+        """
+        index = self.plan.used.index(task)
+        updates = {module: layer.shared.readouts()[index] for module, layer in self.merged.items() if layer.shared}
+        return Adapter(updates, self.plan.config, {}, self.plan.dtype)
+
+    def layers(self) -> Iterable[Layer]:
+        """Return the merged layers."""
+        return self.merged.values()
 
 
 def merge(
@@ -49,153 +60,106 @@ def merge(
     scale: float | None = None,
     rank: int | None = None,
     seed: int = 0,
+    statistics: Mapping[str, Statistics] | Sequence[Statistics] | None = None,
+    probe: Probe | None = None,
+    heads: Heads = "keep",
     **options: Any,
 ) -> Merged:
     """Merge `adapters` by `rule` into one; their order does not matter. No base model is loaded.
 
     Adapters given as a sequence are named by their folders. `weights` go to each update before the rule, `scale` to
-    its result; None takes the rule's own. `rank` truncates the result of any rule. Raises LoraloomError that tells all
-    problems at once: adapters that do not fit together, unknown or out-of-range options, weights that do not match.
+    its result; None takes the rule's own. `rank` truncates the result of any rule. `statistics`, one for each adapter,
+    and a `probe` are for the rules that need them. `heads` "average" puts the weighted mean of the inputs' heads into
+    the merged adapter. Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    names, members = _named(adapters)
-    problems = _name_problems(names) + compatibility_problems(members)
-    problems += _number_problems(len(members), weights, scale, rank)
-    found: Rule | None = None
-    chosen: dict[str, Any] = {}
-    try:
-        found = get_rule(rule)
-        chosen, wrong = found.check(options)
-        problems += wrong
-    except LoraloomError as error:
-        problems.append(f"{error.message}: {error.hint}")
-    raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
-    assert found is not None  # get_rule raised otherwise
-    if weights is None:
-        weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
-    if scale is None:
-        scale = found.default_scale
-    updates, lost = {}, {}
-    for module in sorted(members[0].updates):
-        layer = [_times(member.updates[module], w) for member, w in zip(members, weights, strict=True)]
-        update, lost[module] = _merge_layer(found, layer, chosen, rank, _layer_seed(seed, module))
-        updates[module] = _times(update, scale)
-    return Merged(
-        adapter=Adapter(updates, _config(members), {}, _dtype(members)),
-        heads={name: member.head for name, member in zip(names, members, strict=True) if member.head},
-        rule=rule,
-        space=chosen.get("space", found.spaces[0]),
-        options=chosen,
+    plan = make_plan(
+        adapters,
+        rule,
+        weights=weights,
         scale=scale,
-        weights=dict(zip(names, weights, strict=True)),
+        rank=rank,
         seed=seed,
-        energy_lost=lost,
-        inputs={name: member.path for name, member in zip(names, members, strict=True)},
+        statistics=statistics,
+        probe=probe,
+        heads=heads,
+        **options,
     )
+    return Merged(plan, {layer.module: layer for layer in plan.layers()})
 
 
-def write_merged(merged: Merged, folder: str | Path, *, command: str | None = None) -> Path:
-    """Write a PEFT folder with heads/<input>.safetensors, a model card and loraloom.json beside it; return it.
+def write_merged(
+    merged: Merged | Plan,
+    folder: str | Path,
+    *,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a PEFT folder with heads/<input>.safetensors, a model card and loraloom.json; return the folder.
 
-    The folder appears whole or not at all.
+    A Plan is computed while it is written, so that no more than one layer is in memory. `progress` is called after
+    each layer with the layers done and all. The folder appears whole or not at all.
     """
-    sha256 = {name: adapter_sha256(path) if path else None for name, path in merged.inputs.items()}
-    provenance = {
+    plan = merged if isinstance(merged, Plan) else merged.plan
+    head, layers = plan.head, {}
+    readouts: dict[str, dict[str, Tensor]] = {}
+    with adapter_writer(folder, plan.config, plan.dtype, plan.modules, head) as out:
+        out.add_head(head)
+        for layer in merged.layers():
+            out.add(layer.module, layer.update)
+            layers[layer.module] = _layer_facts(layer)
+            if layer.shared:
+                for file, tensors in readout_tensors(layer.module, layer.shared, plan.used).items():
+                    readouts.setdefault(file, {}).update(tensors)
+            if progress:
+                progress(len(layers), len(plan.modules))
+        provenance = {**plan_facts(plan), "command": command, "layers": layers}
+        extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
+        extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
+        base = str(plan.config.get("base_model_name_or_path") or "")
+        out.finish(provenance, {"README.md": merged_card(base, provenance)}, extra)
+    return Path(folder)
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """Return inputs with their hashes, rule, options, scale, weights, seed and versions."""
+    return {
         "kind": "merged adapter",
-        "command": command,
         "inputs": [
-            {"name": name, "path": str(path) if path else None, "sha256": sha256[name], "weight": merged.weights[name]}
-            for name, path in merged.inputs.items()
+            {
+                "name": name,
+                "path": str(member.path) if member.path else None,
+                "sha256": adapter_sha256(member.path) if member.path else None,
+                "weight": plan.weights[name],
+            }
+            for name, member in plan.members.items()
         ],
-        "rule": merged.rule,
-        "space": merged.space,
-        "options": merged.options,
-        "scale": merged.scale,
-        "seed": merged.seed,
-        "heads": sorted(merged.heads),
+        "rule": plan.rule.name,
+        "space": plan.space,
+        "options": plan.options,
+        "scale": plan.scale,
+        "rank": plan.rank,
+        "seed": plan.seed,
+        "heads": sorted(plan.task_heads),
+        "base_fingerprint": next((a.fingerprint for a in plan.members.values() if a.fingerprint), ""),
         "versions": {"loraloom": version("loraloom"), "torch": torch.__version__},
-        "layers": {
-            module: {"rank": update.rank, "energy_lost": merged.energy_lost[module]}
-            for module, update in merged.adapter.updates.items()
-        },
     }
-    return write_adapter(
-        merged.adapter,
-        folder,
-        provenance=provenance,
-        files={"README.md": merged_card(merged.adapter.base, provenance)},
-        extra={f"heads/{name}.safetensors": head for name, head in merged.heads.items()},
-    )
 
 
-def _merge_layer(
-    rule: Rule, layer: Sequence[Update], options: Mapping[str, Any], rank: int | None, seed: int
-) -> tuple[Update, float]:
-    """Apply `rule` to one layer and bring the result to its rank; return it with the share of energy lost."""
-    ranks = [update.rank for update in layer]
-    target = rank or (max(ranks) if rule.output_rank == "max" else sum(ranks))
-    result = rule(layer, options, seed)
-    return truncate_dense(result, target) if isinstance(result, Tensor) else truncate(result, target)
+def energy_lost(layers: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the share of the whole adapter's |dW|_F^2 that truncation took, of the layers of a loraloom.json."""
+    kept = sum(layer["energy"] for layer in layers.values())
+    whole = sum(layer["energy"] / (1 - layer["energy_lost"]) for layer in layers.values() if layer["energy_lost"] < 1)
+    return 1 - kept / whole if whole else 0.0
 
 
-def _times(update: Update, factor: float) -> Update:
-    return Update(factor * update.B, update.A)
+def _layer_facts(layer: Layer) -> dict[str, Any]:
+    update = layer.update
+    return {"rank": update.rank, "energy": _energy(update), "energy_lost": layer.energy_lost}
 
 
-def _layer_seed(seed: int, module: str) -> int:
-    """Return a seed that depends on the layer's name, not on its place among the layers."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{module}".encode()).digest()[:7], "big")
-
-
-def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> tuple[list[str], list[Adapter]]:
-    if isinstance(adapters, Mapping):
-        return list(adapters), list(adapters.values())
-    names = [a.path.resolve().name if a.path else f"adapter{i}" for i, a in enumerate(adapters, start=1)]
-    return names, list(adapters)
-
-
-def _name_problems(names: Sequence[str]) -> list[str]:
-    if not names:
-        return ["no adapters: give at least one"]
-    problems = [f"input name {name!r} cannot name a file" for name in names if not re.fullmatch(r"\w[\w.+ -]*", name)]
-    folded = [name.casefold() for name in names]
-    twice = sorted({name for name in folded if folded.count(name) > 1})
-    return problems + [f"several inputs are called {name!r}: pass a mapping with a name for each" for name in twice]
-
-
-def _number_problems(count: int, weights: Sequence[float] | None, scale: float | None, rank: int | None) -> list[str]:
-    problems = []
-    if weights is not None and len(weights) != count:
-        problems.append(f"{len(weights)} weights for {count} adapters: give one for each")
-    for weight in weights or ():
-        if not math.isfinite(weight):
-            problems.append(f"weight {weight} is not finite")
-    if scale is not None and not math.isfinite(scale):
-        problems.append(f"scale {scale} is not finite")
-    if rank is not None and rank < 1:
-        problems.append(f"rank {rank} is below 1")
-    return problems
-
-
-def _config(members: Sequence[Adapter]) -> dict[str, Any]:
-    """Return the first member's config without its head, and with target modules that hold for all members."""
-    config = headless_config(members[0].config)
-    if any(_targets(member) != _targets(members[0]) for member in members):
-        config["target_modules"] = sorted(members[0].updates)
-        for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            config.pop(key, None)
-    return config
-
-
-def _targets(member: Adapter) -> str | frozenset[str]:
-    targets = member.config.get("target_modules") or ""
-    return targets if isinstance(targets, str) else frozenset(targets)
-
-
-def _dtype(members: Sequence[Adapter]) -> torch.dtype:
-    dtype = members[0].dtype
-    for member in members:
-        dtype = torch.promote_types(dtype, member.dtype)
-    return dtype
+def _energy(update: Update) -> float:
+    """Return |B A|_F^2 = tr(B^T B A A^T)."""
+    return float(((update.B.T @ update.B).double() * (update.A @ update.A.T).double()).sum())
 
 
 def merged_card(base: str, provenance: Mapping[str, Any]) -> str:
@@ -226,5 +190,24 @@ def merged_card(base: str, provenance: Mapping[str, Any]) -> str:
             *("```python", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""),
             "Everything needed to make it again is in `loraloom.json`.",
             "",
+        ]
+    )
+
+
+def fused_card(provenance: Mapping[str, Any]) -> str:
+    """Return the model card of a checkpoint with a merge in its weights."""
+    rows = [f"| {one['name']} | {one['weight']:g} | {one['sha256'] or 'unknown'} |" for one in provenance["inputs"]]
+    options = ", ".join(f"{key} {value}" for key, value in provenance["options"].items()) or "none"
+    heads = "; ".join(f"`heads/{name}.safetensors`" for name in provenance["heads"]) or "none"
+    return "\n".join(
+        [
+            *("---", "tags:", "- merge", "- loraloom", "---", "", "# Checkpoint with merged LoRA adapters", ""),
+            f"{len(rows)} adapters merged by the rule `{provenance['rule']}` of loraloom, in a base model's weights.",
+            *("", "| input | weight | sha256 |", "|---|---|---|", *rows, ""),
+            f"- space {provenance['space']}",
+            f"- options {options}",
+            f"- scale {provenance['scale']:g}",
+            f"- task heads {heads}",
+            *("", "`sha256sum -c SHA256SUMS` checks the files; `loraloom.json` holds what made them.", ""),
         ]
     )

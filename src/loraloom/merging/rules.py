@@ -18,13 +18,19 @@ from torch import Tensor
 
 from loraloom.adapter import Update
 from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.merging.core import Shared
+from loraloom.merging.probe import Probe
+from loraloom.moments import Moment
 
 GROUP = "loraloom.rules"
 Space = Literal["full", "core", "knots"]
-Function = TypeVar("Function", bound=Callable[..., "Update | Tensor"])
+Need = Literal["statistics", "base and texts", "labels", "seed"]
+Result = Update | Tensor | Shared  # of one layer
+Function = TypeVar("Function", bound=Callable[..., "Result | dict[str, Result]"])
 
 _PLAIN = (int, float, bool, str, type(None))
-_TAKEN = ("adapters", "rule", "weights", "scale", "rank", "seed")  # the arguments of merge() itself
+_TAKEN = ("adapters", "rule", "weights", "scale", "seed", "statistics", "heads", "progress")  # arguments of merge()
+_SUPPLIED = ("generator", "moments", "probe", "rank")  # keyword-only, without a default: given to the rule by `merge`
 _HELP = (
     "write it as `def f(updates, *, option: float = 0.2)`: keyword-only, each int, float, bool, str, Literal or None"
 )
@@ -35,24 +41,51 @@ _RULES: dict[str, Rule] = {}
 class Rule:
     """A registered function with its facts.
 
-    `function(updates, *, options...)` merges ONE layer. The weights are folded into each B already and the scale is
-    applied afterwards. It returns an Update, or the dense (m, n) dW where the rule has no low-rank form; `merge` then
-    truncates that to rank sum r_i and reports the energy lost. `exact` tells whether an Update equals the dense rule.
-    `output_rank` is the rank that `merge` truncates to where the caller names none. A stochastic function takes
-    `generator: torch.Generator` as well.
+    `function(updates, *, options...)` merges ONE layer; the weights are folded into each B already and the scale is
+    applied afterwards. It returns an Update; or the dense (m, n) dW where the rule has no low-rank form, which `merge`
+    truncates to rank sum r_i and reports the energy lost; or a `Shared`, which also tells what each task reads of it.
+    What else it wants it names in its signature, keyword-only and without a default: `generator: torch.Generator`;
+    `moments: Sequence[Moment]`, of each task's inputs to the layer; `rank: int | None`, the one that the caller asked
+    for; `probe: Probe`, the base model with each task's texts. With a probe the rule merges ALL layers:
+    `function(layers: Mapping[str, Sequence[Update]], *, probe, ...)` returns its result by module path.
+
+    `exact` tells whether an Update equals the dense rule; `factorwise`, whether the result depends on how dW is split
+    into B and A; `labelled`, whether the probe must hold labels. `output_rank` is the rank that `merge` truncates to
+    where the caller names none: sum r_i or max r_i.
     """
 
     name: str
-    function: Callable[..., Update | Tensor]
+    function: Callable[..., Any]
     paper: str
     summary: str
     exact: bool
     spaces: tuple[Space, ...]
     default_scale: float
     default_weights: Literal["one", "mean"]
-    stochastic: bool
     output_rank: Literal["sum", "max"]
+    factorwise: bool
+    labelled: bool
+    supplied: frozenset[str]
     options: type[BaseModel]
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Return what the rule needs beyond the adapters."""
+        found: list[Need] = []
+        if "moments" in self.supplied:
+            found.append("statistics")
+        if "probe" in self.supplied:
+            found.append("base and texts")
+        if self.labelled:
+            found.append("labels")
+        if "generator" in self.supplied:
+            found.append("seed")
+        return tuple(found)
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether the rule merges all layers at once, with a probe."""
+        return "probe" in self.supplied
 
     def check(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Return all options with their defaults filled in, and what is wrong with those given."""
@@ -69,22 +102,59 @@ class Rule:
             problems += [f"option {e['loc'][0]!r}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
             return {}, problems
 
-    def __call__(self, updates: Sequence[Update], options: Mapping[str, Any], seed: int) -> Update | Tensor:
-        """Merge the updates of one layer; `seed` feeds the generator of a stochastic rule."""
-        if self.stochastic:
-            return self.function(updates, **options, generator=torch.Generator().manual_seed(seed))
-        return self.function(updates, **options)
+    def layer(
+        self,
+        updates: Sequence[Update],
+        options: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        rank: int | None = None,
+        moments: Sequence[Moment] = (),
+    ) -> Result:
+        """Merge the updates of one layer; `seed` feeds the generator of a rule that draws at random."""
+        result: Result = self.function(updates, **options, **self._given(seed, rank=rank, moments=moments))
+        return result
+
+    def model(
+        self,
+        layers: Mapping[str, Sequence[Update]],
+        options: Mapping[str, Any],
+        *,
+        probe: Probe,
+        seed: int = 0,
+        rank: int | None = None,
+    ) -> dict[str, Result]:
+        """Merge all layers, by module path, with a rule that is `whole`."""
+        result: dict[str, Result] = self.function(layers, **options, **self._given(seed, rank=rank, probe=probe))
+        return result
+
+    def _given(self, seed: int, **more: Any) -> dict[str, Any]:
+        everything = {"generator": torch.Generator().manual_seed(seed), **more}
+        return {name: everything[name] for name in self.supplied}
 
     def help(self) -> str:
-        """Return the rule in words: formula, paper, defaults, and one line an option."""
+        """Return the rule in words: formula, paper, needs, defaults, and one line an option."""
         lines = [f"{self.name}: {self.summary}", f"  paper: {self.paper}", f"  space: {', '.join(self.spaces)}"]
+        lines.append(f"  needs: {', '.join(self.needs) or 'nothing'}")
         lines.append(f"  exact in factors: {'yes' if self.exact else 'no'}")
+        lines.append(f"  output rank: {self._rank_in_words()}")
         lines.append(f"  default scale: {self.default_scale:g}; default weight: {self.default_weights}")
+        lines += [f"  {name}{text}" for name, text in self.option_help().items()]
+        return "\n".join(lines)
+
+    def option_help(self) -> dict[str, str]:
+        """Return type, default, bounds and meaning of every option, by name."""
+        found = {}
         for name, field in self.options.model_fields.items():
             bounds = "".join(_in_words(bound) for bound in field.metadata)
             about = f": {field.description}" if field.description else ""
-            lines.append(f"  {name} ({_type_name(field.annotation)}, default {field.default!r}{bounds}){about}")
-        return "\n".join(lines)
+            found[name] = f" ({_type_name(field.annotation)}, default {field.default!r}{bounds}){about}"
+        return found
+
+    def _rank_in_words(self) -> str:
+        if self.output_rank == "max":
+            return "the largest of the inputs unless asked otherwise"
+        return "up to the sum of the inputs'" + ("" if self.exact else ", by truncation of a dense result")
 
 
 def rule(
@@ -96,8 +166,9 @@ def rule(
     spaces: tuple[Space, ...] = ("full",),
     default_scale: float = 1.0,
     default_weights: Literal["one", "mean"] = "one",
-    stochastic: bool = False,
     output_rank: Literal["sum", "max"] = "sum",
+    factorwise: bool = False,
+    labelled: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function as a merging rule and return it untouched; see `Rule` for the arguments.
 
@@ -108,19 +179,23 @@ def rule(
         if name in _RULES:
             other = _RULES[name].function
             raise LoraloomError(f"rule {name!r} exists: {other.__module__}.{other.__qualname__}", "choose another name")
-        options = _options(name, function, spaces, stochastic)
+        supplied, options = _signature(name, function, spaces)
+        if labelled and "probe" not in supplied:
+            raise LoraloomError(f"rule {name!r}: labels come with a probe", "give it a parameter `probe: Probe`")
         _RULES[name] = Rule(
-            name,
-            function,
-            paper,
-            summary,
-            exact,
-            spaces,
-            default_scale,
-            default_weights,
-            stochastic,
-            output_rank,
-            options,
+            name=name,
+            function=function,
+            paper=paper,
+            summary=summary,
+            exact=exact,
+            spaces=spaces,
+            default_scale=default_scale,
+            default_weights=default_weights,
+            output_rank=output_rank,
+            factorwise=factorwise,
+            labelled=labelled,
+            supplied=supplied,
+            options=options,
         )
         return function
 
@@ -152,14 +227,18 @@ def _load_plugins() -> None:
             warnings.warn(f"rule plugin {entry.name!r}{source} ({entry.value}) is left out: {error!r}", stacklevel=3)
 
 
-def _options(name: str, function: Callable[..., Any], spaces: Sequence[str], stochastic: bool) -> type[BaseModel]:
-    """Return the pydantic model of the keyword-only options of `function`; raise where one cannot be an option."""
+def _signature(
+    name: str, function: Callable[..., Any], spaces: Sequence[str]
+) -> tuple[frozenset[str], type[BaseModel]]:
+    """Return what `merge` supplies to `function`, and the pydantic model of its options; raise where one cannot be."""
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise LoraloomError(f"rule {name!r}: the first parameter must be the updates", _HELP)
     fields: dict[str, Any] = {}
+    supplied = set()
     for parameter in parameters[1:]:
-        if stochastic and parameter.name == "generator":
+        if parameter.name in _SUPPLIED and parameter.default is inspect.Parameter.empty:
+            supplied.add(parameter.name)
             continue
         fault = _option_fault(parameter)
         if fault:
@@ -170,7 +249,7 @@ def _options(name: str, function: Callable[..., Any], spaces: Sequence[str], sto
     space = model.model_fields.get("space")
     if len(spaces) > 1 and (space is None or set(typing.get_args(space.annotation)) != set(spaces)):
         raise LoraloomError(f"rule {name!r} has several spaces", f"give it `space: Literal[{str(spaces)[1:-1]}]`")
-    return model
+    return frozenset(supplied), model
 
 
 def _type_name(annotation: Any) -> str:
@@ -187,7 +266,7 @@ def _in_words(bound: Any) -> str:
 def _option_fault(parameter: inspect.Parameter) -> str:
     if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
         return "is not keyword-only"
-    if parameter.name in _TAKEN:
+    if parameter.name in (*_TAKEN, *_SUPPLIED):
         return "has the name of an argument of merge()"
     if parameter.annotation is inspect.Parameter.empty:
         return "has no type annotation"

@@ -51,6 +51,11 @@ def scales_text(scales: Iterable[float]) -> str:
     return ", ".join(f"{scale:.4g}" for scale in scales)
 
 
+def merged_rows(result: StudyResult) -> list[Merged]:
+    """Return every merge on the test split with its figures, in the study's order."""
+    return Figures(result).merged
+
+
 def summary_rows(result: StudyResult) -> list[SummaryRow]:
     """Return one row per init, in the study's order."""
     figures = Figures(result)

@@ -1,0 +1,56 @@
+"""What the commands share: their common options, and the tone in which they are run."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loraloom.errors import LoraloomError
+
+if TYPE_CHECKING:
+    from loraloom.recipe import Recipe
+    from loraloom.terminal import Out
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder or file to write; it appears whole or not at all.")
+]
+RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe.")]
+Base = Annotated[str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or folder.")]
+TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
+StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]
+Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
+
+
+def read_recipe(path: Path, base: str | None) -> Recipe:
+    """Read a recipe, with another base model where one is given."""
+    from loraloom.recipe import Recipe
+
+    recipe = Recipe.load(path)
+    return recipe.model_copy(update={"base": base}) if base else recipe
+
+
+def typed() -> str:
+    """Return the command as it was typed."""
+    return " ".join(["loraloom", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def command(quiet: bool, as_json: bool) -> Iterator[Out]:
+    """Set the tone of one command: its output, libraries that keep quiet, faults told without a traceback."""
+    from loraloom.terminal import Out, hush_libraries, show_error
+
+    hush_libraries()
+    try:
+        yield Out(as_json=as_json, quiet=quiet)
+    except LoraloomError as error:
+        show_error(error)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(130) from stop

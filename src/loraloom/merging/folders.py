@@ -1,0 +1,197 @@
+"""Adapter folders in, one folder out: what `loraloom merge` does, with all problems told before work begins."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from loraloom.adapter import Adapter, Update, compatibility_problems
+from loraloom.atomic import check_folder
+from loraloom.checkpoint import fuse
+from loraloom.errors import LoraloomError, raise_problems, raise_together
+from loraloom.merging.core import Shared
+from loraloom.merging.merge import energy_lost, fused_card, plan_facts, write_merged
+from loraloom.merging.plan import Plan, make_plan
+from loraloom.merging.probe import Probe
+from loraloom.merging.rules import Rule, get_rule
+from loraloom.peft_folder import read_adapter, read_provenance
+from loraloom.progress import Reporter
+from loraloom.statistics import Statistics
+
+# what a rule that looks at texts is given: each adapter's statistics, and the probe
+Look = Callable[[Rule, Sequence[Adapter]], tuple[Sequence[Statistics], Probe | None]]
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
+
+_CROP = 512  # rows and columns of the layer that the estimate runs on
+
+
+def plan_folders(
+    folders: Sequence[Path],
+    rule: str,
+    output: Path,
+    options: Mapping[str, Any],
+    *,
+    statistics: Sequence[Path] = (),
+    look: Look | None = None,
+    **settings: Any,
+) -> Plan:
+    """Read adapter folders, and statistics files where given, and return the plan of their merge into `output`.
+
+    `settings` are `make_plan`'s. `look` gets what the rule needs of base model and texts. Raises LoraloomError that
+    tells what is wrong with the output, the rule, its options and any folder.
+    """
+    errors: list[LoraloomError] = []
+    _attempt(errors, check_folder, output)
+    members = [member for folder in folders if (member := _attempt(errors, read_adapter, folder))]
+    seen: Sequence[Statistics] = [one for path in statistics if (one := _attempt(errors, Statistics.load, path))]
+    if errors:
+        # where all can be read, `make_plan` tells what is wrong with the rest
+        _attempt(errors, lambda name: raise_problems("the rule", get_rule(name).check(options)[1]), rule)
+    raise_together(errors)
+    probe = None
+    if look is not None:
+        found = get_rule(rule)
+        problems = compatibility_problems(members) + found.check(options)[1]
+        raise_problems(f"cannot merge by {rule}", problems, "nothing was merged or written")  # before a base is loaded
+        looked, probe = look(found, members)
+        seen = seen or looked
+    named = dict(zip(names_of(folders), members, strict=True))
+    return make_plan(named, rule, statistics=seen or None, probe=probe, **settings, **options)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each folder: its own, with as many of its parents' as tell it from the others."""
+    parts = [folder.resolve().parts[1:] for folder in folders]
+    for count in range(1, max((len(one) for one in parts), default=0) + 1):
+        names = ["-".join(one[-count:]) for one in parts]
+        if len({name.casefold() for name in names}) == len(names):
+            return names
+    return [folder.resolve().name for folder in folders]  # one folder twice, which `make_plan` tells
+
+
+def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) -> dict[str, Any]:
+    """Merge into an adapter folder and return the facts to tell."""
+    reporter.begin("merging", len(plan.modules))
+    write_merged(plan, output, command=command, progress=lambda done, total: reporter.advance("merging"))
+    layers = read_provenance(output)["layers"]
+    worst = max(layers, key=lambda module: float(layers[module]["energy_lost"]))
+    lost = {"in total": energy_lost(layers), f"at most, in {worst}": layers[worst]["energy_lost"]}
+    return {
+        "folder": str(output),
+        "rule": plan.rule.name,
+        "space": plan.space,
+        "scale": plan.scale,
+        "rank": max(layer["rank"] for layer in layers.values()),
+        "energy lost": ", ".join(f"{share:.2%} {where}" for where, share in lost.items()),
+        "heads": ", ".join(plan.task_heads) or ("averaged" if plan.head else "none"),
+    }
+
+
+def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: Reporter) -> dict[str, Any]:
+    """Write the checkpoint `base` with the merge in its weights, and return the facts to tell.
+
+    Dense results go in as they are, nothing is truncated unless a rank was asked for. Heads are written beside the
+    weights, one a task; an averaged head, or that of a single adapter, goes into them.
+    """
+    single = next(iter(plan.members.values())).head if len(plan.members) == 1 else {}
+    provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": command, "fused_into": str(base)}
+    reporter.begin("fusing", 100)
+
+    def show(done: int, total: int) -> None:
+        reporter.reach("fusing", 100 * done // max(total, 1))
+
+    def delta(module: str) -> Update | torch.Tensor:
+        result = plan.layer(module).update if plan.rank else plan.result(module)
+        return result.update() if isinstance(result, Shared) else result
+
+    fused = fuse(
+        base,
+        output,
+        delta,
+        {module: (shape.m, shape.n) for module, shape in next(iter(plan.members.values())).shapes.items()},
+        transposed=bool(plan.config.get("fan_in_fan_out")),
+        head=plan.head or single,
+        files={"loraloom.json": json.dumps(provenance, indent=2) + "\n", "README.md": fused_card(provenance)},
+        extra={} if single else {f"heads/{name}.safetensors": head for name, head in plan.task_heads.items()},
+        progress=show,
+    )
+    return {
+        "folder": str(fused.folder),
+        "rule": plan.rule.name,
+        "space": plan.space,
+        "scale": plan.scale,
+        "layers": len(fused.tensors),
+        "size": f"{fused.size / 1e9:.2f} GB",
+        "head": ", ".join([*fused.replaced, *fused.added]) or "the base's own",
+        "heads beside it": "none" if single else ", ".join(plan.task_heads) or "none",
+        "untied": "lm_head.weight is a tensor of its own now" if fused.untied else "nothing",
+        "left out": ", ".join(fused.left_out) or "nothing",
+    }
+
+
+def dry_run(plan: Plan, fuse_into: Path | None) -> dict[str, Any]:
+    """Return what a merge would do: sizes, ranks and the time to expect, from headers and one small trial."""
+    shapes = [member.shapes for member in plan.members.values()]
+    bound = {module: sum(one[module].r for one in shapes) for module in plan.modules}
+    if plan.rule.output_rank == "max":
+        bound = {module: max(one[module].r for one in shapes) for module in plan.modules}
+    ranks = {module: min(r, plan.rank or r) for module, r in bound.items()}
+    numbers = sum(r * (shapes[0][module].m + shapes[0][module].n) for module, r in ranks.items())
+    seconds = estimate(plan)
+    size = f"at most {numbers * plan.dtype.itemsize / 1e6:.0f} MB in {str(plan.dtype).removeprefix('torch.')}"
+    if fuse_into is not None:
+        size = f"{sum(path.stat().st_size for path in fuse_into.glob('*.safetensors')) / 1e9:.2f} GB, as {fuse_into}"
+    return {
+        "adapters": {
+            name: f"{len(member.shapes)} layers, rank {member.rank}, weight {plan.weights[name]:g}, {member.path}"
+            for name, member in plan.members.items()
+        },
+        "rule": plan.rule.name,
+        "space": plan.space,
+        "options": plan.options,
+        "scale": plan.scale,
+        "seed": plan.seed,
+        "output rank": f"at most {max(ranks.values())}",
+        "output size": size,
+        "heads": ", ".join(plan.task_heads) or ("averaged" if plan.head else "none"),
+        "estimated time": f"about {max(1, seconds):.0f} s" if seconds else "not known: it depends on the texts",
+    }
+
+
+def estimate(plan: Plan) -> float | None:
+    """Return the seconds that the rule will take, from a run on a corner of the largest layer; None where unknown.
+
+    Work in factors grows with m + n, work on dense updates with m n.
+    """
+    if plan.rule.whole or plan.statistics:
+        return None
+    shapes = next(iter(plan.members.values())).shapes
+    largest = max(plan.modules, key=lambda module: shapes[module].m * shapes[module].n)
+    corner = [
+        Update(update.B[:_CROP], update.A[:, :_CROP])
+        for update in (plan.members[name].updates[largest] for name in plan.used)
+    ]
+    m, n = corner[0].B.shape[0], corner[0].A.shape[1]
+    for _ in range(2):  # the first run warms up
+        start = time.perf_counter()
+        result = plan.rule.layer(corner, plan.options, rank=plan.rank)
+        spent = time.perf_counter() - start
+    if isinstance(result, torch.Tensor):
+        return spent * sum(shape.m * shape.n for shape in shapes.values()) / (m * n)
+    return spent * sum(shape.m + shape.n for shape in shapes.values()) / (m + n)
+
+
+def _attempt(errors: list[LoraloomError], step: Callable[[Given], Found], given: Given) -> Found | None:
+    """Return step(given), or add its error to those that are told together."""
+    try:
+        return step(given)
+    except LoraloomError as error:
+        errors.append(error)
+        return None

@@ -1,0 +1,298 @@
+"""A merge that was checked and may begin: what each layer is merged from, by which rule, how."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraloom.adapter import Adapter, Update, compatibility_problems, headless_config
+from loraloom.errors import LoraloomError, raise_problems
+from loraloom.merging.core import Shared, truncate, truncate_dense
+from loraloom.merging.probe import Probe
+from loraloom.merging.rules import Result, Rule, get_rule
+from loraloom.statistics import Statistics
+
+Heads = Literal["keep", "average"]
+
+
+class Layer(NamedTuple):
+    """One merged layer: its update, the share of |dW|_F^2 that truncation took, and what each task reads of it."""
+
+    module: str
+    update: Update
+    energy_lost: float
+    shared: Shared | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked merge; `make_plan` makes it. Nothing is computed before a layer is asked for.
+
+    `members`, `weights` and `statistics` go by input name; `options`, `scale` and `weights` are those in force, with
+    defaults filled in. `rank` is what the caller asked for. `heads` "keep" leaves each input's head to itself.
+    """
+
+    members: dict[str, Adapter]
+    rule: Rule
+    options: dict[str, Any]
+    weights: dict[str, float]
+    scale: float
+    rank: int | None
+    seed: int
+    statistics: dict[str, Statistics]
+    probe: Probe | None
+    heads: Heads
+
+    @property
+    def space(self) -> str:
+        """Return the space in which the rule works."""
+        return str(self.options.get("space", self.rule.spaces[0]))
+
+    @property
+    def modules(self) -> list[str]:
+        """Return the module paths of all layers, in order."""
+        return sorted(next(iter(self.members.values())).shapes)
+
+    @cached_property
+    def used(self) -> list[str]:
+        """The inputs that take part: those of weight 0 do not, as if they had not been given."""
+        return [name for name, weight in self.weights.items() if weight != 0] or list(self.members)
+
+    def layers(self) -> Iterator[Layer]:
+        """Yield every merged layer, one at a time."""
+        return (self.layer(module) for module in self.modules)
+
+    def layer(self, module: str) -> Layer:
+        """Return one merged layer as a low-rank update, truncated where it must be or was asked to be."""
+        result = self.result(module)
+        ranks = [self.members[name].shapes[module].r for name in self.used]
+        limit = self.rank or (max(ranks) if self.rule.output_rank == "max" else sum(ranks))
+        if isinstance(result, Tensor):
+            update, lost = truncate_dense(result, limit)
+        else:
+            update, lost = truncate(result.update() if isinstance(result, Shared) else result, limit)
+        return Layer(module, update, lost, result if isinstance(result, Shared) else None)
+
+    def result(self, module: str) -> Result:
+        """Return what the rule makes of one layer, times the scale: low-rank or dense, nothing truncated."""
+        if self.rule.whole:
+            result = self._all[module]
+        else:
+            moments = [self.statistics[name].moment(module) for name in self.used] if self.statistics else []
+            seed = layer_seed(self.seed, module)
+            result = self.rule.layer(self._updates(module), self.options, seed=seed, rank=self.rank, moments=moments)
+        return _times(result, self.scale)
+
+    @cached_property
+    def _all(self) -> dict[str, Result]:
+        assert self.probe is not None  # make_plan asked for it
+        layers = {module: self._updates(module) for module in self.modules}
+        return self.rule.model(layers, self.options, probe=self.probe, seed=self.seed, rank=self.rank)
+
+    def _updates(self, module: str) -> list[Update]:
+        updates = [(self.members[name].updates[module], self.weights[name]) for name in self.used]
+        return [Update(weight * update.B, update.A) for update, weight in updates]
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """Return the head in the merged adapter: the inputs' weighted mean where `heads` is "average", else none."""
+        if self.heads == "keep":
+            return {}
+        heads = [(self.members[name].head, self.weights[name]) for name in self.used]
+        total = sum(weight for _, weight in heads)
+        return {
+            path: sum((weight / total * head[path].double() for head, weight in heads), torch.zeros(())).to(first.dtype)
+            for path, first in heads[0][0].items()
+        }
+
+    @property
+    def task_heads(self) -> dict[str, dict[str, Tensor]]:
+        """Return each input's own head, to be kept beside the merged adapter."""
+        if self.heads == "average":
+            return {}
+        return {name: member.head for name, member in self.members.items() if member.head}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the first member's config, without its head, and with target modules that hold for all members."""
+        members = list(self.members.values())
+        config = members[0].config if self.heads == "average" else headless_config(members[0].config)
+        if any(_targets(member) != _targets(members[0]) for member in members):
+            config = {**config, "target_modules": self.modules}
+            for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+                config.pop(key, None)
+        return config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the widest dtype of the inputs."""
+        dtypes = [member.dtype for member in self.members.values()]
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        return dtype
+
+
+def make_plan(
+    adapters: Mapping[str, Adapter] | Sequence[Adapter],
+    rule: str,
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    statistics: Mapping[str, Statistics] | Sequence[Statistics] | None = None,
+    probe: Probe | None = None,
+    heads: Heads = "keep",
+    **options: Any,
+) -> Plan:
+    """Check a merge and return its plan; see `merge` for the arguments.
+
+    Raises LoraloomError that tells all problems at once: adapters that do not fit together, unknown or out-of-range
+    options, weights that do not match, what the rule needs and was not given.
+    """
+    names, members = _named(adapters)
+    problems = _name_problems(names) + compatibility_problems(members)
+    problems += _number_problems(len(members), weights, scale, rank)
+    seen, wrong = _by_name(names, statistics)
+    problems += wrong + _statistics_problems(dict(zip(names, members, strict=True)), seen)
+    if heads == "average":
+        problems += _head_problems(names, members)
+        if weights is not None and sum(weights) == 0:
+            problems.append("heads cannot be averaged: the weights add up to 0")
+    found: Rule | None = None
+    chosen: dict[str, Any] = {}
+    try:
+        found = get_rule(rule)
+        chosen, wrong = found.check(options)
+        problems += wrong + _need_problems(found, weights, seen, probe)
+    except LoraloomError as error:
+        problems.append(f"{error.message}: {error.hint}")
+    raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
+    assert found is not None  # get_rule raised otherwise
+    if weights is None:
+        weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
+    return Plan(
+        members=dict(zip(names, members, strict=True)),
+        rule=found,
+        options=chosen,
+        weights=dict(zip(names, weights, strict=True)),
+        scale=found.default_scale if scale is None else scale,
+        rank=rank,
+        seed=seed,
+        statistics=seen,
+        probe=probe,
+        heads=heads,
+    )
+
+
+def _times(result: Result, factor: float) -> Result:
+    if isinstance(result, Tensor):
+        return result * factor
+    if isinstance(result, Shared):
+        return Shared(factor * result.left, result.core, result.right, result.gate, result.gates)
+    return Update(factor * result.B, result.A)
+
+
+def layer_seed(seed: int, module: str) -> int:
+    """Return a seed that depends on the layer's name, not on its place among the layers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{module}".encode()).digest()[:7], "big")
+
+
+def _targets(member: Adapter) -> str | frozenset[str]:
+    targets = member.config.get("target_modules") or ""
+    return targets if isinstance(targets, str) else frozenset(targets)
+
+
+def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> tuple[list[str], list[Adapter]]:
+    if isinstance(adapters, Mapping):
+        return list(adapters), list(adapters.values())
+    names = [a.path.resolve().name if a.path else f"adapter{i}" for i, a in enumerate(adapters, start=1)]
+    return names, list(adapters)
+
+
+def _name_problems(names: Sequence[str]) -> list[str]:
+    if not names:
+        return ["no adapters: give at least one"]
+    problems = [f"input name {name!r} cannot name a file" for name in names if not re.fullmatch(r"\w[\w.+ -]*", name)]
+    folded = [name.casefold() for name in names]
+    twice = sorted({name for name in folded if folded.count(name) > 1})
+    return problems + [f"several inputs are called {name!r}: give each a name of its own" for name in twice]
+
+
+def _number_problems(count: int, weights: Sequence[float] | None, scale: float | None, rank: int | None) -> list[str]:
+    problems = []
+    if weights is not None and len(weights) != count:
+        problems.append(f"{len(weights)} weights for {count} adapters: give one for each")
+    for weight in weights or ():
+        if not math.isfinite(weight):
+            problems.append(f"weight {weight} is not finite")
+    if weights and not any(weights):
+        problems.append("every weight is 0")
+    if scale is not None and not math.isfinite(scale):
+        problems.append(f"scale {scale} is not finite")
+    if rank is not None and rank < 1:
+        problems.append(f"rank {rank} is below 1")
+    return problems
+
+
+def _by_name(
+    names: Sequence[str], statistics: Mapping[str, Statistics] | Sequence[Statistics] | None
+) -> tuple[dict[str, Statistics], list[str]]:
+    given = statistics or {}
+    if not isinstance(given, Mapping):
+        if len(given) != len(names):
+            return {}, [f"{len(given)} statistics for {len(names)} adapters: give one for each, in their order"]
+        given = dict(zip(names, given, strict=True))
+    missing = [f"no statistics for {name!r}" for name in names if given and name not in given]
+    return dict(given), missing
+
+
+def _statistics_problems(members: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> list[str]:
+    problems = []
+    for name, member in members.items():
+        if name not in statistics:
+            continue
+        seen = statistics[name]
+        if member.fingerprint and member.fingerprint != seen.fingerprint:
+            problems.append(f"statistics of {name!r} are of another base model: {seen.base}")
+        missing = sorted(set(member.shapes) - set(seen.layers))
+        if missing:
+            problems.append(f"statistics of {name!r} lack {len(missing)} layers: {missing[0]} for one")
+        for module in sorted(set(member.shapes) & set(seen.layers)):
+            n, width = member.shapes[module].n, seen.layers[module].in_features
+            if n != width:
+                problems.append(f"statistics of {name!r}: {module} reads {width} features, the adapter {n}")
+    return problems
+
+
+def _head_problems(names: Sequence[str], members: Sequence[Adapter]) -> list[str]:
+    shapes = [{path: tuple(tensor.shape) for path, tensor in member.head.items()} for member in members]
+    return [
+        f"heads cannot be averaged: {name} has {shape or 'none'}, {names[0]} has {shapes[0] or 'none'}"
+        for name, shape in zip(names[1:], shapes[1:], strict=True)
+        if shape != shapes[0]
+    ]
+
+
+def _need_problems(
+    rule: Rule, weights: Sequence[float] | None, statistics: Mapping[str, Statistics], probe: Probe | None
+) -> list[str]:
+    problems = []
+    if rule.whole and weights and 0 in weights:
+        problems.append(f"rule {rule.name!r} looks at the texts of every input: leave an adapter of weight 0 out")
+    if "moments" in rule.supplied and not statistics:
+        problems.append(f"rule {rule.name!r} needs statistics of each task's inputs: see `loraloom statistics`")
+    if rule.whole and probe is None:
+        problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --tasks")
+    if rule.labelled and probe is not None and not probe.labels:
+        problems.append(f"rule {rule.name!r} needs labelled texts")
+    return problems

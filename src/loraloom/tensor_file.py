@@ -1,0 +1,65 @@
+"""A safetensors file written tensor by tensor, so that no more than one is in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# as the format names them: https://github.com/huggingface/safetensors
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ENTRY = 160  # bytes of a tensor's entry in the header beside its name, at most
+
+
+class TensorFile:
+    """Writes tensors one after another and the header last, into room kept free for it.
+
+    `names` are all that may be added: they size the header, which the format lets end in spaces. safetensors' own
+    `save_file` wants every tensor at once.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._room = 64 + sum(len(json.dumps(name)) + _ENTRY for name in self._names)
+        self._room += -self._room % 8
+        self._entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._end = 0
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
+        self._file.seek(8 + self._room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor. Raises ValueError for a name that was not announced or is there already."""
+        if name not in self._names or name in self._entries:
+            raise ValueError(f"{name} was not announced, or was added before")
+        whole = tensor.detach().to("cpu").contiguous()
+        data = whole.flatten().view(torch.uint8).numpy()
+        start, self._end = self._end, self._end + data.nbytes
+        self._entries[name] = {
+            "dtype": _DTYPES[whole.dtype],
+            "shape": list(whole.shape),
+            "data_offsets": [start, self._end],
+        }
+        data.tofile(self._file)
+
+    def close(self) -> None:
+        """Write the header and close the file; calling it twice does no harm."""
+        if self._file.closed:
+            return
+        header = json.dumps(self._entries, separators=(",", ":")).encode()
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.close()

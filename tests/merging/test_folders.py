@@ -1,0 +1,534 @@
+"""Merging folders as the command does: all that is wrong at once, statistics by files, what each task reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+import tiny
+from loraloom.adapter import Adapter, Update
+from loraloom.cli import app
+from loraloom.errors import LoraloomError
+from loraloom.merging import merge
+from loraloom.merging.core import Shared
+from loraloom.merging.folders import dry_run, estimate, fuse_folders, merge_folders, plan_folders
+from loraloom.merging.readout import read_readout
+from loraloom.moments import Moment
+from loraloom.peft_folder import WEIGHTS, read_adapter, read_provenance, write_adapter
+from loraloom.progress import Reporter
+from loraloom.statistics import Layer, Statistics
+
+SHAPES = {"layer.0.q": (6, 5), "layer.0.v": (7, 5), "layer.1.up": (9, 6)}
+QUIET = Reporter(quiet=True)
+
+
+def adapter(seed: int, rank: int, **facts: Any) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    updates = {
+        name: Update(torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator))
+        for name, (m, n) in SHAPES.items()
+    }
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "target_modules": ["q", "v", "up"]}
+    return Adapter(updates, config, head={"classifier.weight": torch.full((2, 9), float(seed))}, **facts)
+
+
+def statistics(seed: int, **changes: Any) -> Statistics:
+    generator = torch.Generator().manual_seed(100 + seed)
+    moments = {name: Moment.of_rows(torch.randn(20, n, generator=generator)) for name, (_, n) in SHAPES.items()}
+    layers = {name: Layer(name, n, m) for name, (m, n) in SHAPES.items()}
+    facts: dict[str, Any] = {"base": "org/base", "fingerprint": "", "moments": moments, "layers": layers}
+    return Statistics(**{**facts, "texts": 4, "tokens": 20, "kind": "token", **changes})
+
+
+@pytest.fixture(autouse=True)
+def _loud_again() -> Iterator[None]:
+    """Commands silence every library in this process; other tests want to hear them."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with the adapters mood (rank 2), tone (3) and size (1) and the statistics of each."""
+    for seed, (name, rank) in enumerate((("mood", 2), ("tone", 3), ("size", 1))):
+        write_adapter(adapter(seed, rank), tmp_path / name, provenance={})
+        statistics(seed).save(tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def folders(place: Path, *names: str) -> list[Path]:
+    return [place / name for name in names or ("mood", "tone", "size")]
+
+
+def command(*words: str | Path) -> tuple[int, str]:
+    """Run `loraloom merge --json`; return its exit code with what it told."""
+    result = CliRunner().invoke(app, ["merge", *map(str, words), "--json"], catch_exceptions=False)
+    return result.exit_code, result.stdout if result.exit_code == 0 else " ".join(result.stderr.split())
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def assert_same(one: Adapter, two: Adapter) -> None:
+    assert one.shapes == two.shapes
+    for name, update in one.updates.items():
+        torch.testing.assert_close(update.dense(), two.updates[name].dense())
+
+
+# what is wrong is told at once
+
+
+def test_faults_of_folders_statistics_output_and_options_come_together(place: Path) -> None:
+    (place / "tone" / WEIGHTS).write_bytes(b"x" * 9)
+    (place / "mine").mkdir()
+    (place / "mine" / "thesis.tex").write_text("x")
+    (place / "mood.safetensors").write_bytes(b"")
+    before = listing(place)
+    with pytest.raises(LoraloomError) as caught:
+        plan_folders(
+            [*folders(place), place / "gone"],
+            "ties",
+            place / "mine",
+            {"densty": 1},
+            statistics=[place / "mood.safetensors", place / "none.safetensors"],
+        )
+    for part in (
+        f"{place / 'tone'}: {WEIGHTS} cannot be read",
+        f"{place / 'gone'}: not an adapter folder",
+        f"{place / 'mine'}: holds files that loraloom did not write",
+        "mood.safetensors",
+        "none.safetensors",
+        "no option 'densty': did you mean 'density'?",
+    ):
+        assert part in str(caught.value)
+    assert listing(place) == before
+
+
+def test_what_the_plan_finds_comes_together(place: Path) -> None:
+    with pytest.raises(LoraloomError) as caught:
+        plan_folders(
+            folders(place), "tiess", place / "out", {}, weights=[1.0], rank=0, statistics=[place / "mood.safetensors"]
+        )
+    for part in ("1 weights for 3 adapters", "rank 0 is below 1", "1 statistics for 3 adapters", "'ties'"):
+        assert part in str(caught.value)
+    assert "5 problems" not in str(caught.value)
+    assert "4 problems" in str(caught.value)
+
+
+def test_unknown_options_of_the_command(place: Path) -> None:
+    code, told = command(*folders(place), "--rule", "ties", "--densty=1", "--density", "7", "-o", place / "out")
+    assert code == 2
+    assert "no option 'densty': did you mean 'density'?" in told
+    assert "option 'density': Input should be less than or equal to 1, not 7" in told
+    code, told = command(*folders(place), "--rule", "ties", "--weigths", "1,1,1", "-o", place / "out")
+    assert (code, "did you mean '--weights'" in told) == (2, True)
+    assert not (place / "out").exists()
+
+
+def test_the_rule_is_checked_before_a_base_is_loaded(place: Path) -> None:
+    def look(rule: Any, members: Any) -> Any:
+        raise AssertionError("the base model must not be loaded")
+
+    write_adapter(adapter(5, 2), place / "other", provenance={})
+    config = json.loads((place / "other" / "adapter_config.json").read_text())
+    (place / "other" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "org/another"})
+    )
+    with pytest.raises(LoraloomError, match="2 problems") as caught:
+        plan_folders(folders(place, "mood", "other"), "regmean", place / "out", {"shrnk": 1}, look=look)
+    assert "has 'org/another'" in str(caught.value)
+    assert "did you mean 'shrink'" in str(caught.value)
+
+
+# statistics
+
+
+def dense_regmean(members: list[Adapter], seen: list[Statistics], shrink: float, name: str) -> torch.Tensor:
+    """sum_i dW_i G_i (sum_i G_i)^-1 in float64, off-diagonals of the mean Gram matrices times `shrink`."""
+    left, total = 0.0, 0.0
+    for member, one in zip(members, seen, strict=True):
+        G = one.moment(name).as_gram().double() / one.moment(name).count
+        G = shrink * G + (1 - shrink) * torch.diag(G.diagonal())
+        update = member.updates[name]
+        left, total = left + update.B.double() @ update.A.double() @ G, total + G
+    return left @ torch.linalg.inv(total)
+
+
+def test_statistics_are_read_from_files_in_the_order_of_the_adapters(place: Path) -> None:
+    names = ["tone", "mood", "size"]
+    plan = plan_folders(
+        folders(place, *names),
+        "regmean",
+        place / "out",
+        {"shrink": 0.7},
+        statistics=[place / f"{name}.safetensors" for name in names],
+    )
+    told = merge_folders(plan, place / "out", "loraloom merge", QUIET)
+    seeds = {"mood": 0, "tone": 1, "size": 2}
+    seen = [statistics(seeds[name]) for name in names]
+    members = [read_adapter(place / name) for name in names]
+    for name, update in read_adapter(place / "out").updates.items():
+        expected = dense_regmean(members, seen, 0.7, name)
+        assert (update.dense() - expected).norm() < 1e-5 * expected.norm()
+        mixed = dense_regmean(members, seen[::-1], 0.7, name)
+        assert (update.dense() - mixed).norm() > 1e-2 * mixed.norm()
+    assert (told["rule"], told["rank"]) == ("regmean", 6)
+
+
+def test_the_command_takes_statistics_in_order(place: Path) -> None:
+    seen = [word for name in ("mood", "tone") for word in ("--statistics", place / f"{name}.safetensors")]
+    code, _ = command(*folders(place, "mood", "tone"), "--rule", "regmean", *seen, "-o", place / "out")
+    assert code == 0
+    members = {name: read_adapter(place / name) for name in ("mood", "tone")}
+    expected = merge(members, "regmean", statistics={"mood": statistics(0), "tone": statistics(1)})
+    assert_same(read_adapter(place / "out"), expected.adapter)
+
+
+def test_missing_and_misfit_statistics_are_told(place: Path) -> None:
+    with pytest.raises(LoraloomError, match="needs statistics of each task's inputs: see `loraloom statistics`"):
+        plan_folders(folders(place), "regmean", place / "out", {})
+    whole = statistics(1)
+    few = ("layer.0.q", "layer.0.v")
+    narrow = {"layers": {name: whole.layers[name] for name in few}, "moments": {n: whole.moments[n] for n in few}}
+    statistics(1, **narrow).save(place / "narrow.safetensors")
+    odd = {"layers": {**whole.layers, "layer.0.q": Layer("layer.1.up", 6, 6)}, "moments": dict(whole.moments)}
+    del odd["moments"]["layer.0.q"]
+    statistics(2, **odd).save(place / "odd.safetensors")
+    files = [place / f"{name}.safetensors" for name in ("mood", "narrow", "odd")]
+    with pytest.raises(LoraloomError, match="2 problems") as caught:
+        plan_folders(folders(place), "regmean", place / "out", {}, statistics=files)
+    assert "statistics of 'tone' lack 1 layers: layer.1.up for one" in str(caught.value)
+    assert "statistics of 'size': layer.0.q reads 6 features, the adapter 5" in str(caught.value)
+
+
+def test_statistics_of_another_base_are_told(place: Path) -> None:
+    write_adapter(adapter(0, 2), place / "marked", provenance={"base_fingerprint": "f1"})
+    statistics(0, fingerprint="f2", base="org/another").save(place / "mood.safetensors")
+    with pytest.raises(LoraloomError, match="statistics of 'marked' are of another base model: org/another"):
+        plan_folders([place / "marked"], "regmean", place / "out", {}, statistics=[place / "mood.safetensors"])
+
+
+# the result
+
+
+def test_folders_merge_as_adapters_do(place: Path) -> None:
+    settings: dict[str, Any] = {"weights": [0.5, -1.0, 2.0], "scale": 0.3, "rank": 4, "seed": 7}
+    members = {name: read_adapter(place / name) for name in ("mood", "tone", "size")}
+    expected = merge(members, "dare", density=0.6, **settings)
+    plan = plan_folders(folders(place), "dare", place / "out", {"density": 0.6}, **settings)
+    told = merge_folders(plan, place / "out", "loraloom merge it", QUIET)
+    assert_same(read_adapter(place / "out"), expected.adapter)
+    facts = read_provenance(place / "out")
+    assert facts["command"] == "loraloom merge it"
+    assert [one["weight"] for one in facts["inputs"]] == settings["weights"]
+    lost = {name: layer["energy_lost"] for name, layer in facts["layers"].items()}
+    assert lost == expected.energy_lost
+    worst = max(lost, key=lambda name: lost[name])
+    whole = {name: layer["energy"] / (1 - lost[name]) for name, layer in facts["layers"].items()}
+    in_total = sum(lost[name] * whole[name] for name in lost) / sum(whole.values())
+    assert in_total > 0.01
+    assert told == {
+        "folder": str(place / "out"),
+        "rule": "dare",
+        "space": "full",
+        "scale": 0.3,
+        "rank": 4,
+        "energy lost": f"{in_total:.2%} in total, {lost[worst]:.2%} at most, in {worst}",
+        "heads": "mood, tone, size",
+    }
+
+
+def test_weights_of_the_command(place: Path) -> None:
+    words = (*folders(place), "--rule", "task_arithmetic", "--weights", "0.5,-1,2", "--scale", "1")
+    code, told = command(*words, "-o", place / "out")
+    assert (code, json.loads(told)["rank"]) == (0, 6)
+    members = [read_adapter(place / name) for name in ("mood", "tone", "size")]
+    for name, update in read_adapter(place / "out").updates.items():
+        parts = [w * member.updates[name].dense() for w, member in zip((0.5, -1, 2), members, strict=True)]
+        torch.testing.assert_close(update.dense(), sum(parts), atol=1e-5, rtol=1e-5)
+    code, told = command(*words[:-2], "--heads", "average", "-o", place / "averaged")
+    assert (code, json.loads(told)["heads"]) == (0, "averaged")
+    head = load_file(place / "averaged" / WEIGHTS)["base_model.model.classifier.weight"]
+    torch.testing.assert_close(head, torch.full((2, 9), (0.5 * 0 - 1 * 1 + 2 * 2) / 1.5))
+    code, told = command(*folders(place), "--rule", "ties", "--weights", "1;2;3", "-o", place / "x")
+    assert (code, "--weights '1;2;3': not numbers parted by commas" in told) == (2, True)
+    assert not (place / "x").exists()
+
+
+def test_a_result_is_replaced_and_a_foreign_folder_is_not(place: Path) -> None:
+    for rule in ("task_arithmetic", "tsv"):
+        merge_folders(plan_folders(folders(place), rule, place / "out", {}), place / "out", "", QUIET)
+        assert read_provenance(place / "out")["rule"] == rule
+    assert not list(place.glob(".*.part"))
+
+
+# dry run
+
+
+def test_a_dry_run_tells_ranks_and_sizes_and_writes_nothing(place: Path) -> None:
+    before = listing(place)
+    plan = plan_folders(folders(place), "task_arithmetic", place / "out", {}, weights=[1, 0.25, 1])
+    told = dry_run(plan, None)
+    assert listing(place) == before
+    assert told["adapters"] == {
+        "mood": f"3 layers, rank 2, weight 1, {place / 'mood'}",
+        "tone": f"3 layers, rank 3, weight 0.25, {place / 'tone'}",
+        "size": f"3 layers, rank 1, weight 1, {place / 'size'}",
+    }
+    facts = {key: told[key] for key in ("rule", "space", "options", "scale", "seed", "output rank", "heads")}
+    assert facts == {
+        "rule": "task_arithmetic",
+        "space": "full",
+        "options": {},
+        "scale": 0.3,
+        "seed": 0,
+        "output rank": "at most 6",
+        "heads": "mood, tone, size",
+    }
+    assert told["estimated time"] == "about 1 s"
+
+
+@pytest.mark.parametrize(
+    ("rule", "rank", "expected"), [("task_arithmetic", None, 40), ("tsv", 24, 24), ("cp", None, 24), ("ties", 999, 40)]
+)
+def test_a_dry_run_tells_the_size_that_is_written(rule: str, rank: int | None, expected: int, tmp_path: Path) -> None:
+    """40 = 24 + 16 is the most that these two can give, whatever rank is asked for."""
+    generator = torch.Generator().manual_seed(0)
+    for name, r in (("one", 24), ("two", 16)):
+        updates = {
+            f"layer.{i}.q": Update(torch.randn(2000, r, generator=generator), torch.randn(r, 1500, generator=generator))
+            for i in range(6)
+        }
+        config = {"peft_type": "LORA", "target_modules": ["q"]}
+        write_adapter(Adapter(updates, config, dtype=torch.float16), tmp_path / name, provenance={})
+    plan = plan_folders([tmp_path / "one", tmp_path / "two"], rule, tmp_path / "out", {}, rank=rank)
+    told = dry_run(plan, None)
+    assert told["output rank"] == f"at most {expected}"
+    megabytes = 6 * expected * 3500 * 2 / 1e6
+    assert told["output size"] == f"at most {megabytes:.0f} MB in float16"
+    if rule == "task_arithmetic":
+        merge_folders(plan, tmp_path / "out", "", QUIET)
+        assert (tmp_path / "out" / WEIGHTS).stat().st_size / 1e6 == pytest.approx(megabytes, rel=0.01)
+        assert read_adapter(tmp_path / "out").rank == expected
+
+
+def test_a_dry_run_of_a_fusion_tells_the_bases_size(place: Path) -> None:
+    base = place / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(b"\0" * 20_000_000)
+    plan = plan_folders(folders(place), "ties", place / "out", {})
+    assert dry_run(plan, base)["output size"] == f"0.02 GB, as {base}"
+
+
+def test_the_dry_run_of_the_command_writes_nothing(place: Path) -> None:
+    before = listing(place)
+    code, told = command(*folders(place), "--rule", "ties", "--density=0.5", "--dry-run", "-o", place / "out")
+    assert code == 0
+    assert json.loads(told)["options"] == {"density": 0.5, "space": "full"}
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("rule", ["task_arithmetic", "ties", "tsv", "emr", "cp", "dare", "knots"])
+def test_the_estimate_is_a_time(rule: str, place: Path) -> None:
+    seconds = estimate(plan_folders(folders(place), rule, place / "out", {}, weights=[1.0, 0.0, 1.0]))
+    assert seconds is not None
+    assert 0 < seconds < 5
+
+
+def test_no_time_is_told_where_it_depends_on_the_texts(place: Path) -> None:
+    files = [place / f"{name}.safetensors" for name in ("mood", "tone", "size")]
+    plan = plan_folders(folders(place), "regmean", place / "out", {}, statistics=files)
+    assert estimate(plan) is None
+    assert dry_run(plan, None)["estimated time"] == "not known: it depends on the texts"
+
+
+# what each task reads
+
+
+def dense64(update: Update) -> torch.Tensor:
+    return update.B.double() @ update.A.double()
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"), [("emr", ()), ("emr", ("--scale", "0.4", "--weights", "1,0,-2")), ("cp", ("--per-task",))]
+)
+def test_readouts_are_those_of_the_rule(rule: str, words: tuple[str, ...], place: Path) -> None:
+    code, _ = command(*folders(place), "--rule", rule, *words, "-o", place / "out")
+    assert code == 0
+    weights = [1.0, 0.0, -2.0] if "--weights" in words else None
+    scale = 0.4 if "--scale" in words else None
+    options = {"per_task": True} if words == ("--per-task",) else {}
+    plan = plan_folders(folders(place), rule, place / "again", options, weights=weights, scale=scale)
+    assert plan.used == (["mood", "size"] if weights else ["mood", "tone", "size"])
+    assert {path.stem for path in (place / "out" / "readouts" / "tasks").iterdir()} == set(plan.used)
+    whole = read_adapter(place / "out")
+    distinct = set()
+    for index, task in enumerate(plan.used):
+        read = read_readout(place / "out", task)
+        assert set(read.shapes) == set(SHAPES)
+        for module in SHAPES:
+            shared = plan.result(module)
+            assert isinstance(shared, Shared)
+            expected = shared.left @ (shared.core * shared.gates[index]) @ shared.right
+            assert (dense64(read.updates[module]) - expected).norm() < 1e-5 * expected.norm()
+            distinct.add(round(float(expected.norm()), 6))
+            merged = shared.left @ (shared.core * shared.gate) @ shared.right
+            assert (dense64(whole.updates[module]) - merged).norm() < 1e-5 * merged.norm()
+    assert len(distinct) == len(plan.used) * len(SHAPES)
+
+
+def test_cp_per_task_at_a_high_rank_gives_each_task_its_own_update(place: Path) -> None:
+    code, _ = command(*folders(place, "mood", "tone"), "--rule", "cp", "--per-task", "--rank", "5", "-o", place / "out")
+    assert code == 0
+    for task in ("mood", "tone"):
+        own, read = read_adapter(place / task), read_readout(place / "out", task)
+        for module in SHAPES:
+            expected = dense64(own.updates[module])
+            assert (dense64(read.updates[module]) - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_readout_for_nobody_is_refused(place: Path) -> None:
+    assert command(*folders(place), "--rule", "emr", "-o", place / "out")[0] == 0
+    with pytest.raises(LoraloomError, match=r"out: nothing is read for task 'mod'") as caught:
+        read_readout(place / "out", "mod")
+    assert "did you mean 'mood'" in caught.value.hint
+    assert command(*folders(place), "--rule", "cp", "-o", place / "one")[0] == 0
+    assert not (place / "one" / "readouts").exists()
+    with pytest.raises(LoraloomError, match="one adapter for all tasks: it holds no readouts/"):
+        read_readout(place / "one", "mood")
+
+
+def test_readouts_go_with_the_folder(place: Path) -> None:
+    assert command(*folders(place), "--rule", "emr", "-o", place / "out")[0] == 0
+    before = dense64(read_readout(place / "out", "tone").updates["layer.0.q"])
+    shutil.move(place / "out", place / "elsewhere")
+    for name in ("mood", "tone", "size"):
+        shutil.rmtree(place / name)
+    assert torch.equal(dense64(read_readout(place / "elsewhere", "tone").updates["layer.0.q"]), before)
+    merge_into = place / "elsewhere"
+    write_adapter(adapter(0, 2), place / "mood", provenance={})
+    assert command(place / "mood", "--rule", "weighted", "-o", merge_into)[0] == 0
+    with pytest.raises(LoraloomError, match="holds no readouts/"):  # nothing of the former result is left
+        read_readout(merge_into, "tone")
+
+
+# into a checkpoint
+
+TOKENS = torch.randint(5, len(tiny.WORDS), (3, 8), generator=torch.Generator().manual_seed(0))
+
+
+def classifier(folder: Path) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A base model's folder with PEFT adapters of it: mood of rank 2, tone of rank 3, each with a head."""
+    base = tiny.base_folder("bert", tmp_path / "base")
+    for seed, name in enumerate(("mood", "tone")):
+        config = LoraConfig(r=2 + seed, lora_alpha=5, target_modules=["query", "value"], task_type="SEQ_CLS")
+        model = get_peft_model(classifier(base), config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(tmp_path / name)
+        torch.save(model.eval()(TOKENS).logits.detach(), tmp_path / f"{name}.logits")
+    return tmp_path
+
+
+def dense_logits(base: Path, plan: Any, head: dict[str, torch.Tensor], rank: int | None) -> torch.Tensor:
+    """Return logits of the base in float64 with what the rule gives added to its weights, cut by a full SVD."""
+    model = classifier(base).double()
+    model.load_state_dict({path: tensor.double() for path, tensor in head.items()}, strict=False)
+    for module in plan.modules:
+        result = plan.result(module)
+        dW = result.double() if isinstance(result, torch.Tensor) else dense64(result)
+        U, S, Vh = torch.linalg.svd(dW)
+        with torch.no_grad():
+            model.get_submodule(module).weight += U[:, :rank] * S[:rank] @ Vh[:rank]
+    return model(TOKENS).logits.detach()
+
+
+@pytest.mark.parametrize(("rule", "rank"), [("task_arithmetic", None), ("ties", None), ("ties", 2)])
+def test_a_merge_goes_whole_into_the_weights(rule: str, rank: int | None, trained: Path) -> None:
+    """Nothing is truncated unless that was asked for, though `ties` has full rank; heads lie beside the weights."""
+    plan = plan_folders(folders(trained, "mood", "tone"), rule, trained / "out", {}, rank=rank)
+    told = fuse_folders(plan, trained / "base", trained / "out", "loraloom merge", QUIET)
+    assert (told["rule"], told["layers"], told["head"]) == (rule, 4, "the base's own")
+    assert told["heads beside it"] == "mood, tone"
+    for name in ("mood", "tone"):
+        head = load_file(trained / "out" / "heads" / f"{name}.safetensors")
+        assert head.keys() == read_adapter(trained / name).head.keys()
+        assert all(torch.equal(head[path], own) for path, own in read_adapter(trained / name).head.items())
+        model = classifier(trained / "out")
+        model.load_state_dict(head, strict=False)
+        expected = dense_logits(trained / "base", plan, head, rank)
+        assert (model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
+        uncut = dense_logits(trained / "base", plan, head, None)
+        assert (rank is None) == bool((uncut - expected).norm() < 1e-6 * expected.norm())
+    facts = read_provenance(trained / "out")
+    assert (facts["kind"], facts["command"], facts["fused_into"]) == (
+        "fused checkpoint",
+        "loraloom merge",
+        str(trained / "base"),
+    )
+    sums = dict(line.split("  ")[::-1] for line in (trained / "out" / "SHA256SUMS").read_text().splitlines())
+    assert {"heads/mood.safetensors", "heads/tone.safetensors", "loraloom.json"} <= set(sums)
+    for name, digest in sums.items():
+        assert hashlib.sha256((trained / "out" / name).read_bytes()).hexdigest() == digest
+
+
+def test_one_adapter_goes_in_with_its_head(trained: Path) -> None:
+    code, told = command(trained / "mood", "--rule", "weighted", "--fuse-into", trained / "base", "-o", trained / "out")
+    assert code == 0
+    assert json.loads(told)["heads beside it"] == "none"
+    expected = torch.load(trained / "mood.logits")
+    got = classifier(trained / "out")(TOKENS).logits
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    assert not (trained / "out" / "heads").exists()
+
+
+def test_averaged_heads_go_in(trained: Path) -> None:
+    plan = plan_folders(folders(trained, "mood", "tone"), "weighted", trained / "out", {}, heads="average")
+    told = fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
+    assert (told["heads beside it"], told["head"]) == ("none", "classifier.bias, classifier.weight")
+    heads = [read_adapter(trained / name).head["classifier.weight"] for name in ("mood", "tone")]
+    model = classifier(trained / "out")
+    torch.testing.assert_close(model.classifier.weight.detach(), sum(heads) / 2)
+    expected = dense_logits(trained / "base", plan, plan.head, None)
+    assert (model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_nothing_is_left_of_a_fusion_that_fails(trained: Path) -> None:
+    code, told = command(
+        *folders(trained, "mood", "tone"),
+        "--rule",
+        "ties",
+        "--fuse-into",
+        trained / "gone",
+        "-o",
+        trained / "out",
+    )
+    assert (code, str(trained / "gone") in told) == (2, True)
+    before = listing(trained)
+    (trained / "base" / "model.safetensors").write_bytes(b"x")
+    plan = plan_folders(folders(trained, "mood", "tone"), "ties", trained / "out", {})
+    with pytest.raises(LoraloomError):
+        fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
+    assert set(listing(trained)) == set(before)

@@ -1,0 +1,78 @@
+"""Each script of examples/ runs as its docstring says, on tiny adapters, and does what it promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraloom.adapter import Adapter, Update
+from loraloom.peft_folder import read_adapter, write_adapter
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested_here() -> None:
+    tested = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def adapters(folder: Path, ranks: tuple[int, ...], shape: tuple[int, int], modules: tuple[str, ...]) -> list[Path]:
+    generator = torch.Generator().manual_seed(0)
+    m, n = shape
+    for rank in ranks:
+        updates = {
+            name: Update(torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator))
+            for name in modules
+        }
+        config = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "target_modules": ["query", "value"]}
+        write_adapter(Adapter(updates, config), folder / f"rank{rank}", provenance={})
+    return [folder / f"rank{rank}" for rank in ranks]
+
+
+def test_one_adapter_for_serving(tmp_path: Path) -> None:
+    teams = adapters(tmp_path, (4, 16, 24), (40, 36), ("layer.0.query", "layer.0.value"))
+    told = run("one_adapter_for_serving.py", *teams, tmp_path / "merged")
+    assert "rank 16, 2 layers" in told
+    assert "energy lost: " in told
+    merged = read_adapter(tmp_path / "merged")
+    assert {shape.r for shape in merged.shapes.values()} == {16}
+
+
+def test_fused_checkpoint(finished: Path, tmp_path: Path) -> None:
+    base = finished / "base"
+    weights = load_file(base / "model.safetensors")
+    path = next(name for name in weights if name.endswith("layer.0.attention.self.query.weight"))
+    trained = [finished / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
+    told = run("fused_checkpoint.py", *trained, "--base", base, "--output", tmp_path / "fused")
+    assert "rule: task_arithmetic" in told
+    module = next(name for name in read_adapter(trained[0]).shapes if name.endswith("layer.0.attention.self.query"))
+    expected = weights[path].double()
+    for folder in trained:
+        expected = expected + 0.3 * read_adapter(folder).updates[module].dense().double()
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    assert (fused[path].double() - expected).norm() < 1e-6 * expected.norm()
+    assert (tmp_path / "fused" / "heads" / "mood.safetensors").is_file()
+
+
+@pytest.mark.parametrize("rules", [("task_arithmetic", "emr")])
+def test_table_of_rules(finished: Path, tmp_path: Path, rules: tuple[str, ...]) -> None:
+    trained = [finished / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
+    out = tmp_path / "comparison"
+    told = run(
+        *("table_of_rules.py", *trained, "--tasks", finished / "recipe.yaml", "--output", out, "--rules", *rules)
+    )
+    assert all(f"| {rule} " in told for rule in rules)
+    assert (out / "report.html").is_file()
