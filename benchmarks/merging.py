@@ -1,7 +1,7 @@
 """Merging at the size of Llama-3-8B: whole rules in time and memory, and single layers against PEFT.
 
     python benchmarks/merging.py                    # everything: some 25 minutes on 2 cores
-    python benchmarks/merging.py --parts whole      # one of: whole, dry-run, svd, ties
+    python benchmarks/merging.py --parts whole      # one of: whole, dry-run, svd, ties, memory
 
 Eight rank-16 adapters with random factors (float32, as PEFT saves them) on all seven linear kinds of 32 layers, 224
 modules, made in a temporary folder of 1.4 GB. `whole` runs `loraloom merge` in a process of its own for each rule that
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from loraloom.adapter import Adapter, Update
 from loraloom.merging import merge, rule_names
@@ -53,6 +53,7 @@ def main() -> None:
         "whole": whole,
         "svd": against_svd,
         "ties": against_ties,
+        "memory": memory_of_ties,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
@@ -62,15 +63,15 @@ def main() -> None:
     print(f"{versions}; {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        adapters = make_adapters(folder / "in") if {"whole", "dry-run"} & set(given.parts) else []
+        every = {f"model.layers.{i}.{kind}": shape for i in range(LAYERS) for kind, shape in KINDS.items()}
+        adapters = make_adapters(folder / "in", every) if {"whole", "dry-run"} & set(given.parts) else []
         for part in given.parts:
             parts[part](adapters, folder / "out", given.repeats)
 
 
-def make_adapters(folder: Path) -> list[Path]:
+def make_adapters(folder: Path, modules: dict[str, tuple[int, int]]) -> list[Path]:
     """Write the adapters with random factors and return their folders."""
     generator = torch.Generator().manual_seed(0)
-    modules = {f"model.layers.{i}.{kind}": shape for i in range(LAYERS) for kind, shape in KINDS.items()}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": "meta-llama/Meta-Llama-3-8B",
@@ -104,10 +105,10 @@ def whole(adapters: list[Path], output: Path, repeats: int) -> None:
 def against_svd(adapters: list[Path], output: Path, repeats: int) -> None:
     """Print the ratio to PEFT's `svd` on one layer, and how near both come to the best rank-16 approximation."""
     updates = _layer()
-    theirs, their_seconds = _timed(partial(_peft, updates, "svd", svd_rank=RANK), 1)
+    theirs, their_seconds = _timed(partial(_peft, _peft_model(updates), "svd", svd_rank=RANK), 1)
     ours, our_seconds = _timed(partial(_ours, updates, "svd", rank=RANK), repeats)
     total = torch.stack([update.dense().double() for update in updates]).mean(dim=0)
-    errors = [float((merged.double() - total).norm() / total.norm()) for merged in (ours, theirs)]
+    errors = [float((merged.dense().double() - total).norm() / total.norm()) for merged in (ours, theirs)]
     print(
         f"svd, one {WIDTH} x {WIDTH} layer: loraloom {our_seconds:.3f} s (median of {repeats}), "
         f"PEFT {their_seconds:.1f} s (one run), ratio {their_seconds / our_seconds:.0f}; "
@@ -118,8 +119,9 @@ def against_svd(adapters: list[Path], output: Path, repeats: int) -> None:
 def against_ties(adapters: list[Path], output: Path, repeats: int) -> None:
     """Print the ratio to PEFT's `ties_svd` and `dare_ties_svd` on one layer in full space, from factors to factors."""
     updates = _layer()
+    model = _peft_model(updates)
     for rule in ("ties", "dare_ties"):
-        _, theirs = _timed(partial(_peft, updates, f"{rule}_svd", svd_rank=RANK, density=0.2), 1)
+        _, theirs = _timed(partial(_peft, model, f"{rule}_svd", svd_rank=RANK, density=0.2), 1)
         for rank in (RANK, TASKS * RANK):
             _, ours = _timed(partial(_ours, updates, rule, rank=rank, density=0.2), repeats)
             print(
@@ -127,6 +129,15 @@ def against_ties(adapters: list[Path], output: Path, repeats: int) -> None:
                 f"(median of {repeats}), PEFT to rank {RANK} {theirs:.1f} s (one run), ratio {theirs / ours:.1f}",
                 flush=True,
             )
+
+
+def memory_of_ties(adapters: list[Path], output: Path, repeats: int) -> None:
+    """Print seconds and peak memory of `ties` and `dare_ties` in full space on the largest kind of layer alone."""
+    kind = "mlp.gate_proj"
+    folders = make_adapters(output.parent / "one", {f"model.layers.0.{kind}": KINDS[kind]})
+    for rule in ("ties", "dare_ties"):
+        seconds, peak = _child(_command(folders, rule, output))
+        print(f"{rule}, full space, one {KINDS[kind]} layer, whole command: {seconds:.1f} s, peak {peak / 1e9:.2f} GB")
 
 
 def _layer() -> list[Update]:
@@ -140,29 +151,35 @@ def _layer() -> list[Update]:
     ]
 
 
-def _ours(updates: list[Update], rule: str, **options: Any) -> Tensor:
+def _ours(updates: list[Update], rule: str, **options: Any) -> Update:
     adapters = {f"task{i}": Adapter({"layer": update}, {}) for i, update in enumerate(updates)}
-    return merge(adapters, rule, weights=[1 / TASKS] * TASKS, scale=1.0, **options).adapter.updates["layer"].dense()
+    return merge(adapters, rule, weights=[1 / TASKS] * TASKS, scale=1.0, **options).adapter.updates["layer"]
 
 
-def _peft(updates: list[Update], kind: str, **options: Any) -> Tensor:
-    """Return the layer that PEFT merges from the same factors, mean weights."""
-    model = nn.ModuleDict({"layer": nn.Linear(WIDTH, WIDTH, bias=False)})
+def _peft_model(updates: list[Update]) -> Any:
+    """Return a PEFT model of one layer that holds the same factors."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"])
-    wrapped = get_peft_model(model, config, adapter_name="task0")
+    wrapped = get_peft_model(
+        nn.ModuleDict({"layer": nn.Linear(WIDTH, WIDTH, bias=False)}), config, adapter_name="task0"
+    )
     layer: Any = wrapped.base_model.model["layer"]
     for i, update in enumerate(updates):
         if i:
             wrapped.add_adapter(f"task{i}", config)
         layer.lora_A[f"task{i}"].weight.data = update.A.clone()
         layer.lora_B[f"task{i}"].weight.data = update.B.clone()
+    return wrapped.base_model
+
+
+def _peft(model: Any, kind: str, **options: Any) -> Update:
+    """Return what PEFT merges, mean weights."""
     names = [f"task{i}" for i in range(TASKS)]
-    wrapped.base_model.add_weighted_adapter(names, [1 / TASKS] * TASKS, "merged", combination_type=kind, **options)
-    merged: Tensor = layer.get_delta_weight("merged").detach()
-    return merged
+    model.add_weighted_adapter(names, [1 / TASKS] * TASKS, kind, combination_type=kind, **options)
+    layer = model.model["layer"]
+    return Update(layer.lora_B[kind].weight.detach() * layer.scaling[kind], layer.lora_A[kind].weight.detach())
 
 
-def _timed(run: Callable[[], Tensor], repeats: int) -> tuple[Tensor, float]:
+def _timed(run: Callable[[], Update], repeats: int) -> tuple[Update, float]:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

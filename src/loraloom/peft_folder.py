@@ -18,7 +18,7 @@ from torch import Tensor
 from loraloom.adapter import Adapter, Shape, Update, module_scaling
 from loraloom.atomic import staged_folder
 from loraloom.errors import LoraloomError, raise_problems
-from loraloom.tensor_file import TensorFile
+from loraloom.tensor_file import TensorFile, all_finite
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "loraloom.json"
 _PREFIX = "base_model.model."
@@ -106,7 +106,7 @@ class AdapterWriter:
 
     def _write(self, name: str, tensor: Tensor) -> None:
         written = tensor.to(self.dtype)
-        if not torch.isfinite(written).all():
+        if not all_finite(written):
             self.overflowing.append(name)
         self.weights.add(_PREFIX + name, written)
 
@@ -334,6 +334,6 @@ def _pair_fault(module: str, pair: Mapping[str, Tensor]) -> str:
     A, B = pair["A"], pair["B"]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         return f"{WEIGHTS}: {module}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not multiply"
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+    if not (all_finite(A) and all_finite(B)):
         return f"{WEIGHTS}: {module} holds values that are not finite"
     return ""

@@ -60,6 +60,13 @@ def test_an_unknown_rule_is_told_with_the_rest() -> None:
     assert "did you mean 'ties'" in str(caught.value)
 
 
+def test_unknown_ways_with_heads_and_heads_without_a_mean_are_told() -> None:
+    with pytest.raises(LoraloomError, match="heads 'averag' is unknown: did you mean 'average'"):
+        merge([adapter(0)], "ties", heads="averag")
+    with pytest.raises(LoraloomError, match="the weights add up to 0"):
+        merge([adapter(0), adapter(1)], "ties", heads="average", weights=[1.0, -1.0])
+
+
 def test_no_adapters() -> None:
     with pytest.raises(LoraloomError, match="no adapters"):
         merge([], "ties")

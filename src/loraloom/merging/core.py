@@ -129,9 +129,14 @@ def truncate(update: Update, rank: int) -> tuple[Update, float]:
     """
     if update.rank <= rank:
         return update, 0.0
-    U, S, Vh = svd_factors(update)
-    root = S[:rank].sqrt()
-    return Update((U[:, :rank] * root).float(), (root[:, None] * Vh[:rank]).float()), _share(S.square(), rank)
+    B, A = update.B.double(), update.A.double()
+    SB, SA = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
+    U, S, Vh = torch.linalg.svd(SB @ SA.T, full_matrices=False)
+    # B SA^T Vh^T = QB U S and U^T SB A = S Vh QA^T: the top triples without the bases QB and QA
+    top = S[:rank]
+    inverse = torch.where(signal(top) & (top > 0), top.rsqrt(), 0.0)
+    left, right = B @ (SA.T @ Vh[:rank].T * inverse), (inverse[:, None] * U[:, :rank].T @ SB) @ A
+    return Update(left.float(), right.float()), _share(S.square(), rank)
 
 
 def truncate_dense(dW: Tensor, rank: int) -> tuple[Update, float]:

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, Update, compatibility_problems, headless_config
-from loraloom.errors import LoraloomError, raise_problems
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.core import Shared, truncate, truncate_dense
 from loraloom.merging.probe import Probe
 from loraloom.merging.rules import Result, Rule, get_rule
@@ -164,6 +164,8 @@ def make_plan(
     problems += _number_problems(len(members), weights, scale, rank)
     seen, wrong = _by_name(names, statistics)
     problems += wrong + _statistics_problems(dict(zip(names, members, strict=True)), seen)
+    if heads not in get_args(Heads):
+        problems.append(f"heads {heads!r} is unknown: {did_you_mean(heads, get_args(Heads))}")
     if heads == "average":
         problems += _head_problems(names, members)
         if weights is not None and sum(weights) == 0:
