@@ -81,15 +81,14 @@ def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) ->
     reporter.begin("merging", len(plan.modules))
     write_merged(plan, output, command=command, progress=lambda done, total: reporter.advance("merging"))
     layers = read_provenance(output)["layers"]
-    worst = max(layers, key=lambda module: float(layers[module]["energy_lost"]))
-    lost = {"in total": energy_lost(layers), f"at most, in {worst}": layers[worst]["energy_lost"]}
+    lost = {"in total": energy_lost(layers), **{module: layer["energy_lost"] for module, layer in layers.items()}}
     return {
         "folder": str(output),
         "rule": plan.rule.name,
         "space": plan.space,
         "scale": plan.scale,
         "rank": max(layer["rank"] for layer in layers.values()),
-        "energy lost": ", ".join(f"{share:.2%} {where}" for where, share in lost.items()),
+        "share of energy lost": {name: round(share, 6) for name, share in lost.items()} if any(lost.values()) else 0.0,
         "heads": ", ".join(plan.task_heads) or ("averaged" if plan.head else "none"),
     }
 
@@ -145,7 +144,7 @@ def dry_run(plan: Plan, fuse_into: Path | None) -> dict[str, Any]:
     ranks = {module: min(r, plan.rank or r) for module, r in bound.items()}
     numbers = sum(r * (shapes[0][module].m + shapes[0][module].n) for module, r in ranks.items())
     seconds = estimate(plan)
-    size = f"at most {numbers * plan.dtype.itemsize / 1e6:.0f} MB in {str(plan.dtype).removeprefix('torch.')}"
+    size = f"at most {numbers * plan.dtype.itemsize / 1e6:.1f} MB in {str(plan.dtype).removeprefix('torch.')}"
     if fuse_into is not None:
         size = f"{sum(path.stat().st_size for path in fuse_into.glob('*.safetensors')) / 1e9:.2f} GB, as {fuse_into}"
     return {
