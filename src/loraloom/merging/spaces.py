@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from loraloom.adapter import Update
-from loraloom.merging.core import canonical, from_core, shared_core
+from loraloom.merging.core import canonical, from_core, norm, shared_core
 
 SPACES: tuple[Literal["full", "core", "knots"], ...] = ("full", "core", "knots")
 SpaceOption = Annotated[Literal["full", "core", "knots"], Field(description="where entries are compared")]
@@ -87,9 +87,9 @@ class Entries:
 
 def entries(updates: Sequence[Update], space: str) -> Entries:
     """Return the entries of `updates` in `space`; float64, but for large layers in full space: float32."""
-    energies = [energy(update) for update in updates]
-    order = sorted(range(len(updates)), key=lambda i: -energies[i])
-    used = [updates[i] for i in order if energies[i] > 0] or [updates[0]]
+    norms = [norm(update) for update in updates]
+    order = sorted(range(len(updates)), key=lambda i: -norms[i])
+    used = [updates[i] for i in order if norms[i] > 0] or [updates[0]]
     if space == "full":
         small = used[0].B.shape[0] * used[0].A.shape[1] <= _SMALL
         dtype = torch.float64 if small else torch.float32
@@ -100,12 +100,6 @@ def entries(updates: Sequence[Update], space: str) -> Entries:
         return Entries(core.cores, (right,) * len(used), lambda X: Update(core.QB.float(), X.float()))
     one = torch.eye(right.shape[0], dtype=right.dtype)
     return Entries(core.cores, (one,) * len(used), lambda M: from_core(core, M))
-
-
-def energy(update: Update) -> float:
-    """Return |dW|_F^2 = tr(B^T B A A^T) without dW."""
-    B, A = update.B.double(), update.A.double()
-    return float(((B.T @ B) * (A @ A.T)).sum())
 
 
 def generators(generator: torch.Generator, tasks: int) -> list[torch.Generator]:
