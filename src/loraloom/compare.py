@@ -15,7 +15,7 @@ from loraloom.progress import Reporter
 from loraloom.recipe import MergeSettings, Recipe
 from loraloom.results import StudyResult
 
-SCALES = (0.5, 1.0, 2.0, 3.0)  # times the rule's own scale
+SCALES = (0.25, 0.5, 1.0, 2.0, 3.0)  # times the rule's own scale
 
 
 def compare(
