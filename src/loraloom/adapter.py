@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,10 @@ class Update:
         """Return m, n and r."""
         return Shape(self.B.shape[0], self.A.shape[1], self.rank)
 
+    def energy(self) -> float:
+        """Return |dW|_F^2 = tr(B^T B A A^T), without dW."""
+        return float(((self.B.T @ self.B).double() * (self.A @ self.A.T).double()).sum())
+
     def dense(self) -> Tensor:
         """Return dW (m, n)."""
         return self.B @ self.A
@@ -73,9 +78,9 @@ class Adapter:
         """Return the name or folder of the base model, as the config gives it."""
         return str(self.config.get("base_model_name_or_path") or "")
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, Shape]:
-        """Return the shape of every update by module path, without reading weights."""
+        """The shape of every update by module path, without reading weights."""
         known: Mapping[str, Shape] | None = getattr(self.updates, "shapes", None)
         return {name: update.shape for name, update in self.updates.items()} if known is None else known
 

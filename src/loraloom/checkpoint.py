@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraloom.adapter import Update
@@ -34,6 +33,7 @@ from loraloom.shards import (
     read_checkpoint,
     write_shard,
 )
+from loraloom.tensor_file import all_finite, write_files
 
 SUMS = "SHA256SUMS"
 _OUTPUT = "lm_head"
@@ -105,11 +105,7 @@ def fuse(
         left_out = _copy_files(found.folder, staged)
         if untied:
             _write_json(staged / CONFIG, {**found.config, "tie_word_embeddings": False})
-        for name, text in (files or {}).items():
-            (staged / name).write_text(text, encoding="utf-8")
-        for name, tensors_beside in (extra or {}).items():
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            save_file({path: one.contiguous() for path, one in tensors_beside.items()}, staged / name)
+        write_files(staged, files or {}, extra or {})
         written = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         rest = {name: path for name, path in written.items() if name not in sha256}
         sha256.update({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in rest.items()})
@@ -202,7 +198,7 @@ def _head_parts(
             problems.append(f"{here}: is {dtype}, quantised: {_DEQUANTISE}")
         else:
             whole = tensor.detach().to("cpu", FLOATS[dtype]).contiguous()
-            if not whole.isfinite().all():
+            if not all_finite(whole):
                 problems.append(f"{here}: the adapter's values overflow {dtype}")
             heads[here] = Part(here, dtype, shape, whole.nbytes, base.folder, whole=whole)
     return heads

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loraloom.adapter import compatibility_problems
-from loraloom.errors import LoraloomError, did_you_mean, raise_problems, raise_together
+from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.merging import get_rule, rule_names
 from loraloom.outcome import run_study
 from loraloom.peft_folder import read_adapter, task_of
@@ -49,16 +49,12 @@ def compare(
     errors: list[LoraloomError] = []
     members = []
     for path in adapters.values():
-        try:
+        with collecting(errors):
             members.append(read_adapter(path))
-        except LoraloomError as error:
-            errors.append(error)
     problems += compatibility_problems(members)
     problems += [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
-    try:
+    with collecting(errors):
         raise_problems("these adapters cannot be compared", problems, "see `loraloom rules`, and the recipe's tasks")
-    except LoraloomError as error:
-        errors.append(error)
     raise_together(errors)
     recipe = Recipe.model_validate(
         {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LoraloomError(Exception):
@@ -37,6 +38,15 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     if near:
         return "did you mean " + " or ".join(repr(match) for match in near) + "?"
     return "known: " + ", ".join(options)
+
+
+@contextmanager
+def collecting(errors: list[LoraloomError]) -> Iterator[None]:
+    """Add a LoraloomError raised inside to `errors` and go on, so that `raise_together` tells it with the others."""
+    try:
+        yield
+    except LoraloomError as error:
+        errors.append(error)
 
 
 def raise_together(errors: Sequence[LoraloomError]) -> None:

@@ -13,7 +13,7 @@ from loraloom.adapter import Update
 from loraloom.base import load_classifier, load_tokenizer
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.heads import Head
-from loraloom.hooks import LayerReader, Side, batch_sides, layer_shape
+from loraloom.hooks import LayerReader, batch_sides, layer_shape
 from loraloom.metrics import score
 from loraloom.results import Score
 from loraloom.tasks.encoding import Encoded, batches, encode
@@ -79,7 +79,7 @@ class Evaluator:
                     if path == head.last:
                         read_by_head.append(x)
                     elif see:
-                        see(path, _rows(x, encoder if reader.in_encoder(path, x) else decoder))
+                        see(path, (encoder if reader.in_encoder(path, x) else decoder).rows(x, "token").cpu())
 
                 reader.run(batch, hand_over, list(reader.layers))
                 return _pooled(read_by_head.pop(), batch["input_ids"] != pad).float().cpu()
@@ -164,14 +164,6 @@ def _adding(update: Update) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor],
         return output + (inputs[0].to(A.dtype) @ A) @ B
 
     return hook
-
-
-def _rows(x: Tensor, side: Side) -> Tensor:
-    """Return the rows of `x` (..., n) that count, (k, n) float32 on the CPU: one a token, or one a sample."""
-    flat = x.reshape(-1, x.shape[-1])
-    if len(flat) == side.mask.numel():
-        flat = flat.index_select(0, side.tokens)
-    return flat.float().cpu()
 
 
 def _pooled(inputs: Tensor, kept: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Side:
         An input (samples, n), as of a pooler, has one row a sample in both kinds. Raises ValueError where `x` does
         not fit the mask.
         """
-        shape, flat = tuple(x.shape[:-1]), x.detach().reshape(-1, x.shape[-1])
+        shape, flat = tuple(x.shape[:-1]), x.reshape(-1, x.shape[-1])
         samples, length = self.mask.shape
         if shape == (samples,):
             return _picked(flat, self.counts.nonzero().squeeze(1)).float()

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraloom.adapter import Adapter, Shape, Update, module_scaling
 from loraloom.atomic import staged_folder
 from loraloom.errors import LoraloomError, raise_problems
-from loraloom.tensor_file import TensorFile, all_finite
+from loraloom.tensor_file import TensorFile, all_finite, save_tensors, write_files
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "loraloom.json"
 _PREFIX = "base_model.model."
@@ -179,7 +178,7 @@ def write_folder(
     folder = Path(folder)
     with staged_folder(folder) as staged:
         _write_json(staged / CONFIG, config, sort_keys=True)
-        _save({_PREFIX + name: tensor for name, tensor in tensors.items()}, staged / WEIGHTS)
+        save_tensors({_PREFIX + name: tensor for name, tensor in tensors.items()}, staged / WEIGHTS)
         _write_beside(staged, provenance, files, extra)
     return folder
 
@@ -226,10 +225,14 @@ class StoredUpdates(Mapping[str, Update]):
         try:
             # opened anew, so that the pages of one layer are given back before the next
             with safe_open(self.path, framework="pt") as file:
-                A, B = (file.get_tensor(f"{_PREFIX}{module}.lora_{factor}.weight").float() for factor in "AB")
+                A, B = (
+                    # copied: what is mapped must not outlive the file
+                    file.get_tensor(f"{_PREFIX}{module}.lora_{factor}.weight").to(torch.float32, copy=True)
+                    for factor in "AB"
+                )
         except (SafetensorError, OSError) as error:
             raise LoraloomError(f"{self.path}: cannot be read any more ({error})", "was it replaced?") from error
-        return Update(B * scaling, A.clone())
+        return Update(B.mul_(scaling), A)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -245,20 +248,11 @@ def _write_beside(
     extra: Mapping[str, Mapping[str, Tensor]] | None,
 ) -> None:
     _write_json(folder / PROVENANCE, provenance)
-    for name, text in (files or {}).items():
-        (folder / name).write_text(text, encoding="utf-8")
-    for name, content in (extra or {}).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _save(content, folder / name)
+    write_files(folder, files or {}, extra or {})
 
 
 def _write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from loraloom import stages
 from loraloom.adapter import Adapter
 from loraloom.base import base_folder, base_name, base_sha256
-from loraloom.errors import LoraloomError, raise_problems, raise_together
+from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.evaluation import Evaluator
 from loraloom.heads import Head
 from loraloom.initialise import task_seed
@@ -109,19 +109,17 @@ class Study:
         """The tasks of the recipe, made or read again. Raises LoraloomError that tells what is wrong with any."""
         self.reporter.begin("tasks", len(self.recipe.tasks))
         tasks: dict[str, Task] = {}
-        errors = []
+        errors: list[LoraloomError] = []
         for name, settings in self.recipe.tasks.items():
             stage = self._stage("task", name, stages.task_inputs(name, settings))
 
             def make(folder: Path, _: Path, name: str = name, settings: Any = settings) -> None:
                 stages.build_task(name, settings).save(folder / "rows")
 
-            try:
+            with collecting(errors):
                 tasks[name] = Task.load(self._get("tasks", stage, make).path / "rows")
                 asked = stages.sample_problems(tasks[name], self.recipe.statistics, self.recipe.alignment)
                 raise_problems("samples", asked, "lower it in the recipe, or give the task more training rows")
-            except LoraloomError as error:
-                errors.append(error)
         raise_together(errors)
         return tasks
 

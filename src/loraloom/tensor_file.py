@@ -1,12 +1,13 @@
-"""A safetensors file written tensor by tensor, so that no more than one is in memory."""
+"""Safetensors files: whole, or tensor by tensor, so that no more than one is in memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 # as the format names them: https://github.com/huggingface/safetensors
@@ -22,6 +23,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_METADATA = {"format": "pt"}
 _ENTRY = 160  # bytes of a tensor's entry in the header beside its name, at most
 
 
@@ -36,7 +38,7 @@ class TensorFile:
         self._names = set(names)
         self._room = 64 + sum(len(json.dumps(name)) + _ENTRY for name in self._names)
         self._room += -self._room % 8
-        self._entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._entries: dict[str, object] = {"__metadata__": _METADATA}
         self._end = 0
         self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
         self._file.seek(8 + self._room)
@@ -68,3 +70,18 @@ class TensorFile:
 def all_finite(tensor: Tensor) -> bool:
     """Tell whether every value is finite: the extremes tell it, twenty times faster than a mask of all values."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors from any device as one safetensors file."""
+    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata=_METADATA)
+
+
+def write_files(folder: Path, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write text files and safetensors files into `folder` by their names, which may lead into sub-folders."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in tensors.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(content, folder / name)

@@ -158,9 +158,9 @@ def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: s
         batch_size=recipe.training.eval_batch_size,
     )
     scores: dict[str, tuple[str, Score]] = {}
+    read = merged_adapters(folder, 1.0, tasks)
     for name, task in tasks.items():
-        updates = merged_adapters(folder, 1.0, [name])[name].updates
-        scores[name] = task.metric, evaluate(evaluator, updates, heads[name], task, split=split)
+        scores[name] = task.metric, evaluate(evaluator, read[name].updates, heads[name], task, split=split)
     return scores
 
 
@@ -219,8 +219,7 @@ def _heads(adapter: Adapter, folder: Path) -> dict[str, Head]:
 
 
 def _adapter_facts(adapter: Adapter, path: Path) -> dict[str, Any]:
-    # |B A|^2 = tr(B^T B A A^T), without the dense update
-    energy = sum(float(((u.B.T @ u.B) * (u.A @ u.A.T)).sum()) for u in adapter.updates.values())
+    energy = sum(update.energy() for update in adapter.updates.values())
     provenance = read_provenance(path)
     return {
         "base": adapter.base,

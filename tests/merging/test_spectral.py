@@ -5,24 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small import N, close, dense, update
 
 from loraloom.adapter import Update
 from loraloom.merging.spectral import iso_c, iso_cts, wudi
-
-M, N = 14, 11
-
-
-def update(seed: int, rank: int) -> Update:
-    generator = torch.Generator().manual_seed(seed)
-    return Update(torch.randn(M, rank, generator=generator), torch.randn(rank, N, generator=generator))
-
-
-def dense(update: Update) -> np.ndarray:
-    return update.B.double().numpy() @ update.A.double().numpy()
-
-
-def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> bool:
-    return bool(np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected))
 
 
 def published_iso_c(deltas: list[np.ndarray]) -> np.ndarray:

@@ -6,25 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from small import M, N, close, dense, update
 
 from loraloom.adapter import Update
 from loraloom.merging.core import Shared
 from loraloom.merging.tensor import cp, ctm
-
-M, N = 14, 11
-
-
-def update(seed: int, rank: int) -> Update:
-    generator = torch.Generator().manual_seed(seed)
-    return Update(torch.randn(M, rank, generator=generator), torch.randn(rank, N, generator=generator))
-
-
-def dense(update: Update) -> np.ndarray:
-    return update.B.double().numpy() @ update.A.double().numpy()
-
-
-def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> bool:
-    return bool(np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected))
 
 
 def weighted(updates: list[Update]) -> list[Update]:

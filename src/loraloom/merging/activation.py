@@ -118,7 +118,7 @@ def fisher(
     dense (m, n) float32 or float64 tensors for every layer.
     """
     module_names = list(layers)
-    above = {name: torch.zeros(_shape(layers[name][0]), dtype=torch.float64) for name in module_names}
+    above = {name: torch.zeros(layers[name][0].shape[:2], dtype=torch.float64) for name in module_names}
     below = {name: torch.zeros_like(above[name]) for name in module_names}
     for task in range(len(probe.batches)):
         updates = {name: layers[name][task] for name in module_names}
@@ -173,10 +173,7 @@ def _moment(
     with torch.no_grad():
         for batch in probe.batches[task]:
             probe.run(task, batch, inside, see)
-    total = moments[0]
-    for moment in moments[1:]:
-        total = total + moment
-    return total
+    return sum(moments[1:], start=moments[0])
 
 
 def _normal_equations(updates: Sequence[Update], moments: Sequence[Moment], shrink: float) -> tuple[Tensor, Tensor]:
@@ -253,7 +250,3 @@ def _likelihoods(outputs: Tensor, regression: bool) -> list[tuple[Tensor, float]
         return [(outputs[0], 1.0)]
     log_probabilities = torch.log_softmax(outputs, dim=-1)
     return list(zip(log_probabilities, log_probabilities.detach().exp().tolist(), strict=True))
-
-
-def _shape(update: Update) -> tuple[int, int]:
-    return update.B.shape[0], update.A.shape[1]

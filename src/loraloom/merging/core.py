@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,9 +61,8 @@ def concatenate(updates: Sequence[Update]) -> Update:
 
 
 def norm(update: Update) -> float:
-    """Return |dW|_F from the factors: |dW|_F^2 = tr(B^T B A A^T)."""
-    B, A = update.B.double(), update.A.double()
-    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+    """Return |dW|_F from the factors, in float64: exact enough to tell a zero update by it."""
+    return math.sqrt(max(0.0, Update(update.B.double(), update.A.double()).energy()))
 
 
 def nonzero(updates: Sequence[Update]) -> list[Update]:

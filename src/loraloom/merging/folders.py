@@ -6,14 +6,14 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from loraloom.adapter import Adapter, Update, compatibility_problems
 from loraloom.atomic import check_folder
 from loraloom.checkpoint import fuse
-from loraloom.errors import LoraloomError, raise_problems, raise_together
+from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.merging.core import Shared
 from loraloom.merging.merge import energy_lost, fused_card, plan_facts, write_merged
 from loraloom.merging.plan import Plan, make_plan
@@ -25,9 +25,6 @@ from loraloom.statistics import Statistics
 
 # what a rule that looks at texts is given: each adapter's statistics, and the probe
 Look = Callable[[Rule, Sequence[Adapter]], tuple[Sequence[Statistics], Probe | None]]
-
-Given = TypeVar("Given")
-Found = TypeVar("Found")
 
 _CROP = 512  # rows and columns of the layer that the estimate runs on
 
@@ -48,12 +45,19 @@ def plan_folders(
     tells what is wrong with the output, the rule, its options and any folder.
     """
     errors: list[LoraloomError] = []
-    _attempt(errors, check_folder, output)
-    members = [member for folder in folders if (member := _attempt(errors, read_adapter, folder))]
-    seen: Sequence[Statistics] = [one for path in statistics if (one := _attempt(errors, Statistics.load, path))]
+    members: list[Adapter] = []
+    seen: list[Statistics] = []
+    with collecting(errors):
+        check_folder(output)
+    for folder in folders:
+        with collecting(errors):
+            members.append(read_adapter(folder))
+    for path in statistics:
+        with collecting(errors):
+            seen.append(Statistics.load(path))
     if errors:
-        # where all can be read, `make_plan` tells what is wrong with the rest
-        _attempt(errors, lambda name: raise_problems("the rule", get_rule(name).check(options)[1]), rule)
+        with collecting(errors):  # where all can be read, `make_plan` tells what is wrong with the rest
+            raise_problems("the rule", get_rule(rule).check(options)[1])
     raise_together(errors)
     probe = None
     if look is not None:
@@ -61,7 +65,7 @@ def plan_folders(
         problems = compatibility_problems(members) + found.check(options)[1]
         raise_problems(f"cannot merge by {rule}", problems, "nothing was merged or written")  # before a base is loaded
         looked, probe = look(found, members)
-        seen = seen or looked
+        seen = seen or list(looked)
     named = dict(zip(names_of(folders), members, strict=True))
     return make_plan(named, rule, statistics=seen or None, probe=probe, **settings, **options)
 
@@ -89,7 +93,7 @@ def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) ->
         "scale": plan.scale,
         "rank": max(layer["rank"] for layer in layers.values()),
         "share of energy lost": {name: round(share, 6) for name, share in lost.items()} if any(lost.values()) else 0.0,
-        "heads": ", ".join(plan.task_heads) or ("averaged" if plan.head else "none"),
+        "heads": _heads(plan),
     }
 
 
@@ -114,7 +118,7 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         base,
         output,
         delta,
-        {module: (shape.m, shape.n) for module, shape in next(iter(plan.members.values())).shapes.items()},
+        {module: (shape.m, shape.n) for module, shape in plan.shapes.items()},
         transposed=bool(plan.config.get("fan_in_fan_out")),
         head=plan.head or single,
         files={"loraloom.json": json.dumps(provenance, indent=2) + "\n", "README.md": fused_card(provenance)},
@@ -137,12 +141,9 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
 
 def dry_run(plan: Plan, fuse_into: Path | None) -> dict[str, Any]:
     """Return what a merge would do: sizes, ranks and the time to expect, from headers and one small trial."""
-    shapes = [member.shapes for member in plan.members.values()]
-    bound = {module: sum(one[module].r for one in shapes) for module in plan.modules}
-    if plan.rule.output_rank == "max":
-        bound = {module: max(one[module].r for one in shapes) for module in plan.modules}
-    ranks = {module: min(r, plan.rank or r) for module, r in bound.items()}
-    numbers = sum(r * (shapes[0][module].m + shapes[0][module].n) for module, r in ranks.items())
+    shapes = plan.shapes
+    ranks = {module: min(plan.bound(module), plan.rank or plan.bound(module)) for module in plan.modules}
+    numbers = sum(r * (shapes[module].m + shapes[module].n) for module, r in ranks.items())
     seconds = estimate(plan)
     size = f"at most {numbers * plan.dtype.itemsize / 1e6:.1f} MB in {str(plan.dtype).removeprefix('torch.')}"
     if fuse_into is not None:
@@ -159,7 +160,7 @@ def dry_run(plan: Plan, fuse_into: Path | None) -> dict[str, Any]:
         "seed": plan.seed,
         "output rank": f"at most {max(ranks.values())}",
         "output size": size,
-        "heads": ", ".join(plan.task_heads) or ("averaged" if plan.head else "none"),
+        "heads": _heads(plan),
         "estimated time": f"about {max(1, seconds):.0f} s" if seconds else "not known: it depends on the texts",
     }
 
@@ -171,12 +172,9 @@ def estimate(plan: Plan) -> float | None:
     """
     if plan.rule.whole or plan.statistics:
         return None
-    shapes = next(iter(plan.members.values())).shapes
+    shapes = plan.shapes
     largest = max(plan.modules, key=lambda module: shapes[module].m * shapes[module].n)
-    corner = [
-        Update(update.B[:_CROP], update.A[:, :_CROP])
-        for update in (plan.members[name].updates[largest] for name in plan.used)
-    ]
+    corner = [Update(update.B[:_CROP], update.A[:, :_CROP]) for update in plan.updates(largest)]
     m, n = corner[0].B.shape[0], corner[0].A.shape[1]
     for _ in range(2):  # the first run warms up
         start = time.perf_counter()
@@ -187,10 +185,5 @@ def estimate(plan: Plan) -> float | None:
     return spent * sum(shape.m + shape.n for shape in shapes.values()) / (m + n)
 
 
-def _attempt(errors: list[LoraloomError], step: Callable[[Given], Found], given: Given) -> Found | None:
-    """Return step(given), or add its error to those that are told together."""
-    try:
-        return step(given)
-    except LoraloomError as error:
-        errors.append(error)
-        return None
+def _heads(plan: Plan) -> str:
+    return ", ".join(plan.task_heads) or ("averaged" if plan.head else "none")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, Update
+from loraloom.adapter import Adapter
 from loraloom.merging.plan import Heads, Layer, Plan, make_plan
 from loraloom.merging.probe import Probe
 from loraloom.merging.readout import READOUTS, readout_tensors
@@ -154,12 +154,7 @@ def energy_lost(layers: Mapping[str, Mapping[str, float]]) -> float:
 
 def _layer_facts(layer: Layer) -> dict[str, Any]:
     update = layer.update
-    return {"rank": update.rank, "energy": _energy(update), "energy_lost": layer.energy_lost}
-
-
-def _energy(update: Update) -> float:
-    """Return |B A|_F^2 = tr(B^T B A A^T)."""
-    return float(((update.B.T @ update.B).double() * (update.A @ update.A.T).double()).sum())
+    return {"rank": update.rank, "energy": update.energy(), "energy_lost": layer.energy_lost}
 
 
 def merged_card(base: str, provenance: Mapping[str, Any]) -> str:
@@ -170,44 +165,51 @@ def merged_card(base: str, provenance: Mapping[str, Any]) -> str:
     front = ["library_name: peft", "tags:", "- lora", "- merge", "- loraloom"]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not base.startswith("."):
         front.insert(0, f"base_model: {base}")  # a name on the Hub; the Hub refuses a folder here
-    options = ", ".join(f"{key} {value}" for key, value in provenance["options"].items()) or "none"
     layers = provenance["layers"].values()
-    rows = [f"| {one['name']} | {one['weight']:g} | {one['sha256'] or 'unknown'} |" for one in provenance["inputs"]]
-    heads = "; ".join(f"`heads/{name}.safetensors`" for name in provenance["heads"]) or "none"
-    return "\n".join(
-        [
-            *("---", *front, "---", "", "# Merged LoRA adapter", ""),
-            f"{len(rows)} adapters merged by the rule `{provenance['rule']}` of loraloom.",
-            *("", "| input | weight | sha256 |", "|---|---|---|", *rows, ""),
-            f"- space {provenance['space']}",
-            f"- options {options}",
-            f"- scale {provenance['scale']:g}",
-            f"- output rank {max(layer['rank'] for layer in layers)}",
-            f"- energy lost by truncation in the worst layer {max(layer['energy_lost'] for layer in layers):.3g}",
-            f"- task heads, kept apart and never merged {heads}",
-            *(f"- {note}" for note in provenance.get("notes", ())),
-            *("", "An ordinary PEFT adapter, with the scaling folded in:", ""),
-            *("```python", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""),
-            "Everything needed to make it again is in `loraloom.json`.",
-            "",
-        ]
-    )
+    facts = [
+        f"output rank {max(layer['rank'] for layer in layers)}",
+        f"energy lost by truncation in the worst layer {max(layer['energy_lost'] for layer in layers):.3g}",
+        f"task heads, kept apart and never merged {_heads_listed(provenance)}",
+        *provenance.get("notes", ()),
+    ]
+    loading = [
+        *("An ordinary PEFT adapter, with the scaling folded in:", ""),
+        *("```python", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""),
+        "Everything needed to make it again is in `loraloom.json`.",
+    ]
+    return _card(front, "Merged LoRA adapter", "", provenance, facts, loading)
 
 
 def fused_card(provenance: Mapping[str, Any]) -> str:
     """Return the model card of a checkpoint with a merge in its weights."""
-    rows = [f"| {one['name']} | {one['weight']:g} | {one['sha256'] or 'unknown'} |" for one in provenance["inputs"]]
+    heads = f"task heads {_heads_listed(provenance)}"
+    ending = ["`sha256sum -c SHA256SUMS` checks the files; `loraloom.json` holds what made them."]
+    front, title = ["tags:", "- merge", "- loraloom"], "Checkpoint with merged LoRA adapters"
+    return _card(front, title, ", in a base model's weights", provenance, [heads], ending)
+
+
+def _card(
+    front: Sequence[str],
+    title: str,
+    where: str,
+    provenance: Mapping[str, Any],
+    facts: Sequence[str],
+    ending: Sequence[str],
+) -> str:
+    """Return a model card: front matter, the inputs as a table, how they were merged with further `facts`, an end."""
     options = ", ".join(f"{key} {value}" for key, value in provenance["options"].items()) or "none"
-    heads = "; ".join(f"`heads/{name}.safetensors`" for name in provenance["heads"]) or "none"
+    rows = [f"| {one['name']} | {one['weight']:g} | {one['sha256'] or 'unknown'} |" for one in provenance["inputs"]]
+    how = [f"space {provenance['space']}", f"options {options}", f"scale {provenance['scale']:g}", *facts]
     return "\n".join(
         [
-            *("---", "tags:", "- merge", "- loraloom", "---", "", "# Checkpoint with merged LoRA adapters", ""),
-            f"{len(rows)} adapters merged by the rule `{provenance['rule']}` of loraloom, in a base model's weights.",
+            *("---", *front, "---", "", f"# {title}", ""),
+            f"{len(rows)} adapters merged by the rule `{provenance['rule']}` of loraloom{where}.",
             *("", "| input | weight | sha256 |", "|---|---|---|", *rows, ""),
-            f"- space {provenance['space']}",
-            f"- options {options}",
-            f"- scale {provenance['scale']:g}",
-            f"- task heads {heads}",
-            *("", "`sha256sum -c SHA256SUMS` checks the files; `loraloom.json` holds what made them.", ""),
+            *(f"- {fact}" for fact in how),
+            *("", *ending, ""),
         ]
     )
+
+
+def _heads_listed(provenance: Mapping[str, Any]) -> str:
+    return "; ".join(f"`heads/{name}.safetensors`" for name in provenance["heads"]) or "none"

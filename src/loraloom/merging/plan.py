@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, Update, compatibility_problems, headless_config
+from loraloom.adapter import Adapter, Shape, Update, compatibility_problems, headless_config
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.core import Shared, truncate, truncate_dense
 from loraloom.merging.probe import Probe
@@ -57,9 +58,14 @@ class Plan:
         return str(self.options.get("space", self.rule.spaces[0]))
 
     @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Return every layer's m and n, in which the inputs agree, with the first one's rank."""
+        return next(iter(self.members.values())).shapes
+
+    @cached_property
     def modules(self) -> list[str]:
-        """Return the module paths of all layers, in order."""
-        return sorted(next(iter(self.members.values())).shapes)
+        """The module paths of all layers, in order."""
+        return sorted(self.shapes)
 
     @cached_property
     def used(self) -> list[str]:
@@ -70,11 +76,15 @@ class Plan:
         """Yield every merged layer, one at a time."""
         return (self.layer(module) for module in self.modules)
 
+    def bound(self, module: str) -> int:
+        """Return the rank that a layer's result does not exceed where the caller asks for none."""
+        ranks = [self.members[name].shapes[module].r for name in self.used]
+        return max(ranks) if self.rule.output_rank == "max" else sum(ranks)
+
     def layer(self, module: str) -> Layer:
         """Return one merged layer as a low-rank update, truncated where it must be or was asked to be."""
         result = self.result(module)
-        ranks = [self.members[name].shapes[module].r for name in self.used]
-        limit = self.rank or (max(ranks) if self.rule.output_rank == "max" else sum(ranks))
+        limit = self.rank or self.bound(module)
         if isinstance(result, Tensor):
             update, lost = truncate_dense(result, limit)
         else:
@@ -88,16 +98,17 @@ class Plan:
         else:
             moments = [self.statistics[name].moment(module) for name in self.used] if self.statistics else []
             seed = layer_seed(self.seed, module)
-            result = self.rule.layer(self._updates(module), self.options, seed=seed, rank=self.rank, moments=moments)
+            result = self.rule.layer(self.updates(module), self.options, seed=seed, rank=self.rank, moments=moments)
         return _times(result, self.scale)
 
     @cached_property
     def _all(self) -> dict[str, Result]:
         assert self.probe is not None  # make_plan asked for it
-        layers = {module: self._updates(module) for module in self.modules}
+        layers = {module: self.updates(module) for module in self.modules}
         return self.rule.model(layers, self.options, probe=self.probe, seed=self.seed, rank=self.rank)
 
-    def _updates(self, module: str) -> list[Update]:
+    def updates(self, module: str) -> list[Update]:
+        """Return what the rule is given of one layer: the inputs' updates times their weights."""
         updates = [(self.members[name].updates[module], self.weights[name]) for name in self.used]
         return [Update(weight * update.B, update.A) for update, weight in updates]
 
@@ -134,11 +145,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """Return the widest dtype of the inputs."""
-        dtypes = [member.dtype for member in self.members.values()]
-        dtype = dtypes[0]
-        for other in dtypes[1:]:
-            dtype = torch.promote_types(dtype, other)
-        return dtype
+        return functools.reduce(torch.promote_types, (member.dtype for member in self.members.values()))
 
 
 def make_plan(
@@ -200,7 +207,7 @@ def _times(result: Result, factor: float) -> Result:
     if isinstance(result, Tensor):
         return result * factor
     if isinstance(result, Shared):
-        return Shared(factor * result.left, result.core, result.right, result.gate, result.gates)
+        return replace(result, left=factor * result.left)
     return Update(factor * result.B, result.A)
 
 
