@@ -24,6 +24,7 @@ from loraloom.cli import app
 from loraloom.report import SummaryRow, summary_rows
 from loraloom.report.aggregate import Merged
 from loraloom.results import Score, StudyResult
+from loraloom.tasks.builtin_text import generic_texts
 from loraloom.terminal import Out, Reporter, study_table
 
 WEIGHTS = "adapter_model.safetensors"
@@ -67,20 +68,8 @@ def entries(folder: Path) -> set[str]:
 
 def test_every_command_says_what_it_does() -> None:
     text = call("--help").stdout
-    for command in [
-        "demo",
-        "run",
-        "statistics",
-        "init",
-        "train",
-        "merge",
-        "compare",
-        "evaluate",
-        "inspect",
-        "rules",
-        "report",
-        "study",
-    ]:
+    commands = ["demo", "run", "statistics", "atlas", "init", "train", "merge", "compare"]
+    for command in [*commands, "evaluate", "inspect", "rules", "report", "study"]:
         assert command in text
         assert call(command, "--help").exit_code == 0
     for command in ("status", "explain", "rm"):
@@ -108,7 +97,7 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     own, other = tmp_path / "mood.safetensors", tmp_path / "tone.safetensors"
     start = tmp_path / "start"
     told = said("init", "--own", own, "--other", other, "--rank", "2", "--keep", "projected", "-o", start)
-    assert (told["rule"], told["keep"]) == ("complement", "projected")
+    assert (told["rule"], told["keep"]) == ("apart", "projected")
     assert all(not tensor.any() for name, tensor in load_file(start / WEIGHTS).items() if "lora_B" in name)
     out = tmp_path / "mood"
     told = said("train", recipe, "--task", "mood", "--init", start, "-o", out)
@@ -124,6 +113,51 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     assert told["files"][str(out)]["heads"] == ["mood"]
     assert told["files"][str(own)]["texts"] == 12
     assert [len(row) for row in told["responses"]["rows"].values()] == [2]
+
+
+def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path) -> None:
+    """No task's statistics at all; the second adapter stays off the rows of the first."""
+    rows, atlas, first, second = (tmp_path / name for name in ("rows.jsonl", "atlas.safetensors", "first", "second"))
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in generic_texts(20)))
+    more = ("--target", "query", "--target", "value", "--texts", "20", "--max-length", "16")
+    told = said("atlas", finished / "base", *more, "-o", atlas)
+    assert told == {"file": str(atlas), "texts": 20, "tokens": told["tokens"], "layers": 4}
+    call("atlas", finished / "base", *more, "--text-file", rows, "-o", tmp_path / "same.safetensors")
+    call("statistics", rows, "--base", finished / "base", *more, "--column", "text", "-o", tmp_path / "too.safetensors")
+    for name in ("same", "too"):
+        mine, theirs = load_file(atlas), load_file(tmp_path / f"{name}.safetensors")
+        assert mine.keys() == theirs.keys()
+        assert all(bool((mine[key] == theirs[key]).all()) for key in mine)
+    words = ("init", "--atlas", atlas, "--rank", "2", "--rule", "complement", "--keep", "projected", "--scale", "unit")
+    told = said(*words, "-o", first)
+    assert (told["folder"], told["rule"], told["keep"]) == (str(first), "complement", "projected")
+    noted = json.loads((first / "loraloom.json").read_text())
+    assert (noted["own"], noted["after"]) == (None, [])
+    assert noted["others"] == {
+        str(atlas): {"texts": 20, "tokens": noted["others"][str(atlas)]["tokens"], "rows": "token"}
+    }
+    said(*words, "--seed", "1", "--after", first, "-o", second)
+    assert json.loads((second / "loraloom.json").read_text())["after"] == [str(first)]
+    one, two, avoid = (load_file(path) for path in (first / WEIGHTS, second / WEIGHTS, second / "avoid.safetensors"))
+    assert one.keys() == two.keys()
+    assert len(avoid) == 4
+    for name in (name for name in one if "lora_A" in name):
+        assert float((two[name] @ one[name].T).abs().max()) < 1e-6
+    assert not any(bool(tensor.any()) for name, tensor in two.items() if "lora_B" in name)
+    # teams that share an atlas and give no seed do not start at the same A
+    team, other = (said("init", "--atlas", atlas, "--rank", "2", "-o", tmp_path / name) for name in ("team", "other"))
+    assert (team["rule"], team["keep"], team["scale"]) == ("apart", "projected", "response")
+    assert team["seed"] != other["seed"]
+
+
+def test_statistics_of_one_file_name_all_count(finished: Path, tmp_path: Path) -> None:
+    names = [tmp_path / task / "seen.safetensors" for task in ("mood", "tone")]
+    for name in names:
+        name.parent.mkdir()
+        call(*statistics(finished, name.parent.name), "-o", name)
+    call("init", "--other", names[0], "--other", names[1], "--rank", "2", "--rule", "random", "-o", tmp_path / "out")
+    noted = json.loads((tmp_path / "out" / "loraloom.json").read_text())
+    assert noted["others"].keys() == {str(name) for name in names}
 
 
 def test_train_makes_what_the_study_made(finished: Path, tmp_path: Path) -> None:
@@ -255,8 +289,15 @@ def test_bad_input_of_every_command(finished: Path, tmp_path: Path) -> None:
     words = ("init", "--own", seen, "--other", seen, "-o", out)
     assert "rank 99 is larger than the layer" in refused(*words, "--rank", "99")
     assert "'quary'" in refused(*words, "--target", "quary")
-    assert "did you mean 'covariance'" in refused(*words, "--rule", "covarance")
+    assert "did you mean 'osrm'" in refused(*words, "--rule", "osmr")
     assert "keep 'fre' is unknown" in refused(*words, "--keep", "fre")
+    assert "gone: not an adapter folder" in refused(*words, "--after", tmp_path / "gone")
+    assert "neither of other tasks nor an atlas" in refused("init", "-o", out)
+    assert "neither of other tasks nor an atlas" in refused("init", "--own", seen, "-o", out)
+    assert "gone: no such file" in refused("init", "--atlas", tmp_path / "gone", "-o", out)
+    maps = ("atlas", finished / "base", "--target", "query", "-o", out)
+    assert "1000000 texts were asked for" in refused(*maps, "--texts", "1000000")
+    assert "no column 'txt'" in refused(*maps, "--text-file", finished / "mood.train.jsonl", "--column", "txt")
     assert entries(tmp_path) == {"half.safetensors"}
 
 

@@ -342,8 +342,8 @@ def test_refusals(bert_folder: str, seen: list[Statistics], tmp_path: Path) -> N
     cases: list[tuple[Any, str]] = [
         (lambda: start(folder, seen, lora, keep="frozn"), "did you mean 'frozen'"),
         (lambda: start(folder, seen, lora, keep="x", scale="y"), "2 problems"),
-        (lambda: start(folder, seen, lora, rule="covarianc"), "did you mean 'covariance'"),
-        (lambda: initialise(folder, seen[0], {}, lora), "no statistics of other tasks"),
+        (lambda: start(folder, seen, lora, rule="osmr"), "did you mean 'osrm'"),
+        (lambda: initialise(folder, seen[0], {}, lora), "no statistics to stay off"),
         (lambda: initialise(folder, seen[0], {"x": strange}, lora), "'x' come from"),
         (lambda: initialise(folder, seen[0], {"x": narrow}, lora), "'x' cover other layers"),
         (lambda: start(folder, seen, LoraConfig(target_modules=["qeury"])), "did you mean 'query'"),

@@ -37,7 +37,7 @@ def test_every_fault_is_told_at_once() -> None:
         },
         lora={"targets": []},
         training={"epocs": 1, "epochs": 0},
-        inits={"lora": {"rule": "covarianze", "rank": 1}},
+        inits={"lora": {"rule": "osmr", "rank": 1}},
         merging=[{"rule": "tiess", "scales": []}, {"rule": "ties", "scales": [float("nan")], "options": {"densty": 1}}],
         sedes=[1],
     )
@@ -51,7 +51,7 @@ def test_every_fault_is_told_at_once() -> None:
         "lora.targets: Value should have at least 1 item",
         "training.epocs: unknown option; did you mean 'epochs'",
         "training.epochs: Input should be greater than or equal to 1 (given 0)",
-        "inits.lora.rule: subspace rule 'covarianze' is unknown; did you mean 'covariance'",
+        "inits.lora.rule: subspace rule 'osmr' is unknown; did you mean 'osrm'",
         "inits.lora.rank: unknown option; known: description, energy_share",
         "merging.0.rule: no merging rule is called 'tiess'; did you mean 'ties'",
         "merging.0.scales: List should have at least 1 item",
@@ -89,10 +89,19 @@ def test_what_would_share_a_folder_is_refused() -> None:
     assert slug("/") == "-"
 
 
-@pytest.mark.parametrize(("given", "rule"), [({}, "covariance"), ({"keep": "projected"}, "complement")])
-def test_an_init_without_a_rule_takes_that_of_initialise(given: dict[str, Any], rule: str) -> None:
-    assert InitSettings(**given).rule == rule
-    assert InitSettings(**{**given, "rule": "random"}).rule == "random"
+@pytest.mark.parametrize(
+    ("given", "filled"),
+    [
+        ({}, ("apart", "atlas", "projected", "response")),
+        ({"off": "others"}, ("apart", "others", "projected", "response")),
+        ({"rule": "complement"}, ("complement", "atlas", "projected", "response")),
+        ({"rule": "osrm"}, ("osrm", "others", "free", "unit")),
+        ({"rule": "random", "scale": "response"}, ("random", "others", "free", "response")),
+    ],
+)
+def test_an_init_is_filled_in_as_its_rule_is_meant(given: dict[str, Any], filled: tuple[str, ...]) -> None:
+    settings = InitSettings(**given)
+    assert (settings.rule, settings.off, settings.keep, settings.scale) == filled
 
 
 def test_numbers_are_labels_too_and_epochs_are_per_task() -> None:

@@ -97,21 +97,58 @@ def statistics(
 
 
 @app.command()
-def init(
-    own: Annotated[Path, typer.Option("--own", help="Statistics of the task itself.")],
-    other: Annotated[list[Path], typer.Option("--other", help="Statistics of another task; several times.")],
+def atlas(
+    base: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],
     output: Output,
+    target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
+    texts: Annotated[
+        str | None, typer.Option("--text-file", help="Texts of your own; English that every Python has without.")
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option("--column", help="Text column of that file.")] = None,
+    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 300,
+    max_length: Annotated[int, typer.Option(help="Word pieces kept of a text.")] = 128,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Map what a base model's layers see of generic text, once for all teams: one file, no task's data in it."""
+    with command(quiet, as_json) as out:
+        from loraloom.workflow import make_atlas
+
+        made = make_atlas(base, target, texts, column or ["text"], count, max_length)
+        made.save(output)
+        out.result({"file": str(output), "texts": made.texts, "tokens": made.tokens, "layers": len(made.layers)})
+
+
+@app.command()
+def init(
+    output: Output,
+    own: Annotated[Path | None, typer.Option("--own", help="Statistics of the task itself; not needed.")] = None,
+    other: Annotated[
+        list[Path] | None, typer.Option("--other", help="Statistics of another task; several times.")
+    ] = None,
+    atlas: Annotated[
+        Path | None, typer.Option("--atlas", help="Atlas of the base, in place of other tasks' statistics.")
+    ] = None,
+    after: Annotated[
+        list[Path] | None,
+        typer.Option("--after", help="Adapter that is there already: its rows are stayed off."),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1)] = 8,
     alpha: Annotated[float, typer.Option(min=0)] = 16,
     target: Annotated[
         list[str] | None, typer.Option("--target", help="Path ending of a target layer; all of the statistics without.")
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
-    rule: Annotated[str | None, typer.Option(help="covariance, complement, mean, random, shared or default.")] = None,
-    keep: Annotated[str, typer.Option(help="free, frozen or projected.")] = "free",
-    scale: Annotated[str, typer.Option(help="unit or response.")] = "unit",
-    energy_share: Annotated[float, typer.Option(help="Share of the others' energy to stay off.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="For rules that draw at random.")] = 0,
+    rule: Annotated[
+        str, typer.Option(help="apart; complement, osrm (the paper), mean, random, shared, default.")
+    ] = "apart",
+    keep: Annotated[str | None, typer.Option(help="free, frozen or projected; as the rule is meant without.")] = None,
+    scale: Annotated[str | None, typer.Option(help="unit or response; as the rule is meant without.")] = None,
+    energy_share: Annotated[float, typer.Option(help="Share of the energy to stay off.")] = 0.5,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Equal seeds start at the same A and merge badly; by OUTPUT's name without."),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -121,7 +158,8 @@ def init(
 
         lora = {"rank": rank, "alpha": alpha, "targets": target, "rslora": rslora}
         options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
-        done = initialise_from_files(output, own, other, lora, options)
+        others = [*(other or []), *([atlas] if atlas else [])]
+        done = initialise_from_files(output, own, others, after or [], lora, options)
         out.result({"folder": str(output), **done.provenance["init"], "diagnostics": done.diagnostics()})
         for note in done.notes():
             out.hint(note)

@@ -17,7 +17,7 @@ _INITS: dict[str, dict[str, Any]] = {
         "shown because many scripts train so",
     },
     "OSRM": {
-        "rule": "covariance",
+        "rule": "osrm",
         "description": "OSRM as published: A starts in the quietest directions of the other tasks, and is let go",
     },
     "OSRM, kept": {

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import loraloom
-from loraloom.adapter import headless_config, pattern_value
+from loraloom.adapter import Adapter, headless_config, pattern_value
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.moments import Moment
 from loraloom.peft_folder import read_provenance, write_folder
 from loraloom.statistics import Statistics
-from loraloom.subspace import Subspace, check_room, osrm_subspace, project_out, response_scale
+from loraloom.subspace import Keep, Scale, Subspace, check_room, meant, osrm_subspace, project_out, response_scale
 
-Keep = Literal["free", "frozen", "projected"]
-Scale = Literal["unit", "response"]
 AVOID = "avoid.safetensors"
 
 
@@ -60,55 +59,68 @@ class Initialisation:
 
 def initialise(
     into: str | Path | PeftModel,
-    own: Statistics,
+    own: Statistics | None,
     others: Mapping[str, Statistics],
     lora: LoraConfig | None = None,
     *,
-    rule: str | None = None,
-    keep: Keep = "free",
-    scale: Scale = "unit",
+    rule: str = "apart",
+    keep: Keep | None = None,
+    scale: Scale | None = None,
     energy_share: float = 0.5,
     seed: int = 0,
+    after: Mapping[str, Adapter] | None = None,
     adapter_name: str = "default",
 ) -> Initialisation:
     """Start one task's adapter: write a PEFT folder, or fill the adapter `adapter_name` of a PeftModel in place.
 
-    own, others: statistics of the task and, by name, of the other tasks, on one base model. lora: settings for a
+    own, others: statistics of the task and, by name, of the other tasks, on one base model. An atlas (statistics of
+    generic text) can stand for all others; without `own` it stands for the task's own inputs too. lora: settings for a
     folder (a PeftModel has its own); without target_modules every layer of the statistics is adapted. rule: see
-    `osrm_subspace`; default `complement` for keep="projected", else `covariance`. scale: `unit` leaves A's rows as the
-    rule gives them, `response` multiplies A by one number a layer so that it responds to the own inputs as PEFT's
-    default A would. B is 0, so the model starts as the base model exactly. No base model is loaded for a folder.
+    `osrm_subspace`. keep, scale: as the rule is meant without, see `meant`. scale: `unit` leaves A's rows as the rule
+    gives them, `response` multiplies A by one number a layer so that it responds to the own inputs as PEFT's default A
+    would. after: adapters that are there already, by name; the rows of their A's are stayed off as the loud
+    directions are. B is 0, so the model starts as the base model exactly. No base model is loaded for a folder.
 
     Raises LoraloomError that tells together every layer that does not fit.
     """
-    rule = rule or ("complement" if keep == "projected" else "covariance")
-    _check_statistics(own, others, keep, scale)
+    keep, scale = keep or meant(rule)[0], scale or meant(rule)[1]
+    _check_options(others, rule, keep, scale, after or {})
+    base = own or next(iter(others.values()))
+    _check_statistics(base, others, after or {})
     if isinstance(into, PeftModel):
         if lora is not None:
             raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")
         lora = _config_of(into, adapter_name)
         ranks = {name: layer.r[adapter_name] for name, layer in _lora_layers(into, adapter_name).items()}
-        _check_layers(list(ranks), own)
+        _check_layers(list(ranks), base)
     else:
         lora = copy(lora) if lora else LoraConfig()
         if lora.target_modules in (None, "all-linear"):
-            lora.target_modules = sorted(own.layers)
-        ranks = _ranks(lora, own)
-    _check_config(lora, ranks, own)
+            lora.target_modules = sorted(base.layers)
+        ranks = _ranks(lora, base)
+    _check_config(lora, ranks, base)
 
     subspaces, A = {}, {}
     for module, rank in ranks.items():
         moments = [statistics.moment(module) for statistics in others.values()]
-        layer_seed = _layer_seed(seed, module)
-        space = osrm_subspace(moments, own.moment(module), rank, rule=rule, energy_share=energy_share, seed=layer_seed)
-        subspaces[module] = space
-        A[module] = _start(space, own, module, keep, scale)
+        mine = own.moment(module) if own else None
+        subspaces[module] = osrm_subspace(
+            moments,
+            mine,
+            rank,
+            rule=rule,
+            energy_share=energy_share,
+            seed=_layer_seed(seed, module),
+            taken=_rows_of(after or {}, module),
+        )
+        A[module] = _start(subspaces[module], mine or sum(moments[1:], start=moments[0]), keep, scale)
     options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
-    done = Initialisation(A, subspaces, keep, _provenance(own, others, options, subspaces))
+    seen = {"own": own, "others": others, "after": sorted(after or {})}
+    done = Initialisation(A, subspaces, keep, _provenance(base, seen, options, subspaces))
     if isinstance(into, PeftModel):
         _fill(into, done, adapter_name)
     else:
-        _write(Path(into), done, lora, own)
+        _write(Path(into), done, lora, base)
     return done
 
 
@@ -141,7 +153,8 @@ class KeepInSubspace(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
         """Freeze A where the callback was added later, and put A inside its space before the first step."""
         self._freeze(model)
-        self.project(model)
+        if not state.global_step:  # a resumed A is inside; once more would change its last bits
+            self.project(model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
         """Project A back into its space."""
@@ -176,34 +189,59 @@ def _layer_seed(seed: int, module: str) -> int:
     return task_seed(seed, module)
 
 
-def _start(space: Subspace, own: Statistics, module: str, keep: Keep, scale: Scale) -> Tensor:
+def _start(space: Subspace, own: Moment, keep: Keep, scale: Scale) -> Tensor:
     A = space.A
     if keep == "projected":
         check_room(space.avoid, len(A))
         A = project_out(A.double(), space.avoid.double()).float()
     if scale == "response":
-        A = A * response_scale(own.moment(module), A)
+        A = A * response_scale(own, A)
     return A.contiguous()
 
 
-def _check_statistics(own: Statistics, others: Mapping[str, Statistics], keep: str, scale: str) -> None:
+def _rows_of(after: Mapping[str, Adapter], module: str) -> Tensor | None:
+    """Return the rows of the earlier adapters' A's in one layer, (k, n), None where there are none."""
+    rows = [adapter.updates[module].A for adapter in after.values() if module in adapter.updates]
+    return torch.cat(rows) if rows else None
+
+
+def _check_options(
+    others: Mapping[str, Statistics], rule: str, keep: str, scale: str, after: Mapping[str, Adapter]
+) -> None:
     problems = []
+    if after and meant(rule)[0] != "projected":
+        problems.append(f"rule {rule!r} does not stay off earlier adapters: use apart or complement")
     if keep not in ("free", "frozen", "projected"):
         problems.append(f"keep {keep!r} is unknown; {did_you_mean(keep, ('free', 'frozen', 'projected'))}")
     if scale not in ("unit", "response"):
         problems.append(f"scale {scale!r} is unknown; {did_you_mean(scale, ('unit', 'response'))}")
     if not others:
-        problems.append("no statistics of other tasks were given")
+        problems.append("no statistics to stay off: neither of other tasks nor an atlas")
+    raise_problems("cannot initialise", problems, "see `loraloom init --help`")
+
+
+def _check_statistics(base: Statistics, others: Mapping[str, Statistics], after: Mapping[str, Adapter]) -> None:
+    problems = []
     for name, other in others.items():
         # the fingerprint is of these layers' weights, so it differs where they do
-        if other.layers != own.layers:
+        if other.layers != base.layers:
             problems.append(f"statistics of {name!r} cover other layers than the task's own")
-        elif other.fingerprint != own.fingerprint:
+        elif other.fingerprint != base.fingerprint:
             problems.append(
                 f"statistics of {name!r} come from {other.base} ({other.fingerprint[:12]}), the task's own from "
-                f"{own.base} ({own.fingerprint[:12]})"
+                f"{base.base} ({base.fingerprint[:12]})"
             )
-    raise_problems("cannot initialise", problems, "collect all statistics on one base model and one target set")
+    for name, adapter in after.items():
+        problems += [
+            f"adapter {name!r}: {module} reads {shape.n} inputs, in the statistics {base.layers[module].in_features}"
+            for module, shape in adapter.shapes.items()
+            if module in base.layers and shape.n != base.layers[module].in_features
+        ]
+        if not adapter.shapes.keys() & base.layers.keys():
+            problems.append(f"adapter {name!r} adapts none of the layers that the statistics cover")
+    raise_problems(
+        "cannot initialise", problems, "use one base model and one target set for all statistics and adapters"
+    )
 
 
 def _ranks(lora: LoraConfig, own: Statistics) -> dict[str, int]:
@@ -243,19 +281,20 @@ def _check_config(lora: LoraConfig, ranks: Mapping[str, int], own: Statistics) -
 
 
 def _provenance(
-    own: Statistics, others: Mapping[str, Statistics], options: dict[str, Any], subspaces: Mapping[str, Subspace]
+    base: Statistics, seen: Mapping[str, Any], options: dict[str, Any], subspaces: Mapping[str, Subspace]
 ) -> dict[str, Any]:
-    def seen(statistics: Statistics) -> dict[str, Any]:
+    def facts(statistics: Statistics) -> dict[str, Any]:
         return {"texts": statistics.texts, "tokens": statistics.tokens, "rows": statistics.kind}
 
     return {
         "made_by": "loraloom init",
         "versions": {"loraloom": loraloom.__version__, "peft": peft.__version__, "torch": torch.__version__},
-        "base": own.base,
-        "base_fingerprint": own.fingerprint,
+        "base": base.base,
+        "base_fingerprint": base.fingerprint,
         "init": options,
-        "own": seen(own),
-        "others": {name: seen(statistics) for name, statistics in others.items()},
+        "own": facts(seen["own"]) if seen["own"] else None,
+        "others": {name: facts(statistics) for name, statistics in seen["others"].items()},
+        "after": seen["after"],
         "layers": {module: asdict(space.diagnostics) for module, space in subspaces.items()},
     }
 

@@ -22,6 +22,7 @@ from pydantic import (
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.rules import get_rule
 from loraloom.subspace import RULES as SUBSPACE_RULES
+from loraloom.subspace import Keep, Scale, meant
 from loraloom.tasks.sources import SUFFIXES
 
 
@@ -52,6 +53,7 @@ class StatisticsSettings(Settings):
     rows: Literal["token", "sample"] = Field("token", description="a row a token, or a row the mean of a text's tokens")
     max_length: int = Field(128, ge=2)
     batch_size: int = Field(32, ge=1)
+    atlas_texts: int = Field(300, ge=1, description="texts of generic English, for inits that stay off an atlas")
 
 
 class TrainingSettings(Settings):
@@ -71,26 +73,31 @@ class TrainingSettings(Settings):
 
 
 class InitSettings(Settings):
-    """How A starts and how it is kept. Without a rule: complement where A is kept projected, else covariance."""
+    """How A starts and how it is kept. The defaults are those of docs/study-subspaces.md."""
 
-    rule: str = Field("covariance", description="covariance (the paper), complement, mean, random, shared or default")
-    keep: Literal["free", "frozen", "projected"] = Field(
-        "free", description="train A, fix it, or keep it off the others' loud directions after every optimiser step"
+    rule: str = Field("apart", description="apart, complement, osrm (the paper), mean, random, shared or default")
+    off: Literal["atlas", "others"] = Field(
+        "atlas", description="whose loud directions to stay off: those of generic text, or of the other tasks"
     )
-    scale: Literal["unit", "response"] = Field(
-        "unit", description="leave A as the rule gives it, or match the response of PEFT's default A layer by layer"
+    keep: Keep = Field(
+        description="train A, fix it, or keep it off the loud directions after every optimiser step; by rule without"
     )
-    energy_share: float = Field(0.5, ge=0, lt=1, description="share of the others' energy that `avoid` holds")
+    scale: Scale = Field(
+        description="leave A as the rule gives it, or match the response of PEFT's default A; by rule without"
+    )
+    energy_share: float = Field(0.5, ge=0, lt=1, description="share of the energy that the loud directions hold")
     seed: Literal["task", "shared"] = Field("task", description="a seed of its own for every task, or one for all")
     description: str = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _rule_of_keep(cls, given: Any) -> Any:
-        """Take the rule that `initialise` would take, so that the results file names it."""
-        if isinstance(given, dict) and given.get("keep") == "projected":
-            return {"rule": "complement", **given}
-        return given
+    def _as_meant(cls, given: Any) -> Any:
+        """Fill in how the rule is meant, so that the results file tells it; published rules look at the others."""
+        if not isinstance(given, dict):
+            return given
+        rule = str(given.get("rule", "apart"))
+        keep, scale = meant(rule)
+        return {"keep": keep, "scale": scale, **({} if keep == "projected" else {"off": "others"}), **given}
 
     @field_validator("rule")
     @classmethod

@@ -35,6 +35,7 @@ from loraloom.recipe import (
 from loraloom.results import Score
 from loraloom.statistics import Statistics, collect_statistics
 from loraloom.tasks.builtin import builtin_task, source_versions
+from loraloom.tasks.builtin_text import generic_texts
 from loraloom.tasks.encoding import Encoded, batches, encode
 from loraloom.tasks.files import file_task
 from loraloom.tasks.glue import glue_task
@@ -130,6 +131,18 @@ def collect(
     encoded = encode(rows, evaluator.tokenizer, max_length)
     fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, batch_size))
     return collect_statistics(evaluator.model, fed, targets, rows=kind)
+
+
+def make_atlas(folder: Path, evaluator: Evaluator, settings: StatisticsSettings, targets: list[str] | str) -> None:
+    """Collect what the base model's layers see of generic text."""
+    rows = Dataset.from_dict({"text_a": generic_texts(settings.atlas_texts)})
+    atlas = collect(evaluator, rows, targets, settings.rows, settings.max_length, settings.batch_size)
+    atlas.save(folder / "statistics.safetensors")
+
+
+def atlas_sha256(settings: StatisticsSettings) -> str:
+    """Return a hash of the generic text, which depends on the version of Python."""
+    return hashlib.sha256("\n".join(generic_texts(settings.atlas_texts)).encode()).hexdigest()
 
 
 def read_statistics(folder: Path) -> Statistics:

@@ -206,10 +206,23 @@ class Study:
             path = self._get("interference", stage, make).path / stages.RESPONSES
             yield one, json.loads(path.read_text(encoding="utf-8"))
 
+    @cached_property
+    def atlas(self) -> Output:
+        """The statistics of generic text, for inits that stay off its loud directions."""
+        settings, targets = self.recipe.statistics, self.targets
+        options = {**settings.model_dump(exclude={"texts"}), "targets": targets, "base": self.base_sha256}
+        stage = self._stage("statistics", "atlas", {**options, "text_sha256": stages.atlas_sha256(settings)})
+
+        def make(folder: Path, _: Path) -> None:
+            stages.make_atlas(folder, self.evaluator, settings, targets)
+
+        return Output(stage, self.store.get(stage, make))
+
     def _statistics(self, name: str, split: str) -> Output:
         settings, targets = self.recipe.statistics, self.targets
         options = {"rows_sha256": self.digests[name], "split": split, "targets": targets, "base": self.base_sha256}
-        stage = self._stage("statistics", f"{name}.{split}", {**settings.model_dump(), **options})
+        chosen = settings.model_dump(exclude={"atlas_texts"})
+        stage = self._stage("statistics", f"{name}.{split}", {**chosen, **options})
 
         def make(folder: Path, _: Path) -> None:
             stages.make_statistics(folder, self.evaluator, self.tasks[name], split, settings, targets)
@@ -217,16 +230,19 @@ class Study:
         return self._get("statistics", stage, make)
 
     def _start(self, one: Trained, name: str) -> None:
-        settings, lora, statistics = self.recipe.inits[one.init], self.recipe.lora, self.statistics["train"]
+        settings, lora = self.recipe.inits[one.init], self.recipe.lora
+        own = self.statistics["train"][name]
+        others = {"atlas": self.atlas}
+        if settings.off == "others":
+            others = {other: output for other, output in self.statistics["train"].items() if other != name}
         seed = one.seed if settings.rule == "shared" else self._seed(one, name)
         options = {**settings.model_dump(exclude={"description", "seed"}), "lora": lora.model_dump()}
-        inputs = {other: output.stage for other, output in statistics.items()}
+        inputs = {other: output.stage for other, output in (others | {name: own}).items()}
         stage = self._stage("init", f"{one.label}.{name}", {**options, "own": name, "seed": seed}, inputs)
 
         def make(folder: Path, _: Path) -> None:
-            read = {other: stages.read_statistics(output.path) for other, output in statistics.items()}
-            own = read.pop(name)
-            stages.make_init(folder, own, read, lora, settings, seed, self.base_name)
+            read = {other: stages.read_statistics(output.path) for other, output in others.items()}
+            stages.make_init(folder, stages.read_statistics(own.path), read, lora, settings, seed, self.base_name)
 
         one.starts[name] = self._get("inits", stage, make)
 

@@ -11,12 +11,16 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.moments import Moment
+
+Keep = Literal["free", "frozen", "projected"]
+Scale = Literal["unit", "response"]
 
 
 @dataclass(frozen=True)
@@ -82,22 +86,27 @@ def osrm_subspace(
     own: Moment | None,
     rank: int,
     *,
-    rule: str = "covariance",
+    rule: str = "osrm",
     energy_share: float = 0.5,
     seed: int = 0,
+    taken: Tensor | None = None,
 ) -> Subspace:
     """Return the start of A for one layer of one task.
 
     others: one Moment for each other task, all of width n; own: the task's own, which breaks ties inside the
-    low-interference space. rule: `covariance` (the paper), `complement` (most own energy off the others' loud
-    directions), or a control: `mean` (the authors' code), `random`, `shared`, `default` (PEFT's). energy_share: share
+    low-interference space. rule: `apart` (random directions off the others' loud ones), `complement` (there, those of
+    most own energy), `osrm` (the paper), or a control: `mean` (the authors' code), `random`, `shared`, `default`
+    (PEFT's). energy_share: share
     of the others' trace-normalised energy that the avoided directions hold. seed: for the random rules and for
-    directions that no data determines; `shared` wants the same seed for every task.
+    directions that no data determines; `shared` wants the same seed for every task. taken: (q, n), rows to stay off as
+    well, as the A's of earlier adapters are for a task that arrives later.
 
     Raises LoraloomError for an unknown rule, a rank above n, a share outside [0, 1), or unequal widths.
     """
-    _check(others, own, rank, rule, energy_share)
+    _check(others, own, taken, rank, rule, energy_share)
     avoid = loud_directions(others, energy_share)
+    if taken is not None:
+        avoid = torch.cat([avoid, _new_directions(taken.double(), avoid)], dim=1)
     problem = _Problem(others, own, rank, avoid, seed)
     A = RULES[rule](problem)
     return Subspace(A.float(), avoid.float(), _diagnose(problem, A))
@@ -117,6 +126,14 @@ def loud_directions(others: Sequence[Moment], energy_share: float) -> Tensor:
     return vectors[:, :count]
 
 
+def _new_directions(rows: Tensor, known: Tensor) -> Tensor:
+    """Return (n, p) orthonormal columns that with `known` (n, q) span the rows (k, n) too."""
+    _, singular, Vh = torch.linalg.svd(project_out(rows, known), full_matrices=False)
+    # what the projection leaves of a row inside `known` is rounding
+    found: Tensor = Vh[singular > 1e-6 * torch.linalg.matrix_norm(rows, 2)].T
+    return found
+
+
 def project_out(A: Tensor, avoid: Tensor) -> Tensor:
     """Return A (I - V V^T) for A (r, n) and V = avoid (n, p), in A's dtype.
 
@@ -132,8 +149,8 @@ def check_room(avoid: Tensor, rank: int) -> None:
     width, avoided = avoid.shape
     if width - avoided < rank:
         raise LoraloomError(
-            f"{avoided} loud directions to stay off leave {width - avoided} of {width}, too few for rank {rank}",
-            "lower energy_share or the rank",
+            f"{avoided} directions to stay off leave {width - avoided} of {width}, too few for rank {rank}",
+            "lower energy_share or the rank, or stay off fewer adapters",
         )
 
 
@@ -153,7 +170,7 @@ def response_scale(own: Moment, A: Tensor) -> float:
     return math.sqrt(rank * own.trace() / (3 * width) / seen)
 
 
-def _covariance(problem: _Problem) -> Tensor:
+def _osrm(problem: _Problem) -> Tensor:
     """The paper: eigenvectors of the r smallest eigenvalues of the pooled second moment of the others.
 
     Where eigenvalues tie at the r-th smallest (mostly at 0: directions the others leave untouched), every choice among
@@ -169,6 +186,15 @@ def _covariance(problem: _Problem) -> Tensor:
     quiet = _own_directions(problem, not_quiet, width - not_quiet.shape[1])
     tied = _own_directions(problem, torch.cat([loud, quiet.T], dim=1), rank - len(quiet))
     return torch.cat([quiet, tied])
+
+
+def _apart(problem: _Problem) -> Tensor:
+    """Random orthonormal rows in the complement of the loud directions: off the others, and each task elsewhere."""
+    check_room(problem.avoid, problem.rank)
+    generator = torch.Generator().manual_seed(problem.seed)
+    gaussian = torch.randn(problem.rank, problem.width, generator=generator, dtype=torch.float64)
+    # one more pass: a QR of projected rows drifts back towards `avoid` by rounding
+    return _orthonormal(project_out(_orthonormal(project_out(gaussian, problem.avoid)), problem.avoid))
 
 
 def _complement(problem: _Problem) -> Tensor:
@@ -204,13 +230,19 @@ def _default(problem: _Problem) -> Tensor:
 
 
 RULES: dict[str, Callable[[_Problem], Tensor]] = {
-    "covariance": _covariance,
+    "apart": _apart,
+    "osrm": _osrm,
     "complement": _complement,
     "mean": _mean,
     "random": _random,
     "shared": _random,
     "default": _default,
 }
+
+
+def meant(rule: str) -> tuple[Keep, Scale]:
+    """Return how a rule's A is meant to be kept and scaled: published rules and controls are let go and unit."""
+    return ("projected", "response") if rule in ("apart", "complement") else ("free", "unit")
 
 
 def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:
@@ -324,12 +356,15 @@ def _share(moment: Moment, basis: Tensor) -> float:
     return moment.energy(basis) / trace if trace > 0 else 0.0
 
 
-def _check(others: Sequence[Moment], own: Moment | None, rank: int, rule: str, energy_share: float) -> None:
+def _check(
+    others: Sequence[Moment], own: Moment | None, taken: Tensor | None, rank: int, rule: str, energy_share: float
+) -> None:
     if rule not in RULES:
         raise LoraloomError(f"subspace rule {rule!r} is unknown", did_you_mean(rule, RULES))
     if not others:
         raise LoraloomError("a subspace needs the statistics of at least one other task", "name the other tasks")
     widths = {moment.width for moment in others} | ({own.width} if own is not None else set())
+    widths |= {taken.shape[1]} if taken is not None else set()
     if len(widths) > 1:
         raise LoraloomError(f"statistics of one layer have unequal widths {sorted(widths)}", "use one base model")
     width = widths.pop()

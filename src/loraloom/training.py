@@ -105,6 +105,8 @@ def train_adapter(
 
 def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettings, seed: int) -> PeftModel:
     model = load_classifier(base, task.outputs, regression=task.labels is None, seed=seed)
+    if task.labels is None:
+        _centre_head(model, label_mean=sum(task.train["label"]) / len(task.train))
     if init is None:
         torch.manual_seed(seed)
         return _wrapped(model, lora_config(lora, head_modules(model)))
@@ -123,6 +125,14 @@ def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettin
     # a start has no head in its file: the fresh one stays
     set_peft_model_state_dict(peft_model, {**fresh, **start})
     return peft_model
+
+
+def _centre_head(model: transformers.PreTrainedModel, label_mean: float) -> None:
+    """Let a fresh regression head start at the labels' mean: few steps at LoRA's learning rates do not reach it."""
+    linear = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
+    last = [module for module in linear if isinstance(module, torch.nn.Linear) and module.out_features == 1]
+    if last and last[-1].bias is not None:
+        torch.nn.init.constant_(last[-1].bias, label_mean)
 
 
 def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -301,7 +311,10 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # torch tells no more than the place in its own code
-        told = any(sign in str(error) for sign in ("os error 28", "No space left", "inline_container", "PytorchStream"))
+        told = any(
+            sign in str(error)
+            for sign in ("os error 28", "No space left", "inline_container", "PytorchStream", "iostream error")
+        )
         if not full and not told:
             raise
         raise LoraloomError(

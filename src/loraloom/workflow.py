@@ -31,6 +31,7 @@ from loraloom.results import Score
 from loraloom.stages import build_task, collect, merged_adapters, sample, task_probe
 from loraloom.statistics import Statistics
 from loraloom.store import Store
+from loraloom.tasks.builtin_text import generic_texts
 from loraloom.tasks.sources import read_table
 from loraloom.tasks.task import Task
 from loraloom.training import Trained, train_adapter
@@ -71,16 +72,33 @@ def collect_from_file(
     return collect(evaluator, datasets.Dataset.from_list(kept), list(targets), cast(Kind, rows), max_length, 32)
 
 
+def make_atlas(
+    base: str, targets: Sequence[str], texts: str | None, columns: Sequence[str], count: int, max_length: int
+) -> Statistics:
+    """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
+    if texts:
+        return collect_from_file(texts, columns, base, targets, count, "token", max_length)
+    rows = datasets.Dataset.from_dict({"text_a": generic_texts(count)})
+    evaluator = Evaluator(base_folder(base), max_length=max_length)
+    return collect(evaluator, rows, list(targets), "token", max_length, 32)
+
+
 def initialise_from_files(
-    output: Path, own: Path, others: Sequence[Path], lora: Mapping[str, Any], options: Mapping[str, Any]
+    output: Path,
+    own: Path | None,
+    others: Sequence[Path],
+    after: Sequence[Path],
+    lora: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Initialisation:
-    """Write an adapter folder from statistics files; see `initialise`. The others are named by their files."""
+    """Write an adapter folder from statistics files; see `initialise`. Others and earlier adapters go by path."""
     check_folder(output)
     config = LoraConfig(
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], use_rslora=lora["rslora"]
     )
-    read = {path.stem: Statistics.load(path) for path in others}
-    return initialise(output, Statistics.load(own), read, config, **options)
+    read = {str(path): Statistics.load(path) for path in others}
+    earlier = {str(path): read_adapter(path) for path in after}
+    return initialise(output, Statistics.load(own) if own else None, read, config, after=earlier, **options)
 
 
 def train_from_recipe(

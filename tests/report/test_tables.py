@@ -188,7 +188,7 @@ def test_verdict_says_what_the_numbers_say(
 def test_options_tell_osrm_from_its_controls(make: Callable[..., StudyResult]) -> None:
     """A rule in the options decides, whatever the init is called; the controls' rules are not OSRM."""
     result = make(inits={"quiet": 0.7, "osrm by the authors' code": 0.6, "plain": 0.5}, seeds=(1,))
-    rules: list[dict[str, Any]] = [{"rule": "covariance"}, {"rule": "mean"}, {"rule": "default", "keep": "free"}]
+    rules: list[dict[str, Any]] = [{"rule": "osrm"}, {"rule": "mean"}, {"rule": "default", "keep": "free"}]
     inits = [one.model_copy(update={"options": rule}) for one, rule in zip(result.inits, rules, strict=True)]
     named = result.model_copy(update={"inits": inits})
     assert [is_osrm(named, init.name) for init in inits] == [True, False, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -195,6 +196,31 @@ def test_docstrings_are_those_that_an_import_shows() -> None:
     read = {found.name: found.text for found in builtin_text.docstrings() if found.file == "python/textwrap.py"}
     for owner in (textwrap.TextWrapper, textwrap.wrap, textwrap.dedent, textwrap.shorten):
         assert read[owner.__name__] == inspect.getdoc(owner)
+
+
+def test_generic_texts_are_the_same_in_another_process_and_none_comes_twice() -> None:
+    texts = builtin_text.generic_texts(400)
+    code = "import json; from loraloom.tasks.builtin_text import generic_texts; print(json.dumps(generic_texts(400)))"
+    environment = {**os.environ, "PYTHONHASHSEED": "4711"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == texts == builtin_text.generic_texts(500)[:400]
+    assert len(set(texts)) == len(texts) == 400
+    assert all(text.isascii() and text == " ".join(text.split()) and len(text.split()) >= 8 for text in texts)
+
+
+def test_generic_texts_are_paragraphs_without_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files share a paragraph, laid out in two ways; a summary of five words is too short."""
+    again = "Another summary, of just as many words as it needs.\n\nFurther prose on the :func:`~a.search`\nitself."
+    known = [("python/a.py", _NUMPY_STYLE), ("python/b.py", again + " It has two sentences.")]
+    monkeypatch.setattr(
+        builtin_text, "docstrings_of", lambda _: tuple(builtin_text.Docstring(file, "f", text) for file, text in known)
+    )
+    assert set(builtin_text.generic_texts(2)) == {
+        "Further prose on the :func:`~a.search` itself. It has two sentences.",
+        "Another summary, of just as many words as it needs.",
+    }
+    with pytest.raises(LoraloomError, match="3 texts were asked for, Python's own library holds 2"):
+        builtin_text.generic_texts(3)
 
 
 def test_too_many_rows_are_told_for_every_task_at_once() -> None:

@@ -7,6 +7,7 @@ from loraloom.merging import (  # noqa: F401 (importing a family registers its r
     factors,
     learned,
     linear,
+    regression,
     spectral,
     tensor,
 )

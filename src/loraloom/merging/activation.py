@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from loraloom.adapter import Update
-from loraloom.errors import LoraloomError
 from loraloom.merging.core import concatenate
 from loraloom.merging.probe import Probe
 from loraloom.merging.rules import Result, rule
@@ -70,30 +69,6 @@ def optimal_rank(
 
 
 @rule(
-    "regmean_pp",
-    paper="Nguyen et al. 2025, RegMean++, arXiv 2508.03121",
-    summary="RegMean with the inputs that each layer sees in the model merged so far, layer by layer",
-    exact=True,
-)
-def regmean_pp(layers: Mapping[str, Sequence[Update]], *, probe: Probe, shrink: Shrink = 0.9) -> dict[str, Result]:
-    """Return RegMean of every layer, G_i from its inputs once all earlier layers are merged (arXiv 2508.03121).
-
-    Goes up the model; layers that read the same tensor (query, key and value) are solved together. The paper goes a
-    transformer block at a time, with the task's own weights inside the block; here every merged layer counts at once.
-    Costs (groups of layers) x (batches of all tasks) forward passes. `shrink` as in `regmean` (published 0.95).
-    """
-    groups = reading_groups(layers, probe)
-    merged: dict[str, Result] = {}
-    done: dict[str, Update] = {}
-    for number, group in enumerate(groups, start=1):
-        moments = [_moment(layers, probe, done, task, group[0]) for task in range(len(probe.batches))]
-        for module in group:
-            done[module] = merged[module] = regmean(layers[module], moments=moments, shrink=shrink)
-        probe.step(number, len(groups))
-    return merged
-
-
-@rule(
     "fisher",
     paper="Matena and Raffel 2022, Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832",
     summary="average of the updates, entry by entry, weighted by how much each task's predictions depend on the entry",
@@ -133,47 +108,18 @@ def fisher(
     return {name: above[name] / below[name] for name in module_names}
 
 
-def reading_groups(layers: Mapping[str, Sequence[Update]], probe: Probe) -> list[list[str]]:
-    """Return the layers in the order in which they run, those that read the same tensor together.
+def solve(Y: Tensor, d: Tensor, moments: Sequence[Moment], weights: Sequence[float]) -> Tensor:
+    """Return Y (diag(d) + sum_i w_i H_i^T H_i)^-1 for Y (r, n), d (n,) above 0 and the moments of rows H_i; float64.
 
-    Raises LoraloomError where a layer does not run.
+    With fewer rows than n only a system of the rows' size is solved.
     """
-    groups: list[tuple[Tensor, list[str]]] = []
-    met: set[str] = set()
-
-    def see(module: str, rows: Tensor) -> None:
-        if module in met:
-            return  # a layer that runs several times
-        met.add(module)
-        same = [group for read, group in groups if torch.equal(read, rows)]
-        if same:
-            same[0].append(module)
-        else:
-            groups.append((rows, [module]))
-
-    with torch.no_grad():
-        probe.run(0, probe.batches[0][0], {name: updates[0] for name, updates in layers.items()}, see)
-    missing = sorted(set(layers) - met)
-    if missing:
-        raise LoraloomError(f"the forward pass does not call {', '.join(missing)}", "leave these layers out")
-    return [group for _, group in groups]
-
-
-def _moment(
-    layers: Mapping[str, Sequence[Update]], probe: Probe, done: Mapping[str, Update], task: int, wanted: str
-) -> Moment:
-    """Return the moment of what `wanted` reads of the task's texts with the layers `done` merged, others the task's."""
-    moments: list[Moment] = []
-
-    def see(module: str, rows: Tensor) -> None:
-        if module == wanted:
-            moments.append(Moment.of_rows(rows))
-
-    inside = {name: done.get(name, updates[task]) for name, updates in layers.items()}
-    with torch.no_grad():
-        for batch in probe.batches[task]:
-            probe.run(task, batch, inside, see)
-    return sum(moments[1:], start=moments[0])
+    if all(moment.rows is not None for moment in moments) and sum(moment.count for moment in moments) < len(d):
+        H = torch.cat([w**0.5 * moment.as_rows() for moment, w in zip(moments, weights, strict=True)])
+        return _woodbury(Y, d, H)
+    total = torch.diag(d)
+    for moment, w in zip(moments, weights, strict=True):
+        total += w * moment.as_gram()
+    return torch.cholesky_solve(Y.T, torch.linalg.cholesky(total)).T
 
 
 def _normal_equations(updates: Sequence[Update], moments: Sequence[Moment], shrink: float) -> tuple[Tensor, Tensor]:
@@ -189,14 +135,7 @@ def _normal_equations(updates: Sequence[Update], moments: Sequence[Moment], shri
             for update, moment, w, d in zip(updates, moments, weights, diagonals, strict=True)
         ]
     )
-    d = torch.stack(diagonals).sum(dim=0)
-    if all(moment.rows is not None for moment in moments) and sum(moment.count for moment in moments) < len(d):
-        H = torch.cat([w**0.5 * moment.as_rows() for moment, w in zip(moments, weights, strict=True)])
-        return Y, _woodbury(Y, d, H)
-    total = torch.diag(d)
-    for moment, w in zip(moments, weights, strict=True):
-        total += w * moment.as_gram()
-    return Y, torch.cholesky_solve(Y.T, torch.linalg.cholesky(total)).T
+    return Y, solve(Y, torch.stack(diagonals).sum(dim=0), moments, weights)
 
 
 def _woodbury(Y: Tensor, d: Tensor, H: Tensor) -> Tensor:

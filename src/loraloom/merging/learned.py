@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from loraloom.adapter import Update
 from loraloom.errors import LoraloomError
-from loraloom.merging.activation import reading_groups
 from loraloom.merging.core import NOISE, concatenate, norm
 from loraloom.merging.probe import Probe
+from loraloom.merging.regression import reading_groups
 from loraloom.merging.rules import Result, rule
 
 Layers = Mapping[str, Sequence[Update]]

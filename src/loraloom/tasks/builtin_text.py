@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
+from loraloom.errors import raise_problems
+
 STANDARD_LIBRARY = "python"
 # Folders read of each package ("" is all of it). The large packages are cut short: a slow core should need seconds.
 FOLDERS: dict[str, tuple[str, ...]] = {
@@ -86,16 +88,39 @@ def split_of(file: str) -> str:
     return next(split for split, bound in _SPLIT_BOUNDS if place(file) < bound)
 
 
-@cache
 def docstrings() -> tuple[Docstring, ...]:
     """Return the ASCII docstrings of those packages in FOLDERS that are installed, in the order of their paths."""
+    return tuple(docstring for package in FOLDERS for docstring in docstrings_of(package))
+
+
+@cache
+def docstrings_of(package: str) -> tuple[Docstring, ...]:
+    """Return the ASCII docstrings of one package of FOLDERS, none where it is not installed."""
     with _collector_paused():
         return tuple(
             docstring
-            for package, folders in FOLDERS.items()
-            for path, file in _source_files(package, folders)
+            for path, file in _source_files(package, FOLDERS[package])
             for docstring in _file_docstrings(path, file)
         )
+
+
+def generic_texts(count: int) -> list[str]:
+    """Return `count` paragraphs of English prose, 8 words or more, from the docstrings of Python's own library.
+
+    The same for every call under one version of Python. Raises LoraloomError where there are not so many.
+    """
+    found = {
+        " ".join(part.text.split()): None
+        for docstring in docstrings_of(STANDARD_LIBRARY)
+        for part in parts(docstring.text)
+        if part.role != "parameter" and len(part.text.split()) >= 8
+    }
+    raise_problems(
+        "generic text",
+        [f"{count} texts were asked for, Python's own library holds {len(found)}"] if count > len(found) else [],
+        "ask for fewer, or name a file of texts",
+    )
+    return sorted(found, key=place)[:count]
 
 
 @contextmanager

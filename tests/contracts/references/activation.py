@@ -58,7 +58,7 @@ IDENTITY_AT: dict[str, dict[str, Any]] = {"adamerging": UNMOVED, "nsc": UNMOVED}
 
 AS_A_TASK = "a zero adapter brings its own texts, on which the merged model is fitted too"
 NOT_LINEAR = "what the model does is not linear in the adapters"
-WITH_PROBE = ("regmean_pp", "fisher", "adamerging", "nsc", "soups", "lorahub")
+WITH_PROBE = ("regmean_pp", "iteris", "fisher", "adamerging", "nsc", "soups", "lorahub")
 EXCEPTIONS: dict[tuple[str, str], str] = {
     **{("zero", rule): AS_A_TASK for rule in ("regmean", "optimal_rank", *WITH_PROBE)},
     **{("equivariance", rule): NOT_LINEAR for rule in WITH_PROBE},
