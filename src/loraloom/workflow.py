@@ -91,8 +91,13 @@ def initialise_from_files(
     lora: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Initialisation:
-    """Write an adapter folder from statistics files; see `initialise`. Others and earlier adapters go by path."""
+    """Write an adapter folder from statistics files; see `initialise`. Others and earlier adapters go by path.
+
+    Without a seed it is drawn from the folder's name: teams that share an atlas must not start at the same A.
+    """
     check_folder(output)
+    if options["seed"] is None:
+        options = {**options, "seed": task_seed(0, output.resolve().name)}
     config = LoraConfig(
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], use_rslora=lora["rslora"]
     )
