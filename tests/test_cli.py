@@ -68,7 +68,7 @@ def entries(folder: Path) -> set[str]:
 
 def test_every_command_says_what_it_does() -> None:
     text = call("--help").stdout
-    commands = ["demo", "run", "statistics", "atlas", "init", "train", "merge", "compare"]
+    commands = ["demo", "run", "statistics", "atlas", "init", "train", "merge", "align", "compare"]
     for command in [*commands, "evaluate", "inspect", "rules", "report", "study"]:
         assert command in text
         assert call(command, "--help").exit_code == 0

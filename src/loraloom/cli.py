@@ -23,7 +23,7 @@ from loraloom.cli_common import (
     read_recipe,
     typed,
 )
-from loraloom.cli_merge import RULE_OPTIONS, RuleCommand, compare, merge, rules
+from loraloom.cli_merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
 
 if TYPE_CHECKING:
     from loraloom.recipe import Recipe
@@ -187,6 +187,7 @@ def train(
 
 
 app.command(cls=RuleCommand, context_settings=RULE_OPTIONS)(merge)
+app.command()(align)
 app.command()(compare)
 app.command()(rules)
 

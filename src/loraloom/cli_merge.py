@@ -91,6 +91,21 @@ def merge(
             out.result(folders.merge_folders(plan, output, typed(), shown))
 
 
+def align(
+    merged: Annotated[Path, typer.Argument(help="Folder of the merged adapter; its heads are written anew.")],
+    adapters: Annotated[list[Path], typer.Argument(help="The adapters that were merged, in the same order.")],
+    tasks: Annotated[Path, typer.Option("--tasks", help="Recipe with base and tasks; an adapter's task by its name.")],
+    base: Base = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit each task's head to what the merged adapter makes of its texts: closed form, no labels, no cost later."""
+    with command(quiet, as_json) as out, out.progress() as shown:
+        from loraloom.workflow import align_folder
+
+        out.result({"folder": str(merged), "heads": align_folder(read_recipe(tasks, base), merged, adapters, shown)})
+
+
 def compare(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, each with its task's head.")],
     tasks: Annotated[Path, typer.Option("--tasks", help="Recipe with base and tasks; an adapter's task by its name.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -12,28 +13,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraloom.adapter import Adapter
-from loraloom.atomic import check_folder
+from loraloom.adapter import Adapter, compatibility_problems
+from loraloom.atomic import check_folder, staged_file, write_text
 from loraloom.base import base_folder
-from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.evaluation import Evaluator, evaluate
-from loraloom.heads import Head
+from loraloom.heads import Head, align_head
 from loraloom.hooks import Kind
 from loraloom.initialise import Initialisation, initialise, task_seed
 from loraloom.interference import response
 from loraloom.merging import Rule
-from loraloom.merging.folders import Look
-from loraloom.peft_folder import read_adapter, read_provenance, task_of
+from loraloom.merging.folders import Look, names_of
+from loraloom.peft_folder import PROVENANCE, read_adapter, read_provenance, task_of
 from loraloom.probe import TaskProbe
 from loraloom.progress import Reporter
 from loraloom.recipe import Recipe
 from loraloom.results import Score
-from loraloom.stages import build_task, collect, merged_adapters, sample, task_probe
+from loraloom.stages import alignment_rows, build_task, collect, merged_adapters, sample, task_probe
 from loraloom.statistics import Statistics
 from loraloom.store import Store
 from loraloom.tasks.builtin_text import generic_texts
 from loraloom.tasks.sources import read_table
 from loraloom.tasks.task import Task
+from loraloom.tensor_file import save_tensors
 from loraloom.training import Trained, train_adapter
 
 
@@ -158,6 +160,42 @@ def looker(recipe: Recipe, texts: int, reporter: Reporter) -> Look:
         )
 
     return look
+
+
+def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter: Reporter) -> dict[str, str]:
+    """Align the heads beside a merged adapter to its features, in place, and return the head's file by task.
+
+    `folders` are the adapters that were merged. Of each task of the recipe `alignment.texts` training texts are read,
+    no labels. Raises LoraloomError for a folder without a head or a task in the recipe, told together.
+    """
+    adapter, files = read_adapter(merged), names_of(folders)
+    errors: list[LoraloomError] = []
+    members: dict[str, Adapter] = {}
+    for file, folder in zip(files, folders, strict=True):
+        with collecting(errors):
+            members[file] = read_adapter(folder)
+            if task_of(folder) not in recipe.tasks:
+                near = did_you_mean(task_of(folder), recipe.tasks)
+                raise LoraloomError(f"{folder}: the recipe has no task {task_of(folder)!r}", near)
+            Head.of(members[file].head, str(folder))
+    with collecting(errors):
+        raise_problems("cannot align", compatibility_problems([adapter, *members.values()]), "merge these adapters")
+    raise_together(errors)
+    reporter.begin("aligning", len(files))
+    evaluator = Evaluator(base_folder(recipe.base), max_length=recipe.training.max_length)
+    read, heads = merged_adapters(merged, 1.0, files), {}
+    for file, folder in zip(files, folders, strict=True):
+        rows = alignment_rows(evaluator, _task(recipe, task_of(folder)), recipe.alignment)
+        head = Head.of(members[file].head, file)
+        own, together = (evaluator.features(one.updates, head, rows) for one in (members[file], read[file]))
+        heads[file] = align_head(head, own, together, ridge=recipe.alignment.ridge)
+        reporter.advance("aligning")
+    for file, head in heads.items():
+        with staged_file(merged / "heads" / f"{file}.safetensors") as place:
+            save_tensors(head.tensors, place)
+    note = f"heads: aligned to the merged features on {recipe.alignment.texts} unlabelled training texts a task"
+    write_text(merged / PROVENANCE, json.dumps({**read_provenance(merged), "notes": [note]}, indent=2) + "\n")
+    return {task_of(folder): f"heads/{file}.safetensors" for file, folder in zip(files, folders, strict=True)}
 
 
 def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: str) -> dict[str, tuple[str, Score]]:
