@@ -142,7 +142,7 @@ class AlignmentSettings(Settings):
     """Label-free alignment of the heads to the merged features."""
 
     texts: int = Field(200, ge=2, description="unlabelled training texts a task")
-    ridge: float = Field(0.1, gt=0, description="e as a share of the mean diagonal of C")
+    ridge: float = Field(1.0, gt=0, description="e as a share of the mean diagonal of C")
 
 
 class _TaskOptions(Settings):
