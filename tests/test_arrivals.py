@@ -201,7 +201,9 @@ def test_nothing_to_stay_off_is_refused(
     assert not (tmp_path / "start").exists()
 
 
-def test_a_rule_that_would_not_stay_off_earlier_adapters_is_refused(seen: dict[str, Statistics], tmp_path: Path) -> None:
+def test_a_rule_that_would_not_stay_off_earlier_adapters_is_refused(
+    seen: dict[str, Statistics], tmp_path: Path
+) -> None:
     after = {"first": adapter_of([QUERY.format(1)], WIDTH, rank=2)}
     with pytest.raises(LoraloomError, match="rule 'osrm' does not stay off earlier adapters"):
         initialise(tmp_path / "start", None, seen, LoraConfig(r=2), rule="osrm", after=after)

@@ -109,6 +109,10 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     told = said("merge", out, tone, "--rule", "ties", "--density", "0.5", "--scale", "0.7", "-o", tmp_path / "m")
     assert (told["rule"], told["scale"], told["heads"]) == ("ties", 0.7, "mood, tone")
     assert set(said("evaluate", recipe, tmp_path / "m")) == {"mood", "tone"}
+    told = said("merge", out, tone, "-o", tmp_path / "by-default")
+    assert (told["rule"], told["scale"]) == ("tsv", 0.75)
+    told = said("align", tmp_path / "by-default", out, tone, "--tasks", recipe)
+    assert told["heads"] == {"mood": "heads/mood.safetensors", "tone": "heads/tone.safetensors"}
     told = said("inspect", out, own, other)
     assert told["files"][str(out)]["heads"] == ["mood"]
     assert told["files"][str(own)]["texts"] == 12

@@ -28,8 +28,8 @@ class RuleCommand(TyperCommand):
 def merge(
     context: typer.Context,
     adapters: Annotated[list[str], typer.Argument(help="Adapter folders, and options of the rule.")],
-    rule: Annotated[str, typer.Option("--rule", help="See `loraloom rules`.")],
     output: Output,
+    rule: Annotated[str, typer.Option("--rule", help="See `loraloom rules`.")] = "tsv",
     scale: Annotated[float | None, typer.Option(help="Factor on the result; the rule's own without.")] = None,
     weights: Annotated[
         str | None, typer.Option(help="One for each adapter, in order, with commas: 0.5,0.3,0.2.")

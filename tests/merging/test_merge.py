@@ -80,7 +80,7 @@ def test_folders_of_one_name_need_a_mapping(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "weight", "scale"), [("task_arithmetic", 1, 0.3), ("weighted", 0.5, 1), ("svd", 0.5, 1), ("tsv", 1, 1)]
+    ("rule", "weight", "scale"), [("task_arithmetic", 1, 0.3), ("weighted", 0.5, 1), ("svd", 0.5, 1), ("tsv", 1, 0.75)]
 )
 def test_defaults_in_force_are_recorded(rule, weight, scale) -> None:
     merged = merge({"one": adapter(0), "two": adapter(1)}, rule)

@@ -54,7 +54,7 @@ class Merged:
 
 def merge(
     adapters: Mapping[str, Adapter] | Sequence[Adapter],
-    rule: str,
+    rule: str = "tsv",
     *,
     weights: Sequence[float] | None = None,
     scale: float | None = None,
