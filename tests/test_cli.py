@@ -117,6 +117,12 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     assert told["files"][str(out)]["heads"] == ["mood"]
     assert told["files"][str(own)]["texts"] == 12
     assert [len(row) for row in told["responses"]["rows"].values()] == [2]
+    told = said("inspect", out, tone, out)
+    assert [len(row) for row in told["overlaps"]["rows of A"]] == [2, 2]
+    shutil.copytree(out, tmp_path / "twin")
+    assert "started from nearly the same A (overlap 1.00)" in " ".join(
+        call("inspect", out, tmp_path / "twin").stderr.split()
+    )
 
 
 def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path) -> None:

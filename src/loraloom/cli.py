@@ -114,7 +114,7 @@ def atlas(
     with command(quiet, as_json) as out:
         from loraloom.workflow import make_atlas
 
-        made = make_atlas(base, target, texts, column or ["text"], count, max_length)
+        made = make_atlas(base, target, texts, column or [], count, max_length)
         made.save(output)
         out.result({"file": str(output), "texts": made.texts, "tokens": made.tokens, "layers": len(made.layers)})
 
@@ -222,16 +222,29 @@ def inspect(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what adapters and statistics hold; with both, each adapter's response to each task's inputs."""
+    """Tell what adapters and statistics hold, what adapters share, and each one's response to each task's inputs."""
     with command(quiet, as_json) as out:
         from loraloom.workflow import inspect_paths
 
-        facts, responses = inspect_paths(paths)
+        facts, responses, shared = inspect_paths(paths)
         if responses:
             columns = ("adapter", *(Path(name).name for name in responses["statistics"]))
             rows = [(Path(name).name, *(f"{value:.3g}" for value in row)) for name, row in responses["rows"].items()]
             out.table("|B A h|, root mean square over rows and layers", columns, rows)
-        out.result({"files": facts, "responses": responses}, json.dumps(facts, indent=1, default=str))
+        told = {}
+        if shared:
+            told = {"rows of A": shared.rows.tolist(), "columns of B": shared.columns.tolist()}
+            names = [Path(name).name for name in shared.names]
+            for title, table in told.items():
+                cells = [(name, *(f"{value:.2f}" for value in row)) for name, row in zip(names, table, strict=True)]
+                out.table(f"overlap of the {title}, mean over layers", ("adapter", *names), cells)
+            for one, two, value in shared.same_start():
+                out.hint(
+                    f"{one} and {two} started from nearly the same A (overlap {value:.2f}) and merge worse than "
+                    "adapters of a seed each: train one again from `loraloom init` with another seed"
+                )
+        found = {"files": facts, "responses": responses, "overlaps": told}
+        out.result(found, json.dumps(facts, indent=1, default=str))
 
 
 @app.command()

@@ -225,10 +225,10 @@ def _check_statistics(base: Statistics, others: Mapping[str, Statistics], after:
     for name, other in others.items():
         # the fingerprint is of these layers' weights, so it differs where they do
         if other.layers != base.layers:
-            problems.append(f"statistics of {name!r} cover other layers than the task's own")
+            problems.append(f"statistics of {name!r} cover other layers than the first given")
         elif other.fingerprint != base.fingerprint:
             problems.append(
-                f"statistics of {name!r} come from {other.base} ({other.fingerprint[:12]}), the task's own from "
+                f"statistics of {name!r} come from {other.base} ({other.fingerprint[:12]}), the first given from "
                 f"{base.base} ({base.fingerprint[:12]})"
             )
     for name, adapter in after.items():

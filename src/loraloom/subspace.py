@@ -164,7 +164,7 @@ def response_scale(own: Moment, A: Tensor) -> float:
     seen = own.energy(A)
     if seen <= 1e-12 * own.trace():
         raise LoraloomError(
-            "A sees none of the task's own inputs, so its response cannot be matched",
+            "A sees none of the inputs whose response it should match",
             "give more rows to the statistics, a lower rank, or scale='unit'",
         )
     return math.sqrt(rank * own.trace() / (3 * width) / seen)

@@ -24,6 +24,7 @@ from loraloom.initialise import Initialisation, initialise, task_seed
 from loraloom.interference import response
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, names_of
+from loraloom.overlap import Overlaps, overlaps
 from loraloom.peft_folder import PROVENANCE, read_adapter, read_provenance, task_of
 from loraloom.probe import TaskProbe
 from loraloom.progress import Reporter
@@ -79,7 +80,8 @@ def make_atlas(
 ) -> Statistics:
     """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
     if texts:
-        return collect_from_file(texts, columns, base, targets, count, "token", max_length)
+        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length)
+    raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
     rows = datasets.Dataset.from_dict({"text_a": generic_texts(count)})
     evaluator = Evaluator(base_folder(base), max_length=max_length)
     return collect(evaluator, rows, list(targets), "token", max_length, 32)
@@ -225,8 +227,8 @@ def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: s
     return scores
 
 
-def inspect_paths(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return facts of every adapter folder and statistics file, and the responses where both are given."""
+def inspect_paths(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any], Overlaps | None]:
+    """Return facts of adapter folders and statistics files, responses where both are given, overlaps of two or more."""
     adapters: dict[str, Adapter] = {}
     statistics: dict[str, Statistics] = {}
     facts: dict[str, Any] = {}
@@ -245,12 +247,13 @@ def inspect_paths(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]
                 "layers": len(read.layers),
                 "inputs": len(read.moments),
             }
+    shared = overlaps(adapters) if len(adapters) > 1 else None
     if not (adapters and statistics):
-        return facts, {}
+        return facts, {}, shared
     rows = {
         name: [_response(adapter, seen, name) for seen in statistics.values()] for name, adapter in adapters.items()
     }
-    return facts, {"statistics": list(statistics), "rows": rows}
+    return facts, {"statistics": list(statistics), "rows": rows}, shared
 
 
 def study_store(folder: Path) -> Store:
