@@ -1,0 +1,166 @@
+"""The tables of docs/study-subspaces.md out of a study's results.json: averages over seeds, shares, scale intervals.
+
+    python benchmarks/study_tables.py study/results.json [--baseline LoRA]
+
+Test rows report at the scale that held-out rows chose. A difference to the baseline is paired over seeds: its standard
+error is that of the mean of the seeds' differences. The scale interval is where the held-out average, linear between
+the scales tried, stays within 1 point of its best; averaged over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+
+from loraloom.results import MergeScore, StudyResult
+
+Key = tuple[str, str, bool]  # init, rule, heads aligned
+
+
+def main() -> None:
+    """Print the tables as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--baseline", default="LoRA")
+    given = parser.parse_args()
+    result = StudyResult.load(given.results)
+    singles = single_averages(result)
+    print_singles(result, singles, given.baseline)
+    print_merges(result, singles, given.baseline)
+    print_intervals(result)
+    print_responses(result)
+
+
+def single_averages(result: StudyResult) -> dict[str, dict[int, float]]:
+    """Return the mean test score of the single-task adapters by init and seed, in points."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for one in result.singles:
+        found[one.init][one.seed].append(100 * one.score.value)
+    return {init: {seed: mean(values) for seed, values in seeds.items()} for init, seeds in found.items()}
+
+
+def print_singles(result: StudyResult, singles: dict[str, dict[int, float]], baseline: str) -> None:
+    """Print every init's single-task scores by task, and the difference of the averages to the baseline's."""
+    tasks = [task.name for task in result.tasks]
+    table("init", "seeds", *tasks, "average", f"against {baseline}")
+    for init, seeds in singles.items():
+        scores = [
+            mean(100 * one.score.value for one in result.singles if (one.init, one.task) == (init, task))
+            for task in tasks
+        ]
+        row(init, len(seeds), *map(number, scores), number(mean(seeds.values())), paired(seeds, singles[baseline]))
+    print()
+
+
+def print_merges(result: StudyResult, singles: dict[str, dict[int, float]], baseline: str) -> None:
+    """Print the merged averages and the shares of the single-task averages that they keep."""
+    found: dict[Key, dict[int, MergeScore]] = defaultdict(dict)
+    for one in result.merges:
+        if one.split == "test":
+            found[one.init, one.rule, one.aligned][one.seed] = one
+    table("rule", "heads", "init", "scales", "merged average", "kept", f"against {baseline}")
+    rules = list(dict.fromkeys(rule for _, rule, _ in found))
+    for rule in rules:
+        for aligned in (False, True):
+            points = {
+                init: {seed: 100 * one.average.value for seed, one in found[init, rule, aligned].items()}
+                for init in singles
+            }
+            for init, seeds in points.items():
+                if not seeds:
+                    continue
+                scales = sorted({one.scale for one in found[init, rule, aligned].values()})
+                kept = mean(seeds.values()) / mean(singles[init][seed] for seed in seeds)
+                row(
+                    f"`{rule}`",
+                    "aligned" if aligned else "as trained",
+                    init,
+                    ", ".join(f"{scale:g}" for scale in scales),
+                    number(mean(seeds.values())),
+                    f"{100 * kept:.1f} %",
+                    paired(seeds, points[baseline]),
+                )
+    print()
+
+
+def print_intervals(result: StudyResult) -> None:
+    """Print how wide the scales are that come within 1 point of the best, on held-out rows."""
+    curves: dict[Key, dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for one in result.merges:
+        if one.split == "heldout":
+            curves[one.init, one.rule, one.aligned][one.seed][one.scale] = 100 * one.average.value
+    table("rule", "heads", "init", "from", "to", "width", "held-out average by scale")
+    for (init, rule, aligned), seeds in sorted(curves.items(), key=lambda item: (item[0][1], item[0][2])):
+        if len(next(iter(seeds.values()))) < 3:
+            continue
+        ends = [interval(curve) for curve in seeds.values()]
+        low, high = mean(end[0] for end in ends), mean(end[1] for end in ends)
+        shape = ", ".join(
+            f"{scale:g}: {mean(curve[scale] for curve in seeds.values()):.1f}" for scale in next(iter(seeds.values()))
+        )
+        heads = "aligned" if aligned else "as trained"
+        row(f"`{rule}`", heads, init, f"{low:.2f}", f"{high:.2f}", f"{high - low:.2f}", shape)
+    print()
+
+
+def print_responses(result: StudyResult) -> None:
+    """Print the interference ratios, means over seeds."""
+    table("init", "before, A h", "after, A h", "after, B A h")
+    for init in dict.fromkeys(one.init for one in result.interference):
+        cells = []
+        for when, quantity in (("before", "A"), ("after", "A"), ("after", "BA")):
+            ratios = [
+                one.ratio for one in result.interference if (one.init, one.when, one.quantity) == (init, when, quantity)
+            ]
+            cells.append(f"{mean(ratios):.3f}" if ratios else "")
+        row(init, *cells)
+    print()
+
+
+def interval(curve: dict[float, float], within: float = 1.0) -> tuple[float, float]:
+    """Return the ends of the scales around the best at which `curve`, linear between its points, is within `within`."""
+    scales = sorted(curve)
+    best = max(scales, key=lambda scale: curve[scale])
+    floor, index = curve[best] - within, scales.index(best)
+    return crossing(curve, scales[index::-1], floor), crossing(curve, scales[index:], floor)
+
+
+def crossing(curve: dict[float, float], scales: list[float], floor: float) -> float:
+    """Return where the curve first falls below `floor` along `scales`; the last scale where it does not."""
+    for inside, outside in pairwise(scales):
+        if curve[outside] < floor:
+            share = (curve[inside] - floor) / (curve[inside] - curve[outside])
+            return inside + share * (outside - inside)
+    return scales[-1]
+
+
+def paired(ours: dict[int, float], baseline: dict[int, float]) -> str:
+    """Return the mean difference over the seeds that both have, with its standard error where there are two."""
+    differences = [value - baseline[seed] for seed, value in ours.items() if seed in baseline]
+    if not differences:
+        return ""
+    error = f" ±{stdev(differences) / len(differences) ** 0.5:.1f}" if len(differences) > 1 else ""
+    return f"{mean(differences):+.1f}{error}"
+
+
+def number(value: float) -> str:
+    """Return a figure in points."""
+    return f"{value:.1f}"
+
+
+def table(*columns: str) -> None:
+    """Print the head of a Markdown table."""
+    row(*columns)
+    row(*("---" for _ in columns))
+
+
+def row(*cells: object) -> None:
+    """Print one row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+if __name__ == "__main__":
+    main()
