@@ -1,6 +1,8 @@
-"""The tables of docs/study-subspaces.md out of a study's results.json: averages over seeds, shares, scale intervals.
+"""The tables of docs/study-subspaces.md out of results.json: averages over seeds, shares, scale intervals.
 
-    python benchmarks/study_tables.py study/results.json [--baseline LoRA]
+    python benchmarks/study_tables.py study/results.json [more/results.json ...] [--baseline LoRA]
+
+Several files are one study that was run in parts, an init or a seed each.
 
 Test rows report at the scale that held-out rows chose. A difference to the baseline is paired over seeds: its standard
 error is that of the mean of the seeds' differences. The scale interval is where the held-out average, linear between
@@ -23,10 +25,16 @@ Key = tuple[str, str, bool]  # init, rule, heads aligned
 def main() -> None:
     """Print the tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--baseline", default="LoRA")
     given = parser.parse_args()
-    result = StudyResult.load(given.results)
+    parts = [StudyResult.load(path) for path in given.results]
+    if len({part.content_sha256 for part in parts}) > 1:
+        parser.error("these results are not of the same rows")
+    joined = {
+        name: [one for part in parts for one in getattr(part, name)] for name in ("singles", "merges", "interference")
+    }
+    result = parts[0].model_copy(update=joined)
     singles = single_averages(result)
     print_singles(result, singles, given.baseline)
     print_merges(result, singles, given.baseline)

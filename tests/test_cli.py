@@ -160,6 +160,11 @@ def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path)
     assert team["seed"] != other["seed"]
 
 
+def test_a_column_without_a_file_is_refused(finished: Path, tmp_path: Path) -> None:
+    words = ("atlas", finished / "base", "--target", "query", "--column", "text", "-o", tmp_path / "atlas.safetensors")
+    assert "give --text-file too" in refused(*words)
+
+
 def test_statistics_of_one_file_name_all_count(finished: Path, tmp_path: Path) -> None:
     names = [tmp_path / task / "seen.safetensors" for task in ("mood", "tone")]
     for name in names:

@@ -31,8 +31,8 @@ GIVEN = "given adapters"  # the init of a recipe that brings its adapters
 _VERSIONS = {
     "task": 1,
     "statistics": 1,
-    "init": 1,
-    "train": 1,
+    "init": 2,
+    "train": 2,
     "adapter": 1,
     "single": 1,
     "merge": 2,
