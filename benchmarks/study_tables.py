@@ -148,7 +148,7 @@ def crossing(curve: dict[float, float], scales: list[float], floor: float) -> fl
 def paired(ours: dict[int, float], baseline: dict[int, float]) -> str:
     """Return the mean difference over the seeds that both have, with its standard error where there are two."""
     differences = [value - baseline[seed] for seed, value in ours.items() if seed in baseline]
-    if not differences:
+    if not differences or ours is baseline:
         return ""
     error = f" ±{stdev(differences) / len(differences) ** 0.5:.1f}" if len(differences) > 1 else ""
     return f"{mean(differences):+.1f}{error}"
