@@ -27,6 +27,7 @@ from loraloom.cli_merge import RULE_OPTIONS, RuleCommand, align, compare, merge,
 
 if TYPE_CHECKING:
     from loraloom.recipe import Recipe
+    from loraloom.statistics import Statistics
     from loraloom.terminal import Out
 
 app = typer.Typer(
@@ -92,8 +93,7 @@ def statistics(
         from loraloom.workflow import collect_from_file
 
         found = collect_from_file(texts, column, base, target, count, rows, max_length)
-        found.save(output)
-        out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
+        _save_statistics(found, output, out)
 
 
 @app.command()
@@ -114,9 +114,7 @@ def atlas(
     with command(quiet, as_json) as out:
         from loraloom.workflow import make_atlas
 
-        made = make_atlas(base, target, texts, column or [], count, max_length)
-        made.save(output)
-        out.result({"file": str(output), "texts": made.texts, "tokens": made.tokens, "layers": len(made.layers)})
+        _save_statistics(make_atlas(base, target, texts, column or [], count, max_length), output, out)
 
 
 @app.command()
@@ -322,6 +320,11 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _save_statistics(found: Statistics, output: Path, out: Out) -> None:
+    found.save(output)
+    out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
 
 
 def _run(recipe: Recipe, folder: Path, out: Out) -> None:

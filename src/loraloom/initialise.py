@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import torch
@@ -21,10 +21,20 @@ from transformers import TrainerCallback
 import loraloom
 from loraloom.adapter import Adapter, headless_config, pattern_value
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
-from loraloom.moments import Moment
+from loraloom.moments import Moment, pooled
 from loraloom.peft_folder import read_provenance, write_folder
 from loraloom.statistics import Statistics
-from loraloom.subspace import Keep, Scale, Subspace, check_room, meant, osrm_subspace, project_out, response_scale
+from loraloom.subspace import (
+    DEFAULT,
+    Keep,
+    Scale,
+    Subspace,
+    check_room,
+    meant,
+    osrm_subspace,
+    project_out,
+    response_scale,
+)
 
 AVOID = "avoid.safetensors"
 
@@ -63,7 +73,7 @@ def initialise(
     others: Mapping[str, Statistics],
     lora: LoraConfig | None = None,
     *,
-    rule: str = "apart",
+    rule: str = DEFAULT,
     keep: Keep | None = None,
     scale: Scale | None = None,
     energy_share: float = 0.5,
@@ -83,10 +93,11 @@ def initialise(
 
     Raises LoraloomError that tells together every layer that does not fit.
     """
-    keep, scale = keep or meant(rule)[0], scale or meant(rule)[1]
-    _check_options(others, rule, keep, scale, after or {})
+    meant_keep, meant_scale = meant(rule)
+    keep, scale, after = keep or meant_keep, scale or meant_scale, after or {}
+    _check_options(others, rule, keep, scale, after)
     base = own or next(iter(others.values()))
-    _check_statistics(base, others, after or {})
+    _check_statistics(base, others, after)
     if isinstance(into, PeftModel):
         if lora is not None:
             raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")
@@ -111,12 +122,12 @@ def initialise(
             rule=rule,
             energy_share=energy_share,
             seed=_layer_seed(seed, module),
-            taken=_rows_of(after or {}, module),
+            taken=_rows_of(after, module),
         )
-        A[module] = _start(subspaces[module], mine or sum(moments[1:], start=moments[0]), keep, scale)
+        A[module] = _start(subspaces[module], [mine] if mine else moments, keep, scale)
     options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
-    seen = {"own": own, "others": others, "after": sorted(after or {})}
-    done = Initialisation(A, subspaces, keep, _provenance(base, seen, options, subspaces))
+    provenance = _provenance(base, own, others, after, options, subspaces)
+    done = Initialisation(A, subspaces, keep, provenance)
     if isinstance(into, PeftModel):
         _fill(into, done, adapter_name)
     else:
@@ -189,13 +200,14 @@ def _layer_seed(seed: int, module: str) -> int:
     return task_seed(seed, module)
 
 
-def _start(space: Subspace, own: Moment, keep: Keep, scale: Scale) -> Tensor:
+def _start(space: Subspace, heard: Sequence[Moment], keep: Keep, scale: Scale) -> Tensor:
+    """Return A as it is written; `heard` are the inputs whose response is matched, together."""
     A = space.A
     if keep == "projected":
         check_room(space.avoid, len(A))
         A = project_out(A.double(), space.avoid.double()).float()
     if scale == "response":
-        A = A * response_scale(own, A)
+        A = A * response_scale(pooled(heard), A)
     return A.contiguous()
 
 
@@ -211,10 +223,9 @@ def _check_options(
     problems = []
     if after and meant(rule)[0] != "projected":
         problems.append(f"rule {rule!r} does not stay off earlier adapters: use apart or complement")
-    if keep not in ("free", "frozen", "projected"):
-        problems.append(f"keep {keep!r} is unknown; {did_you_mean(keep, ('free', 'frozen', 'projected'))}")
-    if scale not in ("unit", "response"):
-        problems.append(f"scale {scale!r} is unknown; {did_you_mean(scale, ('unit', 'response'))}")
+    for option, given, known in (("keep", keep, get_args(Keep)), ("scale", scale, get_args(Scale))):
+        if given not in known:
+            problems.append(f"{option} {given!r} is unknown; {did_you_mean(given, known)}")
     if not others:
         problems.append("no statistics to stay off: neither of other tasks nor an atlas")
     raise_problems("cannot initialise", problems, "see `loraloom init --help`")
@@ -281,7 +292,12 @@ def _check_config(lora: LoraConfig, ranks: Mapping[str, int], own: Statistics) -
 
 
 def _provenance(
-    base: Statistics, seen: Mapping[str, Any], options: dict[str, Any], subspaces: Mapping[str, Subspace]
+    base: Statistics,
+    own: Statistics | None,
+    others: Mapping[str, Statistics],
+    after: Mapping[str, Adapter],
+    options: dict[str, Any],
+    subspaces: Mapping[str, Subspace],
 ) -> dict[str, Any]:
     def facts(statistics: Statistics) -> dict[str, Any]:
         return {"texts": statistics.texts, "tokens": statistics.tokens, "rows": statistics.kind}
@@ -292,9 +308,9 @@ def _provenance(
         "base": base.base,
         "base_fingerprint": base.fingerprint,
         "init": options,
-        "own": facts(seen["own"]) if seen["own"] else None,
-        "others": {name: facts(statistics) for name, statistics in seen["others"].items()},
-        "after": seen["after"],
+        "own": facts(own) if own else None,
+        "others": {name: facts(statistics) for name, statistics in others.items()},
+        "after": sorted(after),
         "layers": {module: asdict(space.diagnostics) for module, space in subspaces.items()},
     }
 

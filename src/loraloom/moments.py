@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -85,3 +88,8 @@ class Moment:
         if other.count > self.count:
             raise ValueError(f"cannot take {other.count} rows away from {self.count}")
         return Moment(self.count - other.count, self.total - other.total, gram=self.as_gram() - other.as_gram())
+
+
+def pooled(moments: Sequence[Moment]) -> Moment:
+    """Return the moment of the rows of all `moments`, one at least."""
+    return reduce(operator.add, moments)

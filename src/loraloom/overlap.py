@@ -49,13 +49,13 @@ def overlaps(adapters: Mapping[str, Adapter]) -> Overlaps:
     tables = {key: torch.full((count, count), torch.nan, dtype=torch.float64) for key in ("rows", "columns", "chance")}
     bases = {name: {module: _bases(adapter, module) for module in adapter.shapes} for name, adapter in adapters.items()}
     for i, one in enumerate(names):
-        for j, two in enumerate(names):
+        for j, two in enumerate(names[i:], start=i):
             common = [module for module in bases[one] if module in bases[two]]
             pairs = [_compared(bases[one][module], bases[two][module], (one, two, module)) for module in common]
             found = [pair for pair in pairs if pair is not None]
             if found:
                 for key, values in zip(tables, zip(*found, strict=True), strict=True):
-                    tables[key][i, j] = sum(values) / len(values)
+                    tables[key][i, j] = tables[key][j, i] = sum(values) / len(values)
     return Overlaps(names, **tables)
 
 
@@ -65,7 +65,7 @@ def _bases(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     Qa, Ra = torch.linalg.qr(update.A.double().T)
     Qb, Rb = torch.linalg.qr(update.B.double())
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
-    kept = int((1e-6 * S.max() < S).sum()) if S.numel() and S.max() > 0 else 0
+    kept = int((1e-6 * S.max() < S).sum())  # none of an update that is zero
     return Qa @ Vh[:kept].T, Qb @ U[:, :kept]
 
 

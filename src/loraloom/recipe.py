@@ -21,8 +21,8 @@ from pydantic import (
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.rules import get_rule
+from loraloom.subspace import DEFAULT, Keep, Scale, meant
 from loraloom.subspace import RULES as SUBSPACE_RULES
-from loraloom.subspace import Keep, Scale, meant
 from loraloom.tasks.sources import SUFFIXES
 
 
@@ -75,7 +75,7 @@ class TrainingSettings(Settings):
 class InitSettings(Settings):
     """How A starts and how it is kept. The defaults are those of docs/study-subspaces.md."""
 
-    rule: str = Field("apart", description="apart, complement, osrm (the paper), mean, random, shared or default")
+    rule: str = Field(DEFAULT, description="apart, complement, osrm (the paper), mean, random, shared or default")
     off: Literal["atlas", "others"] = Field(
         "atlas", description="whose loud directions to stay off: those of generic text, or of the other tasks"
     )
@@ -95,8 +95,7 @@ class InitSettings(Settings):
         """Fill in how the rule is meant, so that the results file tells it; published rules look at the others."""
         if not isinstance(given, dict):
             return given
-        rule = str(given.get("rule", "apart"))
-        keep, scale = meant(rule)
+        keep, scale = meant(str(given.get("rule", DEFAULT)))
         return {"keep": keep, "scale": scale, **({} if keep == "projected" else {"off": "others"}), **given}
 
     @field_validator("rule")

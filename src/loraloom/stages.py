@@ -116,10 +116,9 @@ def merged_adapters(folder: Path, scale: float, tasks: Iterable[str]) -> dict[st
 
 
 def make_statistics(
-    folder: Path, evaluator: Evaluator, task: Task, split: str, settings: StatisticsSettings, targets: list[str] | str
+    folder: Path, evaluator: Evaluator, rows: Dataset, settings: StatisticsSettings, targets: list[str] | str
 ) -> None:
-    """Collect what the base model's layers see of `settings.texts` unlabelled texts of one split."""
-    rows = sample(task, split, settings.texts)
+    """Collect what the base model's layers see of the texts in `rows`."""
     statistics = collect(evaluator, rows, targets, settings.rows, settings.max_length, settings.batch_size)
     statistics.save(folder / "statistics.safetensors")
 
@@ -133,16 +132,14 @@ def collect(
     return collect_statistics(evaluator.model, fed, targets, rows=kind)
 
 
-def make_atlas(folder: Path, evaluator: Evaluator, settings: StatisticsSettings, targets: list[str] | str) -> None:
-    """Collect what the base model's layers see of generic text."""
-    rows = Dataset.from_dict({"text_a": generic_texts(settings.atlas_texts)})
-    atlas = collect(evaluator, rows, targets, settings.rows, settings.max_length, settings.batch_size)
-    atlas.save(folder / "statistics.safetensors")
+def generic_rows(count: int) -> Dataset:
+    """Return `count` rows of generic text, which depends on the version of Python."""
+    return Dataset.from_dict({"text_a": generic_texts(count)})
 
 
-def atlas_sha256(settings: StatisticsSettings) -> str:
-    """Return a hash of the generic text, which depends on the version of Python."""
-    return hashlib.sha256("\n".join(generic_texts(settings.atlas_texts)).encode()).hexdigest()
+def texts_sha256(rows: Dataset) -> str:
+    """Return a hash of the texts in `rows`."""
+    return hashlib.sha256("\n".join(rows["text_a"]).encode()).hexdigest()
 
 
 def read_statistics(folder: Path) -> Statistics:

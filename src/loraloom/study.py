@@ -210,11 +210,12 @@ class Study:
     def atlas(self) -> Output:
         """The statistics of generic text, for inits that stay off its loud directions."""
         settings, targets = self.recipe.statistics, self.targets
+        rows = stages.generic_rows(settings.atlas_texts)
         options = {**settings.model_dump(exclude={"texts"}), "targets": targets, "base": self.base_sha256}
-        stage = self._stage("statistics", "atlas", {**options, "text_sha256": stages.atlas_sha256(settings)})
+        stage = self._stage("statistics", "atlas", {**options, "text_sha256": stages.texts_sha256(rows)})
 
         def make(folder: Path, _: Path) -> None:
-            stages.make_atlas(folder, self.evaluator, settings, targets)
+            stages.make_statistics(folder, self.evaluator, rows, settings, targets)
 
         return Output(stage, self.store.get(stage, make))
 
@@ -225,15 +226,17 @@ class Study:
         stage = self._stage("statistics", f"{name}.{split}", {**chosen, **options})
 
         def make(folder: Path, _: Path) -> None:
-            stages.make_statistics(folder, self.evaluator, self.tasks[name], split, settings, targets)
+            rows = stages.sample(self.tasks[name], split, settings.texts)
+            stages.make_statistics(folder, self.evaluator, rows, settings, targets)
 
         return self._get("statistics", stage, make)
 
     def _start(self, one: Trained, name: str) -> None:
         settings, lora = self.recipe.inits[one.init], self.recipe.lora
         own = self.statistics["train"][name]
-        others = {"atlas": self.atlas}
-        if settings.off == "others":
+        if settings.off == "atlas":
+            others = {"atlas": self.atlas}
+        else:
             others = {other: output for other, output in self.statistics["train"].items() if other != name}
         seed = one.seed if settings.rule == "shared" else self._seed(one, name)
         options = {**settings.model_dump(exclude={"description", "seed"}), "lora": lora.model_dump()}

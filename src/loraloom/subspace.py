@@ -7,20 +7,20 @@ arXiv 2505.22934:  min_A |A H^T|_F^2  subject to  A A^T = I_r,  H (k, n) the lay
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loraloom.errors import LoraloomError, did_you_mean
-from loraloom.moments import Moment
+from loraloom.moments import Moment, pooled
 
 Keep = Literal["free", "frozen", "projected"]
 Scale = Literal["unit", "response"]
+DEFAULT = "apart"  # the rule of docs/study-subspaces.md
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Problem:
 
     @cached_property
     def pooled(self) -> Moment:
-        return _pooled(self.others)
+        return pooled(self.others)
 
     @cached_property
     def pooled_spectrum(self) -> tuple[Tensor, Tensor]:
@@ -96,10 +96,9 @@ def osrm_subspace(
     others: one Moment for each other task, all of width n; own: the task's own, which breaks ties inside the
     low-interference space. rule: `apart` (random directions off the others' loud ones), `complement` (there, those of
     most own energy), `osrm` (the paper), or a control: `mean` (the authors' code), `random`, `shared`, `default`
-    (PEFT's). energy_share: share
-    of the others' trace-normalised energy that the avoided directions hold. seed: for the random rules and for
-    directions that no data determines; `shared` wants the same seed for every task. taken: (q, n), rows to stay off as
-    well, as the A's of earlier adapters are for a task that arrives later.
+    (PEFT's). energy_share: share of the others' trace-normalised energy that the avoided directions hold. seed: for the
+    random rules and for directions that no data determines; `shared` wants the same seed for every task. taken: (q, n),
+    rows to stay off as well, as the A's of earlier adapters are for a task that arrives later.
 
     Raises LoraloomError for an unknown rule, a rank above n, a share outside [0, 1), or unequal widths.
     """
@@ -120,7 +119,7 @@ def loud_directions(others: Sequence[Moment], energy_share: float) -> Tensor:
     loud = [_weighted(moment, 1 / moment.trace()) for moment in others if moment.trace() > 0]
     if not loud or energy_share == 0:
         return torch.zeros(others[0].width, 0, dtype=torch.float64)
-    values, vectors = spectrum(_pooled(loud))
+    values, vectors = spectrum(pooled(loud))
     held = torch.cumsum(values, 0) / values.sum()
     count = int((held < energy_share).sum()) + 1
     return vectors[:, :count]
@@ -191,10 +190,9 @@ def _osrm(problem: _Problem) -> Tensor:
 def _apart(problem: _Problem) -> Tensor:
     """Random orthonormal rows in the complement of the loud directions: off the others, and each task elsewhere."""
     check_room(problem.avoid, problem.rank)
-    generator = torch.Generator().manual_seed(problem.seed)
-    gaussian = torch.randn(problem.rank, problem.width, generator=generator, dtype=torch.float64)
+    drawn = _drawn_off(problem.avoid, problem.rank, problem.seed)
     # one more pass: a QR of projected rows drifts back towards `avoid` by rounding
-    return _orthonormal(project_out(_orthonormal(project_out(gaussian, problem.avoid)), problem.avoid))
+    return _orthonormal(project_out(drawn, problem.avoid))
 
 
 def _complement(problem: _Problem) -> Tensor:
@@ -259,10 +257,7 @@ def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:
         found = vectors[:, : min(count, int((values > floor).sum()))]
     missing = count - found.shape[1]
     if missing:
-        taken = torch.cat([avoid, found], dim=1)
-        generator = torch.Generator().manual_seed(problem.seed)
-        gaussian = torch.randn(missing, width, generator=generator, dtype=torch.float64)
-        filling = _orthonormal(project_out(gaussian, taken))
+        filling = _drawn_off(torch.cat([avoid, found], dim=1), missing, problem.seed)
         found = torch.cat([found, filling.T], dim=1)
         if count < width - avoid.shape[1]:  # there is a choice
             problem.notes.append(
@@ -270,6 +265,13 @@ def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:
             )
     # one more pass: a QR of projected columns drifts back towards `avoid` by rounding
     return _fix_signs(_orthonormal(project_out(found.T, avoid)))
+
+
+def _drawn_off(avoid: Tensor, count: int, seed: int) -> Tensor:
+    """Return random orthonormal rows (count, n) off `avoid` (n, p), but for rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(count, avoid.shape[0], generator=generator, dtype=torch.float64)
+    return _orthonormal(project_out(gaussian, avoid))
 
 
 def spectrum(moment: Moment) -> tuple[Tensor, Tensor]:
@@ -282,10 +284,6 @@ def spectrum(moment: Moment) -> tuple[Tensor, Tensor]:
         return singular.square(), Vh.T
     values, vectors = torch.linalg.eigh(moment.as_gram())
     return values.flip(0).clamp_min(0), vectors.flip(1)
-
-
-def _pooled(moments: Sequence[Moment]) -> Moment:
-    return reduce(operator.add, moments)
 
 
 def _weighted(moment: Moment, weight: float) -> Moment:

@@ -33,6 +33,7 @@ import loraloom
 from loraloom.atomic import staged_folder, write_text
 from loraloom.base import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
 from loraloom.errors import LoraloomError, raise_problems
+from loraloom.heads import Head
 from loraloom.initialise import keep_callback
 from loraloom.metrics import metric_value
 from loraloom.peft_folder import PROVENANCE, adapter_sha256, read_adapter, read_provenance
@@ -129,10 +130,11 @@ def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettin
 
 def _centre_head(model: transformers.PreTrainedModel, label_mean: float) -> None:
     """Let a fresh regression head start at the labels' mean: few steps at LoRA's learning rates do not reach it."""
-    linear = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
-    last = [module for module in linear if isinstance(module, torch.nn.Linear) and module.out_features == 1]
-    if last and last[-1].bias is not None:
-        torch.nn.init.constant_(last[-1].bias, label_mean)
+    parameters = dict(model.named_parameters())
+    head = {path: p for path, p in parameters.items() if path.startswith(tuple(f"{n}." for n in head_modules(model)))}
+    bias = f"{Head.of(head).last}.bias"
+    if bias in head:
+        torch.nn.init.constant_(head[bias], label_mean)
 
 
 def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftModel:

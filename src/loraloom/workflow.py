@@ -18,7 +18,7 @@ from loraloom.atomic import check_folder, staged_file, write_text
 from loraloom.base import base_folder
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.evaluation import Evaluator, evaluate
-from loraloom.heads import Head, align_head
+from loraloom.heads import Head, align_heads
 from loraloom.hooks import Kind
 from loraloom.initialise import Initialisation, initialise, task_seed
 from loraloom.interference import response
@@ -30,10 +30,9 @@ from loraloom.probe import TaskProbe
 from loraloom.progress import Reporter
 from loraloom.recipe import Recipe
 from loraloom.results import Score
-from loraloom.stages import alignment_rows, build_task, collect, merged_adapters, sample, task_probe
+from loraloom.stages import alignment_rows, build_task, collect, generic_rows, merged_adapters, sample, task_probe
 from loraloom.statistics import Statistics
 from loraloom.store import Store
-from loraloom.tasks.builtin_text import generic_texts
 from loraloom.tasks.sources import read_table
 from loraloom.tasks.task import Task
 from loraloom.tensor_file import save_tensors
@@ -82,9 +81,8 @@ def make_atlas(
     if texts:
         return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length)
     raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
-    rows = datasets.Dataset.from_dict({"text_a": generic_texts(count)})
     evaluator = Evaluator(base_folder(base), max_length=max_length)
-    return collect(evaluator, rows, list(targets), "token", max_length, 32)
+    return collect(evaluator, generic_rows(count), list(targets), "token", max_length, 32)
 
 
 def initialise_from_files(
@@ -137,13 +135,7 @@ def looker(recipe: Recipe, texts: int, reporter: Reporter) -> Look:
     """
 
     def look(rule: Rule, members: Sequence[Adapter]) -> tuple[Sequence[Statistics], TaskProbe | None]:
-        names = [task_of(member.path) for member in members if member.path]
-        problems = [
-            f"{member.name}: the recipe has no task {name!r}: {did_you_mean(name, recipe.tasks)}"
-            for name, member in zip(names, members, strict=True)
-            if name not in recipe.tasks
-        ]
-        raise_problems("tasks of the adapters", problems, "name folders or tasks alike")
+        names = _tasks_of([member.path for member in members if member.path], recipe)
         training = recipe.training
         evaluator = Evaluator(base_folder(recipe.base), max_length=training.max_length)
         tasks = {name: _task(recipe, name) for name in names}
@@ -173,31 +165,31 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
     adapter, files = read_adapter(merged), names_of(folders)
     errors: list[LoraloomError] = []
     members: dict[str, Adapter] = {}
+    heads: dict[str, Head] = {}
     for file, folder in zip(files, folders, strict=True):
         with collecting(errors):
             members[file] = read_adapter(folder)
-            if task_of(folder) not in recipe.tasks:
-                near = did_you_mean(task_of(folder), recipe.tasks)
-                raise LoraloomError(f"{folder}: the recipe has no task {task_of(folder)!r}", near)
-            Head.of(members[file].head, str(folder))
+            heads[file] = Head.of(members[file].head, str(folder))
+    with collecting(errors):
+        names = _tasks_of(folders, recipe)
     with collecting(errors):
         raise_problems("cannot align", compatibility_problems([adapter, *members.values()]), "merge these adapters")
     raise_together(errors)
     reporter.begin("aligning", len(files))
     evaluator = Evaluator(base_folder(recipe.base), max_length=recipe.training.max_length)
-    read, heads = merged_adapters(merged, 1.0, files), {}
-    for file, folder in zip(files, folders, strict=True):
-        rows = alignment_rows(evaluator, _task(recipe, task_of(folder)), recipe.alignment)
-        head = Head.of(members[file].head, file)
-        own, together = (evaluator.features(one.updates, head, rows) for one in (members[file], read[file]))
-        heads[file] = align_head(head, own, together, ridge=recipe.alignment.ridge)
+    read = merged_adapters(merged, 1.0, files)
+    own, together = {}, {}
+    for file, name in zip(files, names, strict=True):
+        rows = alignment_rows(evaluator, _task(recipe, name), recipe.alignment)
+        own[file] = evaluator.features(members[file].updates, heads[file], rows)
+        together[file] = evaluator.features(read[file].updates, heads[file], rows)
         reporter.advance("aligning")
-    for file, head in heads.items():
+    for file, head in align_heads(heads, own, together, ridge=recipe.alignment.ridge).items():
         with staged_file(merged / "heads" / f"{file}.safetensors") as place:
             save_tensors(head.tensors, place)
     note = f"heads: aligned to the merged features on {recipe.alignment.texts} unlabelled training texts a task"
     write_text(merged / PROVENANCE, json.dumps({**read_provenance(merged), "notes": [note]}, indent=2) + "\n")
-    return {task_of(folder): f"heads/{file}.safetensors" for file, folder in zip(files, folders, strict=True)}
+    return {name: f"heads/{file}.safetensors" for file, name in zip(files, names, strict=True)}
 
 
 def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: str) -> dict[str, tuple[str, Score]]:
@@ -261,6 +253,18 @@ def study_store(folder: Path) -> Store:
     if not (folder / "stages").is_dir():
         raise LoraloomError(f"{folder}: not a study folder: it has no stages/", "name the folder of `loraloom run`")
     return Store(folder / "stages")
+
+
+def _tasks_of(folders: Sequence[Path], recipe: Recipe) -> list[str]:
+    """Return the task of each adapter folder. Raises LoraloomError that tells every one that the recipe lacks."""
+    names = [task_of(folder) for folder in folders]
+    problems = [
+        f"{folder}: the recipe has no task {name!r}: {did_you_mean(name, recipe.tasks)}"
+        for name, folder in zip(names, folders, strict=True)
+        if name not in recipe.tasks
+    ]
+    raise_problems("tasks of the adapters", problems, "name folders or tasks alike")
+    return names
 
 
 def _task(recipe: Recipe, name: str) -> Task:

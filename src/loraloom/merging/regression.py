@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from loraloom.merging.activation import Shrink, regmean, solve
 from loraloom.merging.core import NOISE, concatenate
 from loraloom.merging.probe import Batch, Probe
 from loraloom.merging.rules import Result, rule
-from loraloom.moments import Moment
+from loraloom.moments import Moment, pooled
 
 Layers = Mapping[str, Sequence[Update]]
 
@@ -34,15 +34,12 @@ def regmean_pp(layers: Layers, *, probe: Probe, shrink: Shrink = 0.9) -> dict[st
     transformer block at a time, with the task's own weights inside the block; here every merged layer counts at once.
     Costs (groups of layers) x (batches of all tasks) forward passes. `shrink` as in `regmean` (published 0.95).
     """
-    groups = reading_groups(layers, probe)
-    merged: dict[str, Result] = {}
-    done: dict[str, Update] = {}
-    for number, group in enumerate(groups, start=1):
+
+    def solved(done: Mapping[str, Update], group: Sequence[str]) -> dict[str, Update]:
         moments = [_moment(layers, probe, done, task, group[0]) for task in range(len(probe.batches))]
-        for module in group:
-            done[module] = merged[module] = regmean(layers[module], moments=moments, shrink=shrink)
-        probe.step(number, len(groups))
-    return merged
+        return {module: regmean(layers[module], moments=moments, shrink=shrink) for module in group}
+
+    return _upwards(layers, probe, solved)
 
 
 @rule(
@@ -74,15 +71,24 @@ def iteris(
     other on held-out rows of four GLUE tasks.
     Costs 2 (groups of layers) x (batches of all tasks) forward passes, less one half of the first group's.
     """
+
+    def solved(done: Mapping[str, Update], group: Sequence[str]) -> dict[str, Update]:
+        tasks = [_reading(layers, probe, done, task, group) for task in range(len(probe.batches))]
+        return {module: _aligned(layers[module], tasks, module, ridge) for module in group}
+
+    return _upwards(layers, probe, solved)
+
+
+def _upwards(
+    layers: Layers, probe: Probe, solved: Callable[[Mapping[str, Update], Sequence[str]], dict[str, Update]]
+) -> dict[str, Result]:
+    """Return every layer as `solved(layers merged so far, layers that read one tensor)` gives it, lowest first."""
     groups = reading_groups(layers, probe)
-    merged: dict[str, Result] = {}
     done: dict[str, Update] = {}
     for number, group in enumerate(groups, start=1):
-        tasks = [_reading(layers, probe, done, task, group) for task in range(len(probe.batches))]
-        for module in group:
-            done[module] = merged[module] = _aligned(layers[module], tasks, module, ridge)
+        done |= solved(done, group)
         probe.step(number, len(groups))
-    return merged
+    return dict(done)
 
 
 def reading_groups(layers: Layers, probe: Probe) -> list[list[str]]:
@@ -139,7 +145,7 @@ def _reading(layers: Layers, probe: Probe, done: Mapping[str, Update], task: int
             hidden = X @ own[module].A.double().T
             cross[module] += hidden.T @ Y
             inner[module] += hidden.T @ hidden
-    moment = sum(moments[1:], start=moments[0])
+    moment = pooled(moments)
     count = max(moment.count, 1)
     return _Reading(moment, {m: c / count for m, c in cross.items()}, {m: c / count for m, c in inner.items()})
 
@@ -181,8 +187,7 @@ def _shares(updates: Sequence[Update], inner: Sequence[Tensor]) -> list[float]:
 def _moment(layers: Layers, probe: Probe, done: Mapping[str, Update], task: int, wanted: str) -> Moment:
     """Return the moment of what `wanted` reads of the task's texts with the layers `done` merged, others the task's."""
     inside = {name: done.get(name, updates[task]) for name, updates in layers.items()}
-    moments = [Moment.of_rows(_rows(probe, task, batch, inside, wanted)) for batch in probe.batches[task]]
-    return sum(moments[1:], start=moments[0])
+    return pooled([Moment.of_rows(_rows(probe, task, batch, inside, wanted)) for batch in probe.batches[task]])
 
 
 def _rows(probe: Probe, task: int, batch: Batch, inside: Mapping[str, Update], wanted: str) -> Tensor:

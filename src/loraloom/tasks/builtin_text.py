@@ -110,7 +110,7 @@ def generic_texts(count: int) -> list[str]:
     The same for every call under one version of Python. Raises LoraloomError where there are not so many.
     """
     found = {
-        " ".join(part.text.split()): None
+        " ".join(part.text.split())
         for docstring in docstrings_of(STANDARD_LIBRARY)
         for part in parts(docstring.text)
         if part.role != "parameter" and len(part.text.split()) >= 8
