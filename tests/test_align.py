@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge, write_merged
-from loraloom.peft_folder import read_adapter, read_provenance
+from loraloom.peft_folder import PROVENANCE, read_adapter, read_provenance
 from loraloom.progress import Reporter
 from loraloom.recipe import Recipe
 from loraloom.workflow import align_folder, evaluate_folder
@@ -36,6 +36,11 @@ def test_aligned_heads_are_those_of_the_study(finished: Path, tmp_path: Path) ->
             torch.testing.assert_close(mine[key], study[key], rtol=1e-4, atol=1e-5)
         assert any(not torch.equal(mine[key], head[key]) for key in head if key in mine)
     assert "unlabelled" in read_provenance(out)["notes"][0]
+    kept = {**read_provenance(out), "notes": ["scale: chosen elsewhere", *read_provenance(out)["notes"]]}
+    (out / PROVENANCE).write_text(json.dumps(kept))
+    with Reporter(quiet=True) as reporter:
+        align_folder(recipe, out, folders, reporter)
+    assert read_provenance(out)["notes"] == kept["notes"]
     scores = json.loads((finished / "study" / "results.json").read_text())["merges"]
     found = evaluate_folder(recipe, out, [], "test")
     expected = next(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -123,6 +124,30 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     assert "started from nearly the same A (overlap 1.00)" in " ".join(
         call("inspect", out, tmp_path / "twin").stderr.split()
     )
+
+
+def test_statistics_to_share(finished: Path, tmp_path: Path) -> None:
+    """`--rows 0` hands on sums alone; `show` tells what a file holds and warns of rows."""
+    full, sums = tmp_path / "full.safetensors", tmp_path / "sums.safetensors"
+    few = statistics(finished, "mood", "--texts", "2")
+    said(*few, "-o", full)
+    said("statistics", "collect", *few[1:], "--rows", "0", "-o", sums)
+    told = said("statistics", "show", full)
+    assert (told["texts"], told["inputs"], told["inputs with their rows"]) == (2, 2, 2)
+    assert told["rows"] == 2 * told["tokens"]
+    assert "guessed" in call("statistics", "show", full).stderr
+    told = said("statistics", "show", sums)
+    assert (told["inputs with their rows"], told["rows"]) == (0, 0)
+    assert not any(name.endswith(".rows") for name in load_file(sums))
+    assert "guessed" not in call("statistics", "show", sums).stderr
+    starts = [tmp_path / file.stem for file in (full, sums)]
+    for file, start in zip((full, sums), starts, strict=True):
+        said("init", "--own", file, "--other", file, "--rank", "2", "--seed", "1", "-o", start)
+    one, two = (load_file(start / WEIGHTS) for start in starts)
+    for name, tensor in one.items():  # what is left out changes nothing
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
+    assert "no such file" in refused("statistics", "show", tmp_path / "gone")
+    assert "collect" in call("statistics", "--help").stdout
 
 
 def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path) -> None:
@@ -293,7 +318,7 @@ def test_bad_input_of_every_command(finished: Path, tmp_path: Path) -> None:
     told = refused(*statistics(finished, "mood", "--column", "txt", "--texts", "5000"), "-o", out)
     assert "no column 'txt'" in told
     assert "5000 texts were asked for, it holds 40" in told
-    assert "rows 'tokn' is unknown" in refused(*statistics(finished, "mood", "--rows", "tokn"), "-o", out)
+    assert "kind 'tokn' is unknown" in refused(*statistics(finished, "mood", "--kind", "tokn"), "-o", out)
     assert "mood.train.jsonl: no such file" in refused(*statistics(finished / "gone", "mood"), "-o", out)
     seen = next((study / "stages" / "statistics").glob("mood.train-*")) / "statistics.safetensors"
     half = tmp_path / "half.safetensors"

@@ -25,6 +25,25 @@ def close(mine: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor) -> None:
 
 @given(shapes)
 @settings(max_examples=60, deadline=None)
+def test_true_moments_have_no_faults(shape: tuple[int, int, int, int]) -> None:
+    """Sums, and what a difference leaves, pass the checks of files from others; a mirrored Gram matrix does not."""
+    first, second, width, seed = shape
+    whole, part = (
+        Moment.of_rows(draw(first + second, width, seed)),
+        Moment.of_rows(draw(first + second, width, seed)[:first]),
+    )
+    for moment in (whole, part, whole + part, whole - part, whole.gram_only()):
+        assert moment.faults() == []
+    assert whole.gram_only().rows is None
+    close(whole.gram_only().as_gram(), whole.as_gram(), whole.as_gram())
+    if whole.count:
+        assert Moment(whole.count, whole.total, gram=-whole.as_gram()).faults() == [
+            "gram is not positive semi-definite"
+        ]
+
+
+@given(shapes)
+@settings(max_examples=60, deadline=None)
 def test_of_rows_is_the_dense_gram(shape: tuple[int, int, int, int]) -> None:
     count, _, width, seed = shape
     rows = draw(count, width, seed)

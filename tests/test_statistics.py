@@ -344,6 +344,10 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
         (lambda t, m: m.update(layers="{"), "metadata is damaged"),
         (lambda t, m: m.update(kind="word"), "neither 'token' nor 'sample'"),
         (lambda t, m: m.update(counts="{}"), "has no moment"),
+        (lambda t, m: t[f"{QUERY}.gram"][0, 1].add_(1), "gram is not symmetric"),
+        (lambda t, m: t[f"{QUERY}.gram"].diagonal().sub_(1), "gram is not positive semi-definite"),
+        (lambda t, m: t[f"{QUERY}.total"].mul_(9), "total is larger than gram allows"),
+        (lambda t, m: m.update(counts=m["counts"].replace("18", "-1")), "-1 rows"),
     ],
 )
 def test_load_tells_what_is_wrong(tmp_path: Path, change: Any, message: str) -> None:
@@ -351,6 +355,14 @@ def test_load_tells_what_is_wrong(tmp_path: Path, change: Any, message: str) -> 
     collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query"]).save(path)
     rewrite(path, change)
     with pytest.raises(LoraloomError, match=message):
+        Statistics.load(path)
+
+
+def test_rows_must_sum_to_their_total(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    collect_statistics(bert(), [inputs(texts(1, [3]), 3)], ["query"]).save(path)
+    rewrite(path, lambda tensors, _: tensors[f"{QUERY}.total"].add_(1))
+    with pytest.raises(LoraloomError, match="total is not the rows' sum"):
         Statistics.load(path)
 
 

@@ -13,6 +13,7 @@ import loraloom
 from loraloom.cli_common import (
     AsJson,
     Base,
+    CollectGroup,
     Output,
     Quiet,
     RecipeFile,
@@ -37,7 +38,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+statistics_app = typer.Typer(
+    help="Collect what a base model's layers see: `loraloom statistics TEXTS` is short for `statistics collect TEXTS`.",
+    cls=CollectGroup,
+    no_args_is_help=True,
+)
 study_app = typer.Typer(help="Look at what a study folder holds.", no_args_is_help=True)
+app.add_typer(statistics_app, name="statistics")
 app.add_typer(study_app, name="study")
 
 
@@ -73,7 +80,7 @@ def run(
         _run(chosen, output or Path("studies") / slug(chosen.name), out)
 
 
-@app.command()
+@statistics_app.command("collect")
 def statistics(
     texts: Annotated[
         str, typer.Argument(help="JSONL, CSV, TSV, Parquet, or org/name on the hub. Labels are not read.")
@@ -83,7 +90,10 @@ def statistics(
     column: Annotated[list[str], typer.Option("--column", help="Text column; twice for a pair of texts.")],
     target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
     count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 100,
-    rows: Annotated[str, typer.Option(help="A row a `token`, or a row the mean of a `sample`.")] = "token",
+    kind: Annotated[str, typer.Option(help="A row a `token`, or a row the mean of a `sample`.")] = "token",
+    rows: Annotated[
+        int | None, typer.Option(min=0, help="Rows an input may hand on as they are; 0: sums over rows alone.")
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Word pieces kept of a text.")] = 128,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -92,8 +102,27 @@ def statistics(
     with command(quiet, as_json) as out:
         from loraloom.workflow import collect_from_file
 
-        found = collect_from_file(texts, column, base, target, count, rows, max_length)
-        _save_statistics(found, output, out)
+        found = collect_from_file(texts, column, base, target, count, kind, max_length)
+        _save_statistics(found if rows is None else found.limit_rows(rows), output, out)
+
+
+@statistics_app.command("show")
+def show_statistics(
+    file: Annotated[Path, typer.Argument(help="What `loraloom statistics` or `loraloom atlas` wrote.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a statistics file holds, and so what whoever has it can read."""
+    with command(quiet, as_json) as out:
+        from loraloom.statistics import Statistics
+
+        found = Statistics.load(file).contents()
+        out.result(found)
+        if found["inputs with their rows"]:
+            out.hint(
+                f"{found['inputs with their rows']} inputs hold every row the layer read: texts can be guessed from "
+                "them one by one. `loraloom statistics --rows 0` writes sums alone"
+            )
 
 
 @app.command()
@@ -231,10 +260,13 @@ def inspect(
             out.table("|B A h|, root mean square over rows and layers", columns, rows)
         told = {}
         if shared:
-            told = {"rows of A": shared.rows.tolist(), "columns of B": shared.columns.tolist()}
+            told = shared.tables()
             names = [Path(name).name for name in shared.names]
             for title, table in told.items():
-                cells = [(name, *(f"{value:.2f}" for value in row)) for name, row in zip(names, table, strict=True)]
+                cells = [
+                    (name, *("-" if value is None else f"{value:.2f}" for value in row))
+                    for name, row in zip(names, table, strict=True)
+                ]
                 out.table(f"overlap of the {title}, mean over layers", ("adapter", *names), cells)
             for one, two, value in shared.same_start():
                 out.hint(

@@ -6,9 +6,10 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from loraloom.errors import LoraloomError
 
@@ -26,6 +27,15 @@ Base = Annotated[str | None, typer.Option("--base", help="Base model in place of
 TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
 StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]
 Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
+
+
+class CollectGroup(TyperGroup):
+    """`loraloom statistics TEXTS` collects: where the first word is no command of the group, `collect` is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `collect` before arguments that name no command; a lone --help is the group's own."""
+        meant = args and args[0] not in (*self.commands, "--help")
+        return super().parse_args(ctx, ["collect", *args] if meant else args)
 
 
 def read_recipe(path: Path, base: str | None) -> Recipe:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch import Tensor
+
+_ROUNDING = 1e-9  # of the trace: far above float64's rounding and that of a difference, far below what a forgery needs
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,32 @@ class Moment:
             return self.gram
         wide = self.as_rows()
         return wide.T @ wide
+
+    def gram_only(self) -> Moment:
+        """Return the same moment without its rows: what is shared then are sums, 8 n^2 bytes of them."""
+        return replace(self, rows=None, gram=self.as_gram())
+
+    def faults(self) -> list[str]:
+        """Tell what no rows could have given: for moments that come from someone else.
+
+        A Gram matrix must be symmetric and, less the part of the mean, positive semi-definite within 1e-9 of its trace;
+        with rows at hand, they must sum to `total`.
+        """
+        if self.rows is not None:
+            wide = self.as_rows()
+            off = (wide.sum(dim=0) - self.total).abs()
+            return (
+                [] if bool((off <= _ROUNDING * (1 + wide.abs().sum(dim=0))).all()) else ["total is not the rows' sum"]
+            )
+        gram = self.as_gram()
+        slack = _ROUNDING * float(gram.diagonal().abs().sum()) + torch.finfo(torch.float64).tiny
+        if float((gram - gram.T).abs().max()) > slack:
+            return ["gram is not symmetric"]
+        shift = slack * torch.eye(self.width, dtype=torch.float64)
+        if torch.linalg.cholesky_ex(gram + shift).info:
+            return ["gram is not positive semi-definite"]
+        centred = gram - torch.outer(self.total, self.total) / max(self.count, 1)
+        return ["total is larger than gram allows"] if torch.linalg.cholesky_ex(centred + shift).info else []
 
     def as_rows(self) -> Tensor:
         """Return a float64 factor F (k or n, n) with F^T F = H^T H: the rows, or a root of the Gram matrix."""

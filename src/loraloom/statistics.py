@@ -86,6 +86,29 @@ class Statistics:
         moments = {name: moment - other.moments[name] for name, moment in self.moments.items()}
         return replace(self, moments=moments, texts=self.texts - other.texts, tokens=self.tokens - other.tokens)
 
+    def limit_rows(self, most: int) -> Statistics:
+        """Return these statistics without the rows of any input that has more than `most`; 0 leaves sums alone."""
+        moments = {
+            name: moment if moment.count <= most else moment.gram_only() for name, moment in self.moments.items()
+        }
+        return replace(self, moments=moments)
+
+    def contents(self) -> dict[str, Any]:
+        """Tell what a file of these statistics holds, and so hands to whoever reads it."""
+        raw = [moment.count for moment in self.moments.values() if moment.rows is not None]
+        return {
+            "base": self.base,
+            "fingerprint": self.fingerprint,
+            "texts": self.texts,
+            "tokens": self.tokens,
+            "kind": self.kind,
+            "layers": len(self.layers),
+            "inputs": len(self.moments),
+            "inputs with their rows": len(raw),
+            "rows": sum(raw),
+            "widths": sorted({moment.width for moment in self.moments.values()}),
+        }
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors: dict[str, Tensor] = {}
@@ -110,7 +133,7 @@ class Statistics:
         """Read a file that `save` wrote.
 
         Raises LoraloomError telling what is wrong with it: absent, half-written, of another format, shapes that do
-        not fit, values that are not finite.
+        not fit, values that are not finite or that no rows could have given: it may come from anyone.
         """
         path, again = Path(path), "collect the statistics again"
         if not path.is_file():
@@ -136,6 +159,8 @@ class Statistics:
             name: Moment(count, tensors[f"{name}.total"], tensors.get(f"{name}.rows"), tensors.get(f"{name}.gram"))
             for name, count in counts.items()
         }
+        faults = [f"{name}: {fault}" for name, moment in moments.items() for fault in moment.faults()]
+        raise_problems(str(path), faults, "do not use this file: no layer inputs give it; ask for it again")
         return cls(base, fingerprint, moments, layers, texts, tokens, kind)
 
     @property
@@ -277,6 +302,8 @@ def _faults(layers: Mapping[str, Layer], counts: Mapping[str, int], tensors: Map
     ]
     known = set()
     for name, count in counts.items():
+        if count < 0:
+            problems.append(f"{name}: {count} rows")
         widths = {layer.in_features for layer in layers.values() if layer.input == name}
         parts = {part: tensors.get(f"{name}.{part}") for part in ("total", "rows", "gram")}
         known |= {f"{name}.{part}" for part in parts}

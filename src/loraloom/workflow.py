@@ -40,14 +40,14 @@ from loraloom.training import Trained, train_adapter
 
 
 def collect_from_file(
-    texts: str, columns: Sequence[str], base: str, targets: Sequence[str], count: int, rows: str, max_length: int
+    texts: str, columns: Sequence[str], base: str, targets: Sequence[str], count: int, kind: str, max_length: int
 ) -> Statistics:
     """Return the statistics of the first `count` texts of a file or hub data set; labels are not read.
 
-    Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an unknown `rows`.
+    Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an unknown `kind`.
     """
-    if rows not in get_args(Kind):
-        raise LoraloomError(f"rows {rows!r} is unknown", did_you_mean(rows, get_args(Kind)))
+    if kind not in get_args(Kind):
+        raise LoraloomError(f"kind {kind!r} is unknown", did_you_mean(kind, get_args(Kind)))
     try:
         table = read_table(texts, "train", columns)
     except ValueError as error:
@@ -71,7 +71,7 @@ def collect_from_file(
     names = ("text_a", "text_b")[: len(columns)]
     kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
     evaluator = Evaluator(base_folder(base), max_length=max_length)
-    return collect(evaluator, datasets.Dataset.from_list(kept), list(targets), cast(Kind, rows), max_length, 32)
+    return collect(evaluator, datasets.Dataset.from_list(kept), list(targets), cast(Kind, kind), max_length, 32)
 
 
 def make_atlas(
@@ -188,7 +188,10 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
         with staged_file(merged / "heads" / f"{file}.safetensors") as place:
             save_tensors(head.tensors, place)
     note = f"heads: aligned to the merged features on {recipe.alignment.texts} unlabelled training texts a task"
-    write_text(merged / PROVENANCE, json.dumps({**read_provenance(merged), "notes": [note]}, indent=2) + "\n")
+    known = read_provenance(merged)
+    # aligning again replaces its own note; what others noted stays
+    notes = [other for other in known.get("notes", []) if not other.startswith("heads: aligned")]
+    write_text(merged / PROVENANCE, json.dumps({**known, "notes": [*notes, note]}, indent=2) + "\n")
     return {name: f"heads/{file}.safetensors" for file, name in zip(files, names, strict=True)}
 
 
@@ -230,15 +233,7 @@ def inspect_paths(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]
             facts[str(path)] = _adapter_facts(adapter, path)
         else:
             statistics[str(path)] = read = Statistics.load(path)
-            facts[str(path)] = {
-                "base": read.base,
-                "fingerprint": read.fingerprint,
-                "texts": read.texts,
-                "tokens": read.tokens,
-                "rows": read.kind,
-                "layers": len(read.layers),
-                "inputs": len(read.moments),
-            }
+            facts[str(path)] = read.contents()
     shared = overlaps(adapters) if len(adapters) > 1 else None
     if not (adapters and statistics):
         return facts, {}, shared
