@@ -87,5 +87,5 @@ def test_refusals() -> None:
     few, many = Moment.of_rows(torch.ones(1, 3)), Moment.of_rows(torch.ones(4, 3))
     with pytest.raises(ValueError, match="4 rows away from 1"):
         few - many
-    with pytest.raises(ValueError, match="either rows or a Gram"):
+    with pytest.raises(ValueError, match="one of rows, a Gram matrix"):
         Moment(1, torch.zeros(3))

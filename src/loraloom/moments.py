@@ -1,4 +1,4 @@
-"""The second moment of one layer input: the rows themselves while they are few, their Gram matrix after that."""
+"""The second moment of one layer input: its rows while they are few, then their Gram matrix or a bounded factor."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ _ROUNDING = 1e-9  # of the trace: far above float64's rounding and that of a dif
 class Moment:
     """The uncentred second moment G = H^T H of rows H (k x n), and their sum.
 
-    Exactly one of `rows` (k, n) float32 and `gram` (n, n) float64 is set: whichever is smaller. `total` (n,) float64
-    is the sum of the rows, `count` is k.
+    Exactly one of three is set: `rows` (k, n) float32, the rows as they were; `gram` (n, n) float64; or `factor` (p, n)
+    float32, F with F^T F <= G <= F^T F + lost I, as a bound on memory or on what is shared leaves it. `lost` is 0 where
+    nothing was left out. `total` (n,) float64 is the sum of the rows, `count` is k.
     """
 
     count: int
     total: Tensor
     rows: Tensor | None = None
     gram: Tensor | None = None
+    factor: Tensor | None = None
+    lost: float = 0.0
 
     def __post_init__(self) -> None:
-        if (self.rows is None) == (self.gram is None):
-            raise ValueError("a Moment holds either rows or a Gram matrix")
+        if sum(part is not None for part in (self.rows, self.gram, self.factor)) != 1:
+            raise ValueError("a Moment holds one of rows, a Gram matrix and a factor")
 
     @classmethod
     def of_rows(cls, rows: Tensor) -> Moment:
@@ -45,6 +48,11 @@ class Moment:
         """Return n, the number of input features."""
         return self.total.shape[0]
 
+    @property
+    def thin(self) -> Tensor | None:
+        """Return the rows or the factor, (p, n) float32, None where there is a Gram matrix."""
+        return self.factor if self.rows is None else self.rows
+
     def as_gram(self) -> Tensor:
         """Return H^T H, (n, n) float64."""
         if self.gram is not None:
@@ -54,7 +62,7 @@ class Moment:
 
     def gram_only(self) -> Moment:
         """Return the same moment without its rows: what is shared then are sums, 8 n^2 bytes of them."""
-        return replace(self, rows=None, gram=self.as_gram())
+        return replace(self, rows=None, factor=None, gram=self.as_gram())
 
     def faults(self) -> list[str]:
         """Tell what no rows could have given: for moments that come from someone else.
@@ -79,9 +87,9 @@ class Moment:
         return ["total is larger than gram allows"] if torch.linalg.cholesky_ex(centred + shift).info else []
 
     def as_rows(self) -> Tensor:
-        """Return a float64 factor F (k or n, n) with F^T F = H^T H: the rows, or a root of the Gram matrix."""
-        if self.rows is not None:
-            return self.rows.double()
+        """Return a float64 factor F (p, n) with F^T F = H^T H: the rows, or a root of the Gram matrix."""
+        if self.thin is not None:
+            return self.thin.double()
         values, vectors = torch.linalg.eigh(self.as_gram())
         root: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.T
         return root
@@ -105,17 +113,28 @@ class Moment:
         return mean
 
     def __add__(self, other: Moment) -> Moment:
-        """Return the moment of both sets of rows together."""
-        count, total = self.count + other.count, self.total + other.total
-        if self.rows is not None and other.rows is not None and count < self.width:
-            return Moment(count, total, rows=torch.cat([self.rows, other.rows]))
-        return Moment(count, total, gram=self.as_gram() + other.as_gram())
+        """Return the moment of both sets of rows together: rows or a factor while they are fewer than n."""
+        count, total, lost = self.count + other.count, self.total + other.total, self.lost + other.lost
+        if self.thin is None or other.thin is None or len(self.thin) + len(other.thin) >= self.width:
+            return Moment(count, total, gram=self.as_gram() + other.as_gram(), lost=lost)
+        both = torch.cat([self.thin, other.thin])
+        if self.rows is None or other.rows is None:
+            return Moment(count, total, factor=both, lost=lost)
+        return Moment(count, total, rows=both)
 
     def __sub__(self, other: Moment) -> Moment:
-        """Return the moment of the rows of `self` that are not in `other`, which must be a part of `self`."""
+        """Return the moment of the rows of `self` that are not in `other`, which must be a part of `self`.
+
+        `lost` bounds the error on either side then, for both may have left something out.
+        """
         if other.count > self.count:
             raise ValueError(f"cannot take {other.count} rows away from {self.count}")
-        return Moment(self.count - other.count, self.total - other.total, gram=self.as_gram() - other.as_gram())
+        return Moment(
+            self.count - other.count,
+            self.total - other.total,
+            gram=self.as_gram() - other.as_gram(),
+            lost=max(self.lost, other.lost),
+        )
 
 
 def pooled(moments: Sequence[Moment]) -> Moment:

@@ -279,7 +279,7 @@ def spectrum(moment: Moment) -> tuple[Tensor, Tensor]:
 
     While the rows are at hand and fewer than n, an SVD of the rows spares the n x n eigenproblem.
     """
-    if moment.rows is not None:
+    if moment.thin is not None:
         _, singular, Vh = torch.linalg.svd(moment.as_rows(), full_matrices=False)
         return singular.square(), Vh.T
     values, vectors = torch.linalg.eigh(moment.as_gram())
@@ -288,15 +288,15 @@ def spectrum(moment: Moment) -> tuple[Tensor, Tensor]:
 
 def _weighted(moment: Moment, weight: float) -> Moment:
     """Return the moment whose Gram matrix is `weight` times that of `moment`."""
-    if moment.rows is not None:
-        return replace(moment, rows=moment.as_rows() * math.sqrt(weight))
+    if moment.thin is not None:
+        return replace(moment, rows=None, factor=moment.as_rows() * math.sqrt(weight))
     return replace(moment, gram=moment.as_gram() * weight)
 
 
 def _without(moment: Moment, avoid: Tensor) -> Moment:
     """Return the moment of the rows projected off `avoid` (n, p)."""
-    if moment.rows is not None:
-        return replace(moment, rows=project_out(moment.as_rows(), avoid))
+    if moment.thin is not None:
+        return replace(moment, rows=None, factor=project_out(moment.as_rows(), avoid))
     half = project_out(moment.as_gram(), avoid)
     return replace(moment, gram=project_out(half.T, avoid))
 

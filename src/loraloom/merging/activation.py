@@ -113,7 +113,8 @@ def solve(Y: Tensor, d: Tensor, moments: Sequence[Moment], weights: Sequence[flo
 
     With fewer rows than n only a system of the rows' size is solved.
     """
-    if all(moment.rows is not None for moment in moments) and sum(moment.count for moment in moments) < len(d):
+    thin = [moment.thin for moment in moments]
+    if sum(len(d) if rows is None else len(rows) for rows in thin) < len(d):
         H = torch.cat([w**0.5 * moment.as_rows() for moment, w in zip(moments, weights, strict=True)])
         return _woodbury(Y, d, H)
     total = torch.diag(d)
@@ -149,14 +150,14 @@ def _woodbury(Y: Tensor, d: Tensor, H: Tensor) -> Tensor:
 
 def _diagonal(moment: Moment, shrink: float) -> Tensor:
     """Return d (n,): the part of the mean diagonal that shrinking the off-diagonal leaves, and the ridge."""
-    squares = moment.rows.double().square().sum(dim=0) if moment.rows is not None else moment.as_gram().diagonal()
+    squares = moment.as_gram().diagonal() if moment.thin is None else moment.as_rows().square().sum(dim=0)
     mean = squares / max(moment.count, 1)
     return (1 - shrink) * mean + _RIDGE * mean.mean() + 1e-30  # the last: all inputs zero
 
 
 def _times_gram(A: Tensor, moment: Moment) -> Tensor:
     """Return A H^T H for A (r, n) without an n x n matrix where there are rows."""
-    if moment.rows is None:
+    if moment.thin is None:
         return A @ moment.as_gram()
     rows = moment.as_rows()
     return (A @ rows.T) @ rows
