@@ -19,7 +19,8 @@ from loraloom.evaluation import Evaluator
 from loraloom.hooks import LayerReader, Side, target_layers
 from loraloom.metrics import metric_value
 from loraloom.moments import Moment
-from loraloom.subspace import loud_directions, project_out, response_scale, spectrum
+from loraloom.spectra import spectrum
+from loraloom.subspace import loud_directions, project_out, response_scale
 from loraloom.tasks.builtin_text import STANDARD_LIBRARY, docstrings_of, parts
 from loraloom.tasks.encoding import Encoded, batches, encode
 from loraloom.tasks.glue import GLUE

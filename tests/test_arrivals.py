@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import tiny
 from loraloom.adapter import Adapter, Update
 from loraloom.errors import LoraloomError
-from loraloom.initialise import initialise, keep_callback
+from loraloom.initialise import initialise
+from loraloom.keeping import keep_callback
 from loraloom.peft_folder import read_adapter
 from loraloom.statistics import Statistics
 from loraloom.subspace import Scale, loud_directions

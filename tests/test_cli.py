@@ -135,11 +135,11 @@ def test_statistics_to_share(finished: Path, tmp_path: Path) -> None:
     told = said("statistics", "show", full)
     assert (told["texts"], told["inputs"], told["inputs with their rows"]) == (2, 2, 2)
     assert told["rows"] == 2 * told["tokens"]
-    assert "guessed" in call("statistics", "show", full).stderr
+    assert "read back" in call("statistics", "show", full).stderr
     told = said("statistics", "show", sums)
     assert (told["inputs with their rows"], told["rows"]) == (0, 0)
     assert not any(name.endswith(".rows") for name in load_file(sums))
-    assert "guessed" not in call("statistics", "show", sums).stderr
+    assert "read back" not in call("statistics", "show", sums).stderr
     starts = [tmp_path / file.stem for file in (full, sums)]
     for file, start in zip((full, sums), starts, strict=True):
         said("init", "--own", file, "--other", file, "--rank", "2", "--seed", "1", "-o", start)
@@ -148,6 +148,27 @@ def test_statistics_to_share(finished: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
     assert "no such file" in refused("statistics", "show", tmp_path / "gone")
     assert "collect" in call("statistics", "--help").stdout
+
+
+def test_statistics_with_noise_to_share(finished: Path, tmp_path: Path) -> None:
+    """The facts of the noise are in the file, it can be bounded and used; options that do not fit are told together."""
+    file = tmp_path / "noised.safetensors"
+    few = statistics(finished, "mood", "--texts", "8", "--kind", "sample")
+    said(*few, "--noise", "8", "--clip", "4", "--rank", "3", "-o", file)
+    told = said("statistics", "show", file)
+    assert told["privacy"] == {"clip": 4.0, "epsilon": 8.0, "delta": 1e-6}
+    assert (told["texts"], told["tokens"], told["inputs with directions"], told["directions"]) == (8, 0, 2, 3)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for path in (one, two):
+        said(*few, "--noise", "1e6", "--clip", "4", "-o", path)  # eight texts drown in more
+    total = "bert.encoder.layer.0.attention.self.query.total"
+    assert not torch.equal(load_file(one)[total], load_file(two)[total])  # never the same noise
+    said("init", "--other", one, "--rank", "2", "-o", tmp_path / "start")
+    faults = refused(*few, "--kind", "token", "--noise", "8", "-o", tmp_path / "no")
+    assert "--kind sample" in faults
+    assert "--clip" in faults
+    assert "delta 2.0" in refused(*few, "--noise", "8", "--clip", "4", "--delta", "2", "-o", tmp_path / "no")
+    assert "--noise" in refused(*few, "--clip", "4", "-o", tmp_path / "no")
 
 
 def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path) -> None:

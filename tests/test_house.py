@@ -21,7 +21,17 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((SOURCE / "loraloom").rglob("*.py"))
 }
-TRANSFORMERS_ALLOWED = ("base", "initialise", "heads", "evaluation", "training", "tasks", "workflow", "terminal")
+TRANSFORMERS_ALLOWED = (
+    "base",
+    "evaluation",
+    "heads",
+    "initialise",
+    "keeping",
+    "tasks",
+    "terminal",
+    "training",
+    "workflow",
+)
 
 
 def _imports(path: Path, *, lazy: bool) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from typer.testing import CliRunner
 
 import tiny
+from loraloom.cli import app
 from loraloom.errors import LoraloomError
-from loraloom.initialise import Initialisation, initialise, keep_callback, task_seed
+from loraloom.initialise import Initialisation, initialise, initialise_all, task_seed
+from loraloom.keeping import keep_callback
 from loraloom.merging import merge
 from loraloom.peft_folder import read_adapter
 from loraloom.statistics import Statistics, collect_statistics
@@ -371,3 +375,94 @@ def test_callback_refusals(bert_folder: str, seen: list[Statistics], tmp_path: P
     (tmp_path / "start" / "avoid.safetensors").unlink()
     with pytest.raises(LoraloomError, match=r"avoid.safetensors: missing"):
         keep_callback(tmp_path / "start")
+
+
+def test_all_tasks_at_once_are_each_task_alone(seen: list[Statistics], tmp_path: Path) -> None:
+    """Every folder is what `initialise` writes for that task with its seed; only the others' order may differ."""
+    tasks, lora = dict(zip(("one", "two", "three"), seen, strict=True)), LoraConfig(r=2, target_modules=ALL)
+    for rule in ("apart", "osrm", "shared"):
+        done = initialise_all(tmp_path / rule, tasks, lora, rule=rule, energy_share=0.3, seed=4)
+        for name, own in tasks.items():
+            others = {other: statistics for other, statistics in tasks.items() if other != name}
+            seed = 4 if rule == "shared" else task_seed(4, name)
+            alone = initialise(tmp_path / "alone", own, others, lora, rule=rule, energy_share=0.3, seed=seed)
+            assert list(done[name].A) == list(alone.A)
+            for file in ("adapter_model.safetensors", *(["avoid.safetensors"] if rule == "apart" else [])):
+                one, two = load_file(tmp_path / rule / name / file), load_file(tmp_path / "alone" / file)
+                assert one.keys() == two.keys()
+                for tensor in one:
+                    ours, theirs = one[tensor], two[tensor]
+                    if file == "avoid.safetensors":  # any basis of one space is as good
+                        ours, theirs = ours @ ours.T, theirs @ theirs.T
+                    assert (ours - theirs).abs().max() < 1e-5
+            here, there = (
+                json.loads((place / "loraloom.json").read_text())
+                for place in (tmp_path / rule / name, tmp_path / "alone")
+            )
+            assert {**here, "layers": None} == {**there, "layers": None}
+        assert len({torch.stack(list(one.A.values())[:1]).sum().item() for one in done.values()}) == (
+            1 if rule == "shared" else 3
+        )
+
+
+def test_all_tasks_are_refused_together(seen: list[Statistics], tmp_path: Path) -> None:
+    lora, strange = LoraConfig(r=2, target_modules=["query"]), Statistics(**{**vars(seen[0]), "fingerprint": "f" * 64})
+    for tasks, options, message in [
+        ({"one": seen[0]}, {}, "no statistics to stay off"),
+        ({"one": seen[0], "two": strange}, {}, "'two' come from"),
+        ({"one": seen[0], "two": seen[1]}, {"energy_share": 0.9999}, "too few for rank 2"),
+        ({"one": seen[0], "two": seen[1]}, {"keep": "frozn"}, "did you mean 'frozen'"),
+    ]:
+        with pytest.raises(LoraloomError, match=message):
+            initialise_all(tmp_path / "starts", tasks, lora, **options)
+        assert not (tmp_path / "starts").exists()
+
+
+def test_a_layer_is_read_once_and_let_go(seen: list[Statistics], tmp_path: Path) -> None:
+    """Query and value share an input: each task's moment of it is read once, and no two inputs are held at a time."""
+    reads: list[str] = []
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            reads.append(name)
+            return super().__getitem__(name)
+
+    watched = {str(i): replace(statistics, moments=Watched(statistics.moments)) for i, statistics in enumerate(seen)}
+    initialise_all(tmp_path / "starts", watched, LoraConfig(r=2, target_modules=ALL), energy_share=0.3)
+    inputs = sorted({layer.input for layer in seen[0].layers.values()})
+    assert len(inputs) < len(seen[0].layers)
+    assert reads == [name for name in inputs for _ in seen]
+
+
+def test_the_command_starts_all_tasks(seen: list[Statistics], tmp_path: Path) -> None:
+    """`init` with the files of all tasks writes what it writes for each with --own and --other: seeds by name."""
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "three")]
+    for file, statistics in zip(files, seen, strict=True):
+        statistics.save(file)
+
+    def run(*words: Any) -> Any:
+        return CliRunner().invoke(app, ["init", "--rank", "2", "--energy-share", "0.3", *map(str, words), "--json"])
+
+    done = run(*files, "-o", tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert list(told["tasks"]) == ["one", "two", "three"]
+    run("--own", files[1], "--other", files[0], "--other", files[2], "-o", tmp_path / "two")
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "all" / "two", tmp_path / "two")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
+    assert told["tasks"]["two"]["seed"] == task_seed(0, "two")
+    (tmp_path / "again").mkdir()
+    seen[0].save(tmp_path / "again" / "one.safetensors")
+    for words, message in [
+        ((*files, "--own", files[0]), "is given with the files of all tasks"),
+        ((*files, tmp_path / "again" / "one.safetensors"), "two files are named one"),
+        ((*files, tmp_path / "gone.safetensors"), "gone.safetensors: no such file"),
+        ((files[0],), "no statistics to stay off"),
+    ]:
+        refused = run(*words, "-o", tmp_path / "out")
+        assert refused.exit_code == 2
+        assert message in refused.output
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,12 @@ from transformers import (
     T5ForConditionalGeneration,
     T5ForSequenceClassification,
 )
+from typer.testing import CliRunner
 
+import tiny_study
+from loraloom.cli import app
 from loraloom.errors import LoraloomError
+from loraloom.moments import Moment
 from loraloom.statistics import Layer, Statistics, collect_statistics, fingerprint
 
 Batch = dict[str, Tensor]
@@ -306,20 +312,74 @@ def test_shared_weights_count_every_call() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     few = collect_statistics(bert(), [inputs(texts(1, [3]), 3)], ["query"])
     many = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "value", "dense"], rows="token")
-    for found in (few, many):
+    short = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "dense"], bound=4)
+    for found in (few, many, short, short.limit_rank(2), few.limit_rows(0)):
         found.save(tmp_path / "a.safetensors")
         back = Statistics.load(tmp_path / "a.safetensors")
         for field in ("base", "fingerprint", "layers", "texts", "tokens", "kind"):
             assert getattr(back, field) == getattr(found, field)
         assert back.moments.keys() == found.moments.keys()
         for name, moment in found.moments.items():
-            other = back.moments[name]
-            assert moment.count == other.count
-            for part in ("total", "rows", "gram"):
-                mine, theirs = getattr(moment, part), getattr(other, part)
-                assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+            assert_equal(moment, back.moments[name])
+        back.save(tmp_path / "a.safetensors")  # over the file that its moments are read from
+        for name, moment in Statistics.load(tmp_path / "a.safetensors").moments.items():
+            assert_equal(moment, found.moments[name])
     assert few.moments[next(iter(few.moments))].rows is not None
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_bound_that_is_not_reached_changes_nothing() -> None:
+    """Bit for bit, for rows (18 tokens of width 16 or 24 are Gram matrices or rows) and means of samples alike."""
+    batches = [inputs(texts(1, [5, 6]), 6), inputs(texts(2, [7]), 7)]
+    for kind, bound in (("token", 23), ("sample", 3), ("token", 24)):
+        exact = collect_statistics(bert(), batches, "all-linear", rows=kind)  # type: ignore[arg-type]
+        found = collect_statistics(bert(), batches, "all-linear", rows=kind, bound=bound)  # type: ignore[arg-type]
+        assert (found.layers, found.texts, found.tokens) == (exact.layers, exact.texts, exact.tokens)
+        for name, moment in exact.moments.items():
+            assert_equal(moment, found.moments[name])
+
+
+@pytest.mark.parametrize("kind", ["token", "sample"])
+def test_bounded_statistics_against_dense(kind: Any) -> None:
+    """The rank bounds every input, and what it left out is within `lost`: padding, shared inputs, two masks."""
+    model = t5()
+    batches = [t5_batch([5, 9, 2], [3, 2, 4], (9, 4)), t5_batch([4, 6, 3], [8, 11, 2], (6, 11))] * 2
+    found = collect_statistics(model, batches, "all-linear", rows=kind, bound=5)
+    dense = truth(model, batches, t5_masks(lambda batch: batch["labels"] != -100), list(found.layers), kind)
+    for name, rows in dense.items():
+        moment, gram = found.moment(name), rows.T @ rows
+        error = torch.linalg.eigvalsh(gram - moment.as_gram())
+        assert moment.factor is not None
+        assert len(moment.factor) == 5
+        assert moment.count == len(rows)
+        assert (moment.total - rows.sum(0)).norm() <= 1e-6 * rows.norm()
+        assert -1e-5 * gram.trace() <= error[0]
+        assert error[-1] <= moment.lost + 1e-5 * gram.trace()
+        assert moment.lost <= gram.trace() / 6
+    told = found.contents()
+    assert (told["inputs with directions"], told["directions"], told["rows"]) == (len(found.moments), 5, 0)
+    worst = max(moment.lost / float(torch.linalg.eigvalsh(moment.as_gram())[-1]) for moment in found.moments.values())
+    assert told["left out, of the largest eigenvalue, at most"] == pytest.approx(worst, rel=1e-2)
+
+
+def test_gram_matrices_too_large_for_the_machine_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = inputs(texts(1, [5]), 5)
+    monkeypatch.setattr("loraloom.statistics._free_memory", lambda _: 8 * (16**2 + 24**2) - 1)
+    layers = ["layer.0.attention.self.query", "layer.0.output.dense"]
+    with pytest.warns(UserWarning, match=r"of 2 inputs take 0.0 GB .*--rank 256"):
+        collect_statistics(bert(), [batch], layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect_statistics(bert(), [batch], layers, bound=4)
+        collect_statistics(bert(), [batch], layers[:1])
+
+
+def assert_equal(one: Moment, two: Moment) -> None:
+    assert (one.count, one.lost) == (two.count, two.lost)
+    for part in ("total", "rows", "gram", "factor"):
+        mine, theirs = getattr(one, part), getattr(two, part)
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], object]) -> None:
@@ -348,6 +408,8 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
         (lambda t, m: t[f"{QUERY}.gram"].diagonal().sub_(1), "gram is not positive semi-definite"),
         (lambda t, m: t[f"{QUERY}.total"].mul_(9), "total is larger than gram allows"),
         (lambda t, m: m.update(counts=m["counts"].replace("18", "-1")), "-1 rows"),
+        (lambda t, m: m.update(lost='{"gone": 1}'), "lost names 'gone'"),
+        (lambda t, m: m.update(lost="[1]"), "metadata is damaged"),
     ],
 )
 def test_load_tells_what_is_wrong(tmp_path: Path, change: Any, message: str) -> None:
@@ -356,6 +418,77 @@ def test_load_tells_what_is_wrong(tmp_path: Path, change: Any, message: str) -> 
     rewrite(path, change)
     with pytest.raises(LoraloomError, match=message):
         Statistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t[f"{QUERY}.factor"].fill_(math.inf), "not finite"),
+        (lambda t, m: t.update({f"{QUERY}.factor": torch.zeros(4, 15)}), "does not fit 18 rows"),
+        (lambda t, m: t.update({f"{QUERY}.factor": torch.zeros(17, 16)}), "does not fit 18 rows"),
+        (lambda t, m: t.update({f"{QUERY}.rows": torch.zeros(18, 16)}), "does not fit 18 rows"),
+        (lambda t, m: t.update({f"{QUERY}.factor": torch.zeros(4, 16).double()}), "float64, not torch.float32"),
+        (lambda t, m: t[f"{QUERY}.factor"].mul_(0.1), "total is larger than factor allows"),
+        (lambda t, m: t[f"{QUERY}.total"].mul_(9), "total is larger than factor allows"),
+        (lambda t, m: m.update(lost=json.dumps({QUERY: -1})), "lost is -1"),
+        (lambda t, m: m.update(lost=json.dumps({QUERY: math.nan})), "lost is nan"),
+        (lambda t, m: m.update(lost=json.dumps({QUERY: "much"})), "metadata is damaged"),
+    ],
+)
+def test_load_tells_what_is_wrong_with_a_factor(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "a.safetensors"
+    collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], [QUERY], bound=4).save(path)
+    Statistics.load(path)
+    rewrite(path, change)
+    with pytest.raises(LoraloomError, match=message):
+        Statistics.load(path)
+
+
+def test_moments_are_read_from_the_file_at_each_access(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    found = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "value"], bound=4)
+    found.save(path)
+    back = Statistics.load(path)
+    value = QUERY.replace("query", "value")
+    assert back.moment(QUERY) is back.moment(value)  # one input: read once
+    path.unlink()
+    assert back.moment(QUERY).count == 18
+    with pytest.raises(LoraloomError, match=r"a\.safetensors: cannot be read any more"):
+        back.moment(QUERY.replace("0", "1"))
+
+
+def test_the_command_bounds_what_it_shares(tmp_path: Path) -> None:
+    """`--rank` bounds rows of every input; with `--rows 0` too, no row is handed on as it is, however few there are."""
+    tiny_study.write_study(tmp_path)
+    words = ["statistics", str(tmp_path / "mood.train.jsonl"), "--base", str(tmp_path / "base"), "--column", "text"]
+    words += ["--target", "query", "--max-length", "16"]
+    runner = CliRunner()
+
+    def collected(*more: str) -> dict[str, Any]:
+        done = runner.invoke(app, [*words, *more, "-o", str(tmp_path / "a.safetensors")], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        shown = runner.invoke(app, ["statistics", "show", str(tmp_path / "a.safetensors"), "--json"])
+        told: dict[str, Any] = json.loads(shown.stdout)
+        return told
+
+    told = collected("--texts", "12", "--rank", "3")
+    assert (told["inputs with directions"], told["directions"], told["rows"]) == (2, 3, 0)
+    assert told["left out, of the largest eigenvalue, at most"] > 0
+    bounded = Statistics.load(tmp_path / "a.safetensors")
+    assert collected("--texts", "12", "--rank", "16")["inputs with a Gram matrix"] == 2
+    for name, moment in Statistics.load(tmp_path / "a.safetensors").moments.items():
+        error = torch.linalg.eigvalsh(moment.as_gram() - bounded.moments[name].as_gram())
+        slack = 1e-6 * moment.trace()
+        assert -slack <= float(error[0])
+        assert float(error[-1]) <= bounded.moments[name].lost + slack
+    few = ("--texts", "1", "--rank", "15")
+    assert collected(*few)["inputs with their rows"] == 2
+    told = collected(*few, "--rows", "0")
+    assert (told["rows"], told["inputs with directions"]) == (0, 2)
+    assert told["left out, of the largest eigenvalue, at most"] == 0
+    atlas = ["atlas", str(tmp_path / "base"), "--target", "query", "--texts", "3", "--max-length", "16", "--rank", "2"]
+    runner.invoke(app, [*atlas, "-o", str(tmp_path / "b.safetensors")], catch_exceptions=False)
+    assert Statistics.load(tmp_path / "b.safetensors").contents()["directions"] == 2
 
 
 def test_rows_must_sum_to_their_total(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import loraloom
 from loraloom.cli_common import (
     AsJson,
     Base,
-    CollectGroup,
     Output,
     Quiet,
     RecipeFile,
@@ -25,10 +24,10 @@ from loraloom.cli_common import (
     typed,
 )
 from loraloom.cli_merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
+from loraloom.cli_statistics import atlas, statistics_app
 
 if TYPE_CHECKING:
     from loraloom.recipe import Recipe
-    from loraloom.statistics import Statistics
     from loraloom.terminal import Out
 
 app = typer.Typer(
@@ -37,11 +36,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-)
-statistics_app = typer.Typer(
-    help="Collect what a base model's layers see: `loraloom statistics TEXTS` is short for `statistics collect TEXTS`.",
-    cls=CollectGroup,
-    no_args_is_help=True,
 )
 study_app = typer.Typer(help="Look at what a study folder holds.", no_args_is_help=True)
 app.add_typer(statistics_app, name="statistics")
@@ -80,75 +74,16 @@ def run(
         _run(chosen, output or Path("studies") / slug(chosen.name), out)
 
 
-@statistics_app.command("collect")
-def statistics(
-    texts: Annotated[
-        str, typer.Argument(help="JSONL, CSV, TSV, Parquet, or org/name on the hub. Labels are not read.")
-    ],
-    output: Output,
-    base: Annotated[str, typer.Option("--base", help="Hub name or folder of the base model.")],
-    column: Annotated[list[str], typer.Option("--column", help="Text column; twice for a pair of texts.")],
-    target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
-    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 100,
-    kind: Annotated[str, typer.Option(help="A row a `token`, or a row the mean of a `sample`.")] = "token",
-    rows: Annotated[
-        int | None, typer.Option(min=0, help="Rows an input may hand on as they are; 0: sums over rows alone.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Word pieces kept of a text.")] = 128,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Collect what the base model's layers see of unlabelled texts: one file to share instead of data."""
-    with command(quiet, as_json) as out:
-        from loraloom.workflow import collect_from_file
-
-        found = collect_from_file(texts, column, base, target, count, kind, max_length)
-        _save_statistics(found if rows is None else found.limit_rows(rows), output, out)
-
-
-@statistics_app.command("show")
-def show_statistics(
-    file: Annotated[Path, typer.Argument(help="What `loraloom statistics` or `loraloom atlas` wrote.")],
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Tell what a statistics file holds, and so what whoever has it can read."""
-    with command(quiet, as_json) as out:
-        from loraloom.statistics import Statistics
-
-        found = Statistics.load(file).contents()
-        out.result(found)
-        if found["inputs with their rows"]:
-            out.hint(
-                f"{found['inputs with their rows']} inputs hold every row the layer read: texts can be guessed from "
-                "them one by one. `loraloom statistics --rows 0` writes sums alone"
-            )
-
-
-@app.command()
-def atlas(
-    base: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],
-    output: Output,
-    target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
-    texts: Annotated[
-        str | None, typer.Option("--text-file", help="Texts of your own; English that every Python has without.")
-    ] = None,
-    column: Annotated[list[str] | None, typer.Option("--column", help="Text column of that file.")] = None,
-    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 300,
-    max_length: Annotated[int, typer.Option(help="Word pieces kept of a text.")] = 128,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Map what a base model's layers see of generic text, once for all teams: one file, no task's data in it."""
-    with command(quiet, as_json) as out:
-        from loraloom.workflow import make_atlas
-
-        _save_statistics(make_atlas(base, target, texts, column or [], count, max_length), output, out)
+app.command()(atlas)
 
 
 @app.command()
 def init(
     output: Output,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Statistics of all tasks, to start each off the others in OUTPUT/<name of its file>."),
+    ] = None,
     own: Annotated[Path | None, typer.Option("--own", help="Statistics of the task itself; not needed.")] = None,
     other: Annotated[
         list[Path] | None, typer.Option("--other", help="Statistics of another task; several times.")
@@ -174,21 +109,28 @@ def init(
     energy_share: Annotated[float, typer.Option(help="Share of the energy to stay off.")] = 0.5,
     seed: Annotated[
         int | None,
-        typer.Option(help="Equal seeds start at the same A and merge badly; by OUTPUT's name without."),
+        typer.Option(help="Equal seeds start at the same A and merge badly; by the folder's name without."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the adapter folder that training starts from: A in its subspace, B = 0. No base model is loaded."""
+    """Write adapter folders that training starts from: A in its subspace, B = 0. No base model is loaded.
+
+    Of all tasks at once by their statistics files, or of one by --own, --other and --atlas.
+    """
     with command(quiet, as_json) as out:
         from loraloom.workflow import initialise_from_files
 
         lora = {"rank": rank, "alpha": alpha, "targets": target, "rslora": rslora}
         options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
         others = [*(other or []), *([atlas] if atlas else [])]
-        done = initialise_from_files(output, own, others, after or [], lora, options)
-        out.result({"folder": str(output), **done.provenance["init"], "diagnostics": done.diagnostics()})
-        for note in done.notes():
+        done = initialise_from_files(output, tasks or [], own, others, after or [], lora, options)
+        facts = {
+            folder.name: {"folder": str(folder), **one.provenance["init"], "diagnostics": one.diagnostics()}
+            for folder, one in done.items()
+        }
+        out.result({"folder": str(output), "tasks": facts} if tasks else facts[output.name])
+        for note in sorted({note for one in done.values() for note in one.notes()}):
             out.hint(note)
 
 
@@ -205,12 +147,17 @@ def train(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train one adapter of a recipe; the same command after a kill goes on from the last checkpoint."""
+    """Train one adapter of a recipe; the same command after a kill goes on from the last checkpoint.
+
+    Under `accelerate launch --multi_gpu -m` or torchrun the processes share out every batch, and the first one writes.
+    """
     with command(quiet, as_json) as out, out.progress() as shown:
+        from loraloom.launch import leave
         from loraloom.workflow import train_from_recipe
 
         done = train_from_recipe(read_recipe(recipe, base), task, output, start, seed, shown)
         out.result({"folder": str(done.folder), "heldout": round(done.heldout, 4), "steps": done.steps})
+        leave()
 
 
 app.command(cls=RuleCommand, context_settings=RULE_OPTIONS)(merge)
@@ -246,35 +193,20 @@ def evaluate(
 @app.command()
 def inspect(
     paths: Annotated[list[Path], typer.Argument(help="Adapter folders and statistics files, in any order.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters to come, for statistics alone.")] = 8,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what adapters and statistics hold, what adapters share, and each one's response to each task's inputs."""
+    """Predict before training or merging: from statistics, from adapters, or from both; see docs/predict.md."""
     with command(quiet, as_json) as out:
-        from loraloom.workflow import inspect_paths
+        from loraloom.inspection import facts, inspect_paths, sentences, tables
 
-        facts, responses, shared = inspect_paths(paths)
-        if responses:
-            columns = ("adapter", *(Path(name).name for name in responses["statistics"]))
-            rows = [(Path(name).name, *(f"{value:.3g}" for value in row)) for name, row in responses["rows"].items()]
-            out.table("|B A h|, root mean square over rows and layers", columns, rows)
-        told = {}
-        if shared:
-            told = shared.tables()
-            names = [Path(name).name for name in shared.names]
-            for title, table in told.items():
-                cells = [
-                    (name, *("-" if value is None else f"{value:.2f}" for value in row))
-                    for name, row in zip(names, table, strict=True)
-                ]
-                out.table(f"overlap of the {title}, mean over layers", ("adapter", *names), cells)
-            for one, two, value in shared.same_start():
-                out.hint(
-                    f"{one} and {two} started from nearly the same A (overlap {value:.2f}) and merge worse than "
-                    "adapters of a seed each: train one again from `loraloom init` with another seed"
-                )
-        found = {"files": facts, "responses": responses, "overlaps": told}
-        out.result(found, json.dumps(facts, indent=1, default=str))
+        found = inspect_paths(paths, rank)
+        for table in tables(found):
+            out.table(*table)
+        out.result(facts(found), json.dumps(found.files, indent=1, default=str))
+        for sentence in sentences(found):
+            out.hint(sentence)
 
 
 @app.command()
@@ -352,11 +284,6 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _save_statistics(found: Statistics, output: Path, out: Out) -> None:
-    found.save(output)
-    out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
 
 
 def _run(recipe: Recipe, folder: Path, out: Out) -> None:

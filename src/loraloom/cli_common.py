@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from loraloom.errors import LoraloomError
 
@@ -29,15 +29,6 @@ StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]
 Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
 
 
-class CollectGroup(TyperGroup):
-    """`loraloom statistics TEXTS` collects: where the first word is no command of the group, `collect` is meant."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `collect` before arguments that name no command; a lone --help is the group's own."""
-        meant = args and args[0] not in (*self.commands, "--help")
-        return super().parse_args(ctx, ["collect", *args] if meant else args)
-
-
 def read_recipe(path: Path, base: str | None) -> Recipe:
     """Read a recipe, with another base model where one is given."""
     from loraloom.recipe import Recipe
@@ -53,14 +44,16 @@ def typed() -> str:
 
 @contextlib.contextmanager
 def command(quiet: bool, as_json: bool) -> Iterator[Out]:
-    """Set the tone of one command: its output, libraries that keep quiet, faults told without a traceback."""
+    """Set the tone of one command: output of one process, libraries that keep quiet, faults without a traceback."""
     from loraloom.terminal import Out, hush_libraries, show_error
 
     hush_libraries()
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started; the others keep still
     try:
-        yield Out(as_json=as_json, quiet=quiet)
+        yield Out(as_json=as_json and first, quiet=quiet or not first)
     except LoraloomError as error:
-        show_error(error)
+        if first:
+            show_error(error)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as stop:
         raise typer.Exit(130) from stop

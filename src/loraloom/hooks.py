@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from loraloom.adapter import matches_target
 from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.moments import Moment
+from loraloom.sketch import FrequentDirections
+from loraloom.wrapped import eager, is_sharded, peeled, plain_path, reshard
 
 Kind = Literal["token", "sample"]
 IGNORED = -100  # the label of a token that no loss sees
@@ -27,31 +29,47 @@ _STRIPS = 4  # column strips of a Gram matrix: 5/8 of the products of the whole
 class RowSum:
     """Sums rows (k, n) of one input: the rows themselves while they are fewer than n, their Gram matrix after that.
 
-    Products and sums are float64: the quiet directions are many powers of ten below the loud ones.
+    With a `bound` below n no more than so many rows are left: the rows themselves while they are no more, frequent
+    directions after that (`FrequentDirections`). Products and sums are float64: the quiet directions are many powers of
+    ten below the loud ones. All is kept on the rows' device, and nothing is read from it while rows are added.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, bound: int | None = None) -> None:
         self.width = width
         self.count = 0
         self.total: Tensor | None = None
+        self._bad: Tensor | None = None  # the first batch that was not finite
+        self._sketch = FrequentDirections(width, bound) if bound is not None and bound < width else None
         self._gram: Tensor | None = None
         self._waiting: list[Tensor] = []
         self._held = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Add `rows` (k, n) float32. Raises ValueError where one is not finite."""
+    def add(self, rows: Tensor, batch: int = 1) -> None:
+        """Add `rows` (k, n) float32 of the batch of this number, from 1."""
         total = rows.sum(dim=0, dtype=torch.float64)
-        if not torch.isfinite(total).all():
-            raise ValueError("rows that are not finite")
+        bad = torch.where(total.isfinite().all(), 0, batch)
+        self._bad = bad if self._bad is None else torch.where(self._bad == 0, bad, self._bad)
         self.total = total if self.total is None else self.total + total
         self.count += rows.shape[0]
+        if self._sketch is not None:
+            self._sketch.add(rows)
+            return
         self._waiting.append(rows)
         self._held += rows.shape[0]
         if self._held >= (self.width if self._gram is None else min(self.width, _BLOCK)):
             self._fold()
 
+    def bad_batch(self) -> int:
+        """Return the number of the first batch with rows that are not finite, or 0. Waits for the device."""
+        return 0 if self._bad is None else int(self._bad)
+
     def moment(self) -> Moment:
         """Return the moment of all rows so far, on the CPU."""
+        if self._sketch is not None and self.total is not None:
+            factor, as_they_came = self._sketch.result()
+            if as_they_came:
+                return Moment.of_rows(factor)
+            return Moment(self.count, self.total.cpu(), factor=factor.cpu(), lost=float(self._sketch.lost))
         if self._gram is None:
             return Moment.of_rows(torch.cat(self._waiting) if self._waiting else torch.zeros(0, self.width))
         if self._waiting:
@@ -75,19 +93,21 @@ class RowSum:
 class Side:
     """The counted tokens of one side of a batch: `mask` (samples, length) bool, with the indices that follow from it.
 
-    `tokens` are the true places of the flattened mask, `samples` their rows in it, `counts` the true places a sample.
+    `tokens` are the true places of the flattened mask, `samples` their rows in it, `counts` the true places a sample,
+    `present` the samples that have any. To find them waits for the device, twice a batch; `rows` does not.
     """
 
     mask: Tensor
     tokens: Tensor
     samples: Tensor
     counts: Tensor
+    present: Tensor
 
     @classmethod
     def of(cls, mask: Tensor) -> Side:
         """Return the side with this bool mask (samples, length)."""
-        tokens = mask.flatten().nonzero().squeeze(1)
-        return cls(mask, tokens, tokens // mask.shape[1], mask.sum(dim=1))
+        tokens, counts = mask.flatten().nonzero().squeeze(1), mask.sum(dim=1)
+        return cls(mask, tokens, tokens // mask.shape[1], counts, counts.nonzero().squeeze(1))
 
     def rows(self, x: Tensor, kind: Kind) -> Tensor:
         """Return the counted rows of a layer's input `x` (..., n), float32: one a token, or its mean one a sample.
@@ -98,7 +118,7 @@ class Side:
         shape, flat = tuple(x.shape[:-1]), x.reshape(-1, x.shape[-1])
         samples, length = self.mask.shape
         if shape == (samples,):
-            return _picked(flat, self.counts.nonzero().squeeze(1)).float()
+            return _picked(flat, self.present).float()
         if shape not in ((samples, length), (samples * length,)):
             raise ValueError(f"an input of shape {tuple(x.shape)}, which does not fit a mask {tuple(self.mask.shape)}")
         picked = _picked(flat, self.tokens)
@@ -107,7 +127,7 @@ class Side:
         owner, counts = self.samples.to(picked.device), self.counts.to(picked.device)
         sums = torch.zeros(samples, x.shape[-1], dtype=torch.float64, device=picked.device)
         sums.index_add_(0, owner, picked.double())
-        return (sums / counts[:, None])[counts > 0].float()
+        return (sums / counts[:, None]).index_select(0, self.present.to(sums.device)).float()
 
 
 def _picked(flat: Tensor, index: Tensor) -> Tensor:
@@ -137,7 +157,8 @@ def batch_sides(
         if labels is None or labels.shape != decoder.shape:
             raise ValueError("labelled_only needs labels of whole numbers, one a token")
         decoder = decoder & (labels != IGNORED)
-    return Side.of(mask if two_sided else decoder), Side.of(decoder)
+    side = Side.of(decoder)
+    return (Side.of(mask) if two_sided else side), side
 
 
 def token_labels(batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -169,26 +190,28 @@ def base_running(model: nn.Module) -> Iterator[None]:
     """Have `model` in eval mode, without gradients and with its adapters off; restore every flag after that."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapters_off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()  # type: ignore[operator]
+    adapted = peeled(model)
+    adapters_off = adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext()  # type: ignore[operator]
     try:
         # no_grad, not inference_mode: buffers that the model caches here must serve training afterwards
-        with adapters_off, torch.no_grad():
+        with adapters_off, torch.no_grad(), eager():
             model.eval()
             yield
     finally:
         for module, training in modes:
             module.training = training
+        reshard(model)
         for parameter, needed in grads:
             parameter.requires_grad_(needed)
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the base model inside a PeftModel, or `model` itself.
+    """Return the base model inside a PeftModel and whatever wraps it, or `model` itself.
 
     Raises LoraloomError where adapters cannot be taken off: merged into the weights, or injected without a PeftModel.
     """
     adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
-    if adapted and not hasattr(model, "disable_adapter"):
+    if adapted and not hasattr(peeled(model), "disable_adapter"):
         raise LoraloomError(
             f"{adapted[0][0]}: has an adapter that cannot be turned off", "give a PeftModel or the base"
         )
@@ -199,24 +222,25 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside a PeftModel, or `model` itself."""
+    """Return the model inside a PeftModel and whatever wraps either, or `model` itself."""
+    model = peeled(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     assert isinstance(inner, nn.Module)
-    return inner
+    return peeled(inner)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a base model by path, those inside PEFT's layers under the path without them."""
+    """Return the linear layers of a base model by path, as if nothing wrapped or adapted them."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside) or ".modules_to_save." in name:
             continue
-        layer: nn.Module = module
+        layer = peeled(module)
         while isinstance(inner := getattr(layer, "base_layer", None), nn.Module):
-            layer, inside = inner, (*inside, f"{name}.")
+            layer, inside = peeled(inner), (*inside, f"{name}.")
         if isinstance(layer, nn.Linear) or _is_conv1d(layer):
-            found[name.replace(".original_module", "")] = layer
+            found[plain_path(name.replace(".original_module", ""))] = layer
     return found
 
 
@@ -224,9 +248,9 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     """Return the in and out features of a linear layer."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0], weight.shape[1]
+    assert isinstance(layer.nx, int)
+    assert isinstance(layer.nf, int)  # the weight itself may be a shard
+    return layer.nx, layer.nf
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
@@ -260,7 +284,7 @@ def backbone(model: nn.Module) -> nn.Module:
 
 def model_name(model: nn.Module) -> str:
     """Return the name or folder that `model` was loaded from, or its class."""
-    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return str(getattr(model, "name_or_path", "") or type(model).__name__.removeprefix("FSDP"))  # of fully_shard
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -268,16 +292,21 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 class LayerReader:
-    """Runs a base model and hands over what its layers read, with the side of the batch that each input belongs to."""
+    """Runs a base model and hands over what its layers read, with the side of the batch that each input belongs to.
+
+    `model` may be wrapped; where it is sharded the wrapper is run, for weights are whole inside its own calls alone.
+    """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        base, sharded = unwrapped(model), is_sharded(model)
         self.layers = dict(layers)
-        self.encoder = _encoder(model)
+        self.encoder = _encoder(base)
         self._in_encoder = set(self.encoder.modules()) if self.encoder else set()
         # a head costs time (and much memory over a large vocabulary) and shows nothing
-        headless = self.encoder is None and set(layers.values()) <= set(backbone(model).modules())
-        self._entry = backbone(model) if headless else model
-        self._options = inspect.signature(self._entry.forward).parameters
+        headless = not sharded and self.encoder is None and set(layers.values()) <= set(backbone(base).modules())
+        inner = backbone(base) if headless else base
+        self._entry = model if sharded else inner
+        self._options = inspect.signature(inner.forward).parameters
         self._encoded: Callable[[], Tensor | None] = lambda: None
 
     def run(self, batch: Mapping[str, Tensor], see: Callable[[str, Tensor], None], names: Sequence[str]) -> None:

@@ -1,28 +1,28 @@
-"""Statistics + LoRA settings -> an adapter folder, or a PeftModel in place, and the callback that keeps A inside."""
+"""Statistics + LoRA settings -> adapter folders to start training from, or a PeftModel in place."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
 import peft
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
 
 import loraloom
 from loraloom.adapter import Adapter, headless_config, pattern_value
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
-from loraloom.moments import Moment, pooled
-from loraloom.peft_folder import read_provenance, write_folder
+from loraloom.keeping import AVOID, KeepInSubspace, lora_layers
+from loraloom.moments import pooled
+from loraloom.peft_folder import write_folder
+from loraloom.spectra import Others, Pool
 from loraloom.statistics import Statistics
 from loraloom.subspace import (
     DEFAULT,
@@ -31,12 +31,13 @@ from loraloom.subspace import (
     Subspace,
     check_room,
     meant,
-    osrm_subspace,
     project_out,
     response_scale,
+    subspace_off,
 )
+from loraloom.wrapped import assign, each_weight, peeled
 
-AVOID = "avoid.safetensors"
+_FACTORS = ("lora_A", "lora_B")  # as PEFT's layers name them
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Initialisation:
 
 
 def initialise(
-    into: str | Path | PeftModel,
+    into: str | Path | torch.nn.Module,
     own: Statistics | None,
     others: Mapping[str, Statistics],
     lora: LoraConfig | None = None,
@@ -81,7 +82,8 @@ def initialise(
     after: Mapping[str, Adapter] | None = None,
     adapter_name: str = "default",
 ) -> Initialisation:
-    """Start one task's adapter: write a PEFT folder, or fill the adapter `adapter_name` of a PeftModel in place.
+    """Start one task's adapter: write a PEFT folder, or fill the adapter `adapter_name` of a PeftModel in place, DDP or
+    FSDP around it or not.
 
     own, others: statistics of the task and, by name, of the other tasks, on one base model. An atlas (statistics of
     generic text) can stand for all others; without `own` it stands for the task's own inputs too. lora: settings for a
@@ -98,97 +100,73 @@ def initialise(
     _check_options(others, rule, keep, scale, after)
     base = own or next(iter(others.values()))
     _check_statistics(base, others, after)
-    if isinstance(into, PeftModel):
+    if isinstance(into, torch.nn.Module):
+        model = peeled(into)
+        if not isinstance(model, PeftModel):
+            raise LoraloomError(f"{type(into).__name__} is no PeftModel", "give get_peft_model's, or a folder")
+        if keep == "frozen" and isinstance(into, torch.nn.parallel.DistributedDataParallel):
+            raise LoraloomError("DDP waits for the gradient of an A that is frozen", "initialise, then wrap in DDP")
         if lora is not None:
             raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")
-        lora = _config_of(into, adapter_name)
-        ranks = {name: layer.r[adapter_name] for name, layer in _lora_layers(into, adapter_name).items()}
+        lora = _config_of(model, adapter_name)
+        ranks = {name: layer.r[adapter_name] for name, layer in lora_layers(model, adapter_name).items()}
         _check_layers(list(ranks), base)
     else:
-        lora = copy(lora) if lora else LoraConfig()
-        if lora.target_modules in (None, "all-linear"):
-            lora.target_modules = sorted(base.layers)
-        ranks = _ranks(lora, base)
+        lora, ranks = _config_and_ranks(lora, base)
     _check_config(lora, ranks, base)
 
-    subspaces, A = {}, {}
-    for module, rank in ranks.items():
-        moments = [statistics.moment(module) for statistics in others.values()]
-        mine = own.moment(module) if own else None
-        subspaces[module] = osrm_subspace(
-            moments,
-            mine,
-            rank,
-            rule=rule,
-            energy_share=energy_share,
-            seed=_layer_seed(seed, module),
-            taken=_rows_of(after, module),
-        )
-        A[module] = _start(subspaces[module], [mine] if mine else moments, keep, scale)
+    def view(name: str) -> list[Others]:
+        return [Others.of([seen.moments[name] for seen in others.values()], own.moments[name] if own else None)]
+
     options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
-    provenance = _provenance(base, own, others, after, options, subspaces)
-    done = Initialisation(A, subspaces, keep, provenance)
-    if isinstance(into, PeftModel):
+    (done,) = _starts(base, ranks, view, [options], after)
+    done.provenance.update(_provenance(base, own, others, after, options, done.subspaces))
+    if isinstance(into, torch.nn.Module):
         _fill(into, done, adapter_name)
     else:
         _write(Path(into), done, lora, base)
     return done
 
 
-def keep_callback(folder: str | Path, adapter_name: str = "default") -> KeepInSubspace:
-    """Return the callback for an adapter folder that `initialise` wrote; add it to Trainer or SFTTrainer."""
-    folder = Path(folder)
-    keep = read_provenance(folder).get("init", {}).get("keep", "free")
-    path = folder / AVOID
-    if keep == "projected" and not path.is_file():
-        raise LoraloomError(f"{path}: missing, so A cannot be kept inside its space", "run `loraloom init` again")
-    avoid = load_file(path) if keep == "projected" else {}
-    return KeepInSubspace(keep, avoid, adapter_name)
+def initialise_all(
+    folder: str | Path,
+    tasks: Mapping[str, Statistics],
+    lora: LoraConfig | None = None,
+    *,
+    rule: str = DEFAULT,
+    keep: Keep | None = None,
+    scale: Scale | None = None,
+    energy_share: float = 0.5,
+    seed: int = 0,
+    after: Mapping[str, Adapter] | None = None,
+) -> dict[str, Initialisation]:
+    """Write the PEFT folder of every task in `tasks`, each off all others, under `folder` by its name.
 
-
-class KeepInSubspace(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Keeps A fixed (`frozen`) or, after every optimiser step, off the loud directions V: A <- A (I - V V^T).
-
-    Works with the HF Trainer, TRL's SFTTrainer, and gradient accumulation (an optimiser step is what counts).
+    As `initialise` for each task, with a seed of its own drawn from `seed` and its name (of the rule `shared`: `seed`
+    itself), but layer by layer: what a layer's moments are factored into serves all tasks, and no other layer's
+    moments need be in memory. Raises LoraloomError as it does, before anything is written.
     """
+    meant_keep, meant_scale = meant(rule)
+    keep, scale, after = keep or meant_keep, scale or meant_scale, after or {}
+    _check_options(list(tasks)[1:], rule, keep, scale, after)
+    base = next(iter(tasks.values()))
+    _check_statistics(base, tasks, after)
+    lora, ranks = _config_and_ranks(lora, base)
+    _check_config(lora, ranks, base)
 
-    def __init__(self, keep: Keep, avoid: Mapping[str, Tensor], adapter_name: str = "default") -> None:
-        self.keep = keep
-        self.avoid = dict(avoid)
-        self.adapter_name = adapter_name
+    def views(name: str) -> Iterable[Others]:
+        pool = Pool([seen.moments[name] for seen in tasks.values()])
+        return (pool.without(index) for index in range(len(tasks)))
 
-    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
-        """Freeze A before the optimiser is made."""
-        self._freeze(model)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
-        """Freeze A where the callback was added later, and put A inside its space before the first step."""
-        self._freeze(model)
-        if not state.global_step:  # a resumed A is inside; once more would change its last bits
-            self.project(model)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
-        """Project A back into its space."""
-        self.project(model)
-
-    @torch.no_grad()
-    def project(self, model: torch.nn.Module) -> None:
-        """Project every A of the adapter off its loud directions, in place; nothing unless `projected`."""
-        if self.keep != "projected":
-            return
-        layers = _lora_layers(model, self.adapter_name)
-        without = sorted(layers.keys() - self.avoid.keys())
-        raise_problems("no space is known for these layers", without, "train the adapter that `initialise` made")
-        for module, layer in layers.items():
-            weight = layer.lora_A[self.adapter_name].weight
-            if self.avoid[module].device != weight.device:
-                self.avoid[module] = self.avoid[module].to(weight.device)
-            weight.copy_(project_out(weight.float(), self.avoid[module]))
-
-    def _freeze(self, model: torch.nn.Module) -> None:
-        if self.keep == "frozen":
-            for layer in _lora_layers(model, self.adapter_name).values():
-                layer.lora_A[self.adapter_name].weight.requires_grad_(False)
+    chosen = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
+    seeds = [seed if rule == "shared" else task_seed(seed, name) for name in tasks]
+    options = [{**chosen, "seed": own_seed} for own_seed in seeds]
+    done = dict(zip(tasks, _starts(base, ranks, views, options, after), strict=True))
+    for (name, one), choice in zip(done.items(), options, strict=True):
+        others = {other: seen for other, seen in tasks.items() if other != name}
+        one.provenance.update(_provenance(base, tasks[name], others, after, choice, one.subspaces))
+        _write(Path(folder) / name, one, lora, base)
+    return done
 
 
 def task_seed(seed: int, task: str) -> int:
@@ -196,18 +174,39 @@ def task_seed(seed: int, task: str) -> int:
     return int(hashlib.sha256(f"{seed}/{task}".encode()).hexdigest()[:7], 16)
 
 
-def _layer_seed(seed: int, module: str) -> int:
-    return task_seed(seed, module)
+def _starts(
+    base: Statistics,
+    ranks: Mapping[str, int],
+    views: Callable[[str], Iterable[Others]],
+    options: Sequence[Mapping[str, Any]],
+    after: Mapping[str, Adapter],
+) -> list[Initialisation]:
+    """Return the start of every task, without provenance; `views` gives the others of each task for an input's name."""
+    done = [Initialisation({}, {}, choice["keep"], {}) for choice in options]
+    by_input = sorted(ranks, key=lambda module: base.layers[module].input)
+    for name, group in groupby(by_input, lambda module: base.layers[module].input):
+        modules = list(group)
+        for one, choice, others in zip(done, options, views(name), strict=True):
+            for module in modules:
+                seed, taken = task_seed(choice["seed"], module), _rows_of(after, module)
+                space = subspace_off(others, ranks[module], choice["rule"], choice["energy_share"], seed, taken)
+                one.subspaces[module] = space
+                one.A[module] = _start(space, others, choice["keep"], choice["scale"])
+    # in the order of the layers, as one by one
+    return [
+        replace(one, A={name: one.A[name] for name in ranks}, subspaces={name: one.subspaces[name] for name in ranks})
+        for one in done
+    ]
 
 
-def _start(space: Subspace, heard: Sequence[Moment], keep: Keep, scale: Scale) -> Tensor:
-    """Return A as it is written; `heard` are the inputs whose response is matched, together."""
+def _start(space: Subspace, others: Others, keep: Keep, scale: Scale) -> Tensor:
+    """Return A as it is written; where the own inputs are not known, the others' together stand for them."""
     A = space.A
     if keep == "projected":
         check_room(space.avoid, len(A))
         A = project_out(A.double(), space.avoid.double()).float()
     if scale == "response":
-        A = A * response_scale(pooled(heard), A)
+        A = A * response_scale(others.own or pooled(others.moments), A)
     return A.contiguous()
 
 
@@ -217,9 +216,7 @@ def _rows_of(after: Mapping[str, Adapter], module: str) -> Tensor | None:
     return torch.cat(rows) if rows else None
 
 
-def _check_options(
-    others: Mapping[str, Statistics], rule: str, keep: str, scale: str, after: Mapping[str, Adapter]
-) -> None:
+def _check_options(others: Collection[str], rule: str, keep: str, scale: str, after: Mapping[str, Adapter]) -> None:
     problems = []
     if after and meant(rule)[0] != "projected":
         problems.append(f"rule {rule!r} does not stay off earlier adapters: use apart or complement")
@@ -255,8 +252,11 @@ def _check_statistics(base: Statistics, others: Mapping[str, Statistics], after:
     )
 
 
-def _ranks(lora: LoraConfig, own: Statistics) -> dict[str, int]:
-    """Return the rank of every target layer, rank_pattern honoured."""
+def _config_and_ranks(lora: LoraConfig | None, own: Statistics) -> tuple[LoraConfig, dict[str, int]]:
+    """Return the settings of a folder, all layers where none are named, and the rank of every target layer."""
+    lora = copy(lora) if lora else LoraConfig()
+    if lora.target_modules in (None, "all-linear"):
+        lora.target_modules = sorted(own.layers)
     targets = lora.target_modules
     # PEFT's own test: it knows exclude_modules and layers_to_transform too
     chosen = [module for module in own.layers if check_target_module_exists(lora, module)]
@@ -264,7 +264,7 @@ def _ranks(lora: LoraConfig, own: Statistics) -> dict[str, int]:
         endings = {module.rsplit(".", 1)[-1] for module in own.layers}
         near = did_you_mean(targets if isinstance(targets, str) else sorted(targets)[0], endings)
         raise LoraloomError(f"target_modules {targets!r}: the statistics hold no such layer", near)
-    return {module: int(pattern_value(lora.rank_pattern or {}, module, lora.r)) for module in chosen}
+    return lora, {module: int(pattern_value(lora.rank_pattern or {}, module, lora.r)) for module in chosen}
 
 
 def _check_layers(modules: Sequence[str], own: Statistics) -> None:
@@ -330,30 +330,21 @@ def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics
 
 
 @torch.no_grad()
-def _fill(model: PeftModel, done: Initialisation, adapter_name: str) -> None:
-    for module, layer in _lora_layers(model, adapter_name).items():
-        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        for factor in (A, B):
+def _fill(model: torch.nn.Module, done: Initialisation, adapter_name: str) -> None:
+    layers = lora_layers(model, adapter_name)
+    for layer in layers.values():
+        for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
             if factor.weight.is_meta:  # low_cpu_mem_usage leaves the factors without storage
                 factor.to_empty(device=layer.get_base_layer().weight.device)
-        A.weight.copy_(done.A[module])
-        B.weight.zero_()
-        if done.keep == "frozen":
-            A.weight.requires_grad_(False)
+    A_of, B_of = ({name: getattr(layer, of)[adapter_name] for name, layer in layers.items()} for of in _FACTORS)
+    for module, weight in each_weight(model, A_of, write=True):
+        assign(weight, done.A[module])
+    for _, weight in each_weight(model, B_of, write=True):
+        weight.zero_()
+    done.callback(adapter_name).freeze(model)
 
 
 def _config_of(model: PeftModel, adapter_name: str) -> LoraConfig:
     if adapter_name not in model.peft_config:
         raise LoraloomError(f"the model has no adapter {adapter_name!r}", did_you_mean(adapter_name, model.peft_config))
     return model.peft_config[adapter_name]
-
-
-def _lora_layers(model: torch.nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Return the LoRA layers of the adapter by module path of the base model, whatever wraps the PeftModel."""
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            layers[name.split("base_model.model.", 1)[-1]] = module
-    if not layers:
-        raise LoraloomError(f"no LoRA layer of adapter {adapter_name!r} was found in the model", "give a PeftModel")
-    return layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ def interference(adapters: Mapping[str, Adapter], statistics: Mapping[str, Stati
     layers that are missing.
     """
     tasks, layers = list(adapters), list(next(iter(adapters.values())).updates)
-    _check(adapters, statistics, layers)
+    check_cover("interference cannot be measured", adapters, statistics)
     A = torch.zeros(len(layers), len(tasks), len(tasks), dtype=torch.float64)
     BA = torch.zeros_like(A)
     for index, layer in enumerate(layers):
@@ -56,12 +56,47 @@ def response(update: Update, moment: Moment) -> tuple[float, float]:
     return (max(seen, 0.0) / rows) ** 0.5, (max(through, 0.0) / rows) ** 0.5
 
 
+def products(updates: Sequence[Update], moment: Moment, *, onto: Update | None = None, centred: bool = False) -> Tensor:
+    """Return tr(P dW_a S dW_b^T) for every two of p updates of one layer, (p, p) float64: their outputs' mean products.
+
+    S = H^T H / k is the mean second moment of the inputs in `moment`; `centred`, that of the inputs less their mean. P
+    projects onto the column space of `onto`, the directions in which that update writes; without it P = I. From
+    (sum r) x (sum r) matrices alone: the sum of the entries of (B_a^T P B_b) * (A_a S A_b^T). The mean squared error of
+    an update m in place of j, |P (dW_m - dW_j) h|^2, is [m, m] - 2 [m, j] + [j, j].
+    """
+    A = torch.cat([update.A.double() for update in updates])
+    B = torch.cat([update.B.double() for update in updates], dim=1)
+    if onto is not None:
+        B = column_basis(onto).T @ B
+    seen = _seen(A, moment) / max(moment.count, 1)
+    if centred:
+        mean = A @ moment.mean()
+        seen = seen - torch.outer(mean, mean)
+    member = torch.repeat_interleave(torch.tensor([update.rank for update in updates]))
+    inside = torch.nn.functional.one_hot(member, len(updates)).double()
+    found: Tensor = inside.T @ ((B.T @ B) * seen) @ inside
+    return found
+
+
+def column_basis(update: Update) -> Tensor:
+    """Return (m, p) float64, p <= r, orthonormal: the directions in which dW writes, none of an update that is zero."""
+    Q, R = torch.linalg.qr(update.B.double())
+    # where A's rows depend on each other, B's columns reach more than dW does
+    U, S, _ = torch.linalg.svd(R @ torch.linalg.qr(update.A.double().T).R.T)
+    basis: Tensor = Q @ U[:, (1e-6 * S.max() < S)]
+    return basis
+
+
 def ratio(values: Tensor) -> float:
     """Return the mean over layers and pairs i != j of [l, i, j] / [l, i, i]: response to others against to own."""
+    return float(ratios(values).nanmean())
+
+
+def ratios(values: Tensor) -> Tensor:
+    """Return [l, i, j] / [l, i, i], (layers, T, T): NaN where i = j, and 0 where the response to the own is 0."""
     own = values.diagonal(dim1=1, dim2=2)[:, :, None]
-    off = ~torch.eye(values.shape[1], dtype=torch.bool)
     relative = torch.where(own > 0, values / own.clamp_min(1e-300), torch.zeros_like(values))
-    return float(relative[:, off].mean())
+    return relative.masked_fill(torch.eye(values.shape[1], dtype=torch.bool), torch.nan)
 
 
 def _seen(A: Tensor, moment: Moment) -> Tensor:
@@ -72,13 +107,15 @@ def _seen(A: Tensor, moment: Moment) -> Tensor:
     return through.T @ through
 
 
-def _check(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics], layers: list[str]) -> None:
+def check_cover(what: str, adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> None:
+    """Raise LoraloomError, `what` first, where adapters cover unequal layers or statistics by their names lack any."""
+    layers = set(next(iter(adapters.values())).shapes)
     problems = [f"no statistics for task {task!r}" for task in adapters if task not in statistics]
     for task, adapter in adapters.items():
-        if set(adapter.updates) != set(layers):
+        if set(adapter.shapes) != layers:
             problems.append(f"the adapter of {task!r} covers other layers than the first")
         if task in statistics:
-            missing = sorted(set(layers) - set(statistics[task].layers))
+            missing = sorted(layers - set(statistics[task].layers))
             if missing:
                 problems.append(f"statistics of {task!r} lack {missing[0]} and {len(missing) - 1} more layers")
-    raise_problems("interference cannot be measured", problems, "collect statistics on the adapters' target modules")
+    raise_problems(what, problems, "collect statistics on the adapters' target modules")

@@ -10,7 +10,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-9  # of the trace: far above float64's rounding and that of a difference, far below what a forgery needs
+from loraloom.sketch import FrequentDirections, principal
+
+_SUMMED = 1e-9  # of a sum of sizes: far above float64's rounding
+_ROUNDED = 1e-5  # of the trace: far above float32's rounding in each step of a sketch, far below what a forgery needs
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class Moment:
     """The uncentred second moment G = H^T H of rows H (k x n), and their sum.
 
     Exactly one of three is set: `rows` (k, n) float32, the rows as they were; `gram` (n, n) float64; or `factor` (p, n)
-    float32, F with F^T F <= G <= F^T F + lost I, as a bound on memory or on what is shared leaves it. `lost` is 0 where
-    nothing was left out. `total` (n,) float64 is the sum of the rows, `count` is k.
+    float32, F with F^T F <= G <= F^T F + lost I, as a bound on memory or on what is shared leaves it, but for float32's
+    rounding. `lost` is 0 where nothing was left out. `total` (n,) float64 is the sum of the rows, `count` is k.
     """
 
     count: int
@@ -60,31 +63,73 @@ class Moment:
         wide = self.as_rows()
         return wide.T @ wide
 
-    def gram_only(self) -> Moment:
-        """Return the same moment without its rows: what is shared then are sums, 8 n^2 bytes of them."""
-        return replace(self, rows=None, factor=None, gram=self.as_gram())
+    def turned(self) -> Moment:
+        """Return the same moment without its rows: S V^T in place of U S V^T, which says what the Gram matrix says."""
+        if self.rows is None:
+            return self
+        values, factor = principal(self.rows)
+        there = values > values[:1] * len(values) * torch.finfo(torch.float64).eps  # the others are rounding
+        return replace(self, rows=None, factor=factor[there].float())
+
+    def limit_rank(self, most: int) -> Moment:
+        """Return the best factor of at most `most` rows; `lost` grows by the first eigenvalue left out.
+
+        Rows and factors that are no longer, and a Gram matrix that is no wider, stay as they are.
+        """
+        if (self.width if self.thin is None else len(self.thin)) <= most:
+            return self
+        if self.thin is None:
+            values, vectors = torch.linalg.eigh(self.as_gram())
+            values = values.flip(0).clamp_min(0)
+            factor = values[:most].sqrt()[:, None] * vectors.flip(1)[:, :most].T
+        else:
+            values, factor = principal(self.thin, most)
+        return replace(self, rows=None, gram=None, factor=factor.float(), lost=self.lost + float(values[most]))
+
+    def largest(self) -> float:
+        """Return the largest eigenvalue of what is held of H^T H."""
+        square = self.as_gram() if self.thin is None else self.as_rows() @ self.as_rows().T
+        return float(torch.linalg.eigvalsh(square)[-1]) if len(square) else 0.0
 
     def faults(self) -> list[str]:
         """Tell what no rows could have given: for moments that come from someone else.
 
-        A Gram matrix must be symmetric and, less the part of the mean, positive semi-definite within 1e-9 of its trace;
-        with rows at hand, they must sum to `total`.
+        Rows must sum to `total`. A Gram matrix must be symmetric and, with `lost` added and the part of the mean taken
+        off, positive semi-definite within 1e-5 of its trace, for it may be a sum of factors. So must that of a factor.
         """
         if self.rows is not None:
             wide = self.as_rows()
             off = (wide.sum(dim=0) - self.total).abs()
-            return (
-                [] if bool((off <= _ROUNDING * (1 + wide.abs().sum(dim=0))).all()) else ["total is not the rows' sum"]
-            )
+            possible = bool((off <= _SUMMED * (1 + wide.abs().sum(dim=0))).all())
+            return [] if possible else ["total is not the rows' sum"]
+        if self.factor is not None:
+            possible = self._reach_of_total() <= self.count * (1 + _ROUNDED)
+            return [] if possible else ["total is larger than factor allows"]
         gram = self.as_gram()
-        slack = _ROUNDING * float(gram.diagonal().abs().sum()) + torch.finfo(torch.float64).tiny
-        if float((gram - gram.T).abs().max()) > slack:
+        size = float(gram.diagonal().abs().sum()) + torch.finfo(torch.float64).tiny
+        if float((gram - gram.T).abs_().max()) > _SUMMED * size:
             return ["gram is not symmetric"]
-        shift = slack * torch.eye(self.width, dtype=torch.float64)
-        if torch.linalg.cholesky_ex(gram + shift).info:
-            return ["gram is not positive semi-definite"]
-        centred = gram - torch.outer(self.total, self.total) / max(self.count, 1)
-        return ["total is larger than gram allows"] if torch.linalg.cholesky_ex(centred + shift).info else []
+        centred = gram.addr(self.total, self.total, alpha=-1 / max(self.count, 1))
+        centred.diagonal().add_(_ROUNDED * size + self.lost)
+        if not torch.linalg.cholesky_ex(centred).info:  # so without the mean's part taken off, too
+            return []
+        shifted = gram.clone()
+        shifted.diagonal().add_(_ROUNDED * size + self.lost)
+        possible = not torch.linalg.cholesky_ex(shifted).info
+        return ["total is larger than gram allows" if possible else "gram is not positive semi-definite"]
+
+    def _reach_of_total(self) -> float:
+        """Return t^T (F^T F + m I)^-1 t for the total t, m = lost + 1e-5 tr: at most k where rows gave both.
+
+        By Woodbury, with a p x p matrix.
+        """
+        factor = self.as_rows()
+        inner = factor @ factor.T
+        m = self.lost + _ROUNDED * float(inner.trace()) + torch.finfo(torch.float64).tiny
+        inner.diagonal().add_(m)
+        along = (factor @ self.total)[:, None]
+        inside = float((along * torch.cholesky_solve(along, torch.linalg.cholesky(inner))).sum())
+        return (float(self.total.square().sum()) - inside) / m
 
     def as_rows(self) -> Tensor:
         """Return a float64 factor F (p, n) with F^T F = H^T H: the rows, or a root of the Gram matrix."""
@@ -117,10 +162,10 @@ class Moment:
         count, total, lost = self.count + other.count, self.total + other.total, self.lost + other.lost
         if self.thin is None or other.thin is None or len(self.thin) + len(other.thin) >= self.width:
             return Moment(count, total, gram=self.as_gram() + other.as_gram(), lost=lost)
-        both = torch.cat([self.thin, other.thin])
-        if self.rows is None or other.rows is None:
-            return Moment(count, total, factor=both, lost=lost)
-        return Moment(count, total, rows=both)
+        if self.rows is not None and other.rows is not None:
+            return Moment(count, total, rows=torch.cat([self.rows, other.rows]))
+        factors = [moment.turned().factor for moment in (self, other)]  # a factor never holds a row as it was
+        return Moment(count, total, factor=torch.cat([factor for factor in factors if factor is not None]), lost=lost)
 
     def __sub__(self, other: Moment) -> Moment:
         """Return the moment of the rows of `self` that are not in `other`, which must be a part of `self`.
@@ -140,3 +185,22 @@ class Moment:
 def pooled(moments: Sequence[Moment]) -> Moment:
     """Return the moment of the rows of all `moments`, one at least."""
     return reduce(operator.add, moments)
+
+
+def sketched(moments: Sequence[Moment], most: int) -> Moment:
+    """Return the moment of the rows of all `moments`, one at least, none of them a Gram matrix, within `most` rows.
+
+    Frequent directions of frequent directions keep the bound of one pass over all rows; see `FrequentDirections`.
+    """
+    thin = [moment.thin for moment in moments if moment.thin is not None]
+    if len(thin) < len(moments):
+        raise ValueError("a Gram matrix has no rows to go into a sketch")
+    if sum(map(len, thin)) <= most:
+        return pooled(moments)
+    sketch = FrequentDirections(moments[0].width, most)
+    for rows in thin:
+        sketch.add(rows)
+    factor, _ = sketch.result()
+    total = torch.stack([moment.total for moment in moments]).sum(dim=0)
+    lost = float(sketch.lost) + sum(moment.lost for moment in moments)
+    return Moment(sum(moment.count for moment in moments), total, factor=factor, lost=lost)

@@ -17,6 +17,7 @@ import torch
 from loraloom import stages
 from loraloom.atomic import remove_leftovers, staged_folder
 from loraloom.evaluation import labels
+from loraloom.launch import check_alone
 from loraloom.merging.merge import merged_card
 from loraloom.merging.readout import scaled_readouts
 from loraloom.metrics import average, metric_value
@@ -38,8 +39,10 @@ def run_study(
     """Run a recipe in `folder` to its end and return what it measured.
 
     Writes results.json, report.html, adapters/<init>/<task> and merged/<init>/<rule>. What an earlier run of the same
-    recipe in the same folder has done is not done again; a killed run goes on where it stood.
+    recipe in the same folder has done is not done again; a killed run goes on where it stood. Raises LoraloomError
+    under `accelerate launch` and its like: a study runs in one process.
     """
+    check_alone("a study")
     with reporter or Reporter(quiet=True) as shown:
         study = Study(recipe, folder, shown)
         study.store.tidy()

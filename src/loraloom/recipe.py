@@ -61,13 +61,13 @@ class TrainingSettings(Settings):
 
     epochs: int = Field(3, ge=1)
     learning_rate: float = Field(4e-4, gt=0)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="rows of a batch, shared out where several processes train")
     accumulate: int = Field(1, ge=1, description="batches an optimiser step")
     max_length: int = Field(128, ge=2, description="word pieces kept of a text")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     patience: int | None = Field(None, ge=1, description="epochs without a better held-out metric before it stops")
-    eval_batch_size: int = Field(64, ge=1)
+    eval_batch_size: int = Field(64, ge=1, description="rows that a process measures at once")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where a GPU has it")
     gradient_checkpointing: bool = False
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loraloom.atomic import staged_file
-from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.hooks import (
     Kind,
     LayerReader,
@@ -30,7 +30,11 @@ from loraloom.hooks import (
     target_layers,
     unwrapped,
 )
-from loraloom.moments import Moment
+from loraloom.moment_file import StoredMoments, read_metadata, save_moments
+from loraloom.moments import Moment, pooled, sketched
+from loraloom.privacy import clipped
+from loraloom.ranks import gathered, rank_and_size
+from loraloom.wrapped import each_weight, whole
 
 FORMAT = "loraloom-statistics-1"
 _SAMPLED = 4096  # values of each weight that the fingerprint reads
@@ -51,16 +55,19 @@ class Statistics:
 
     `moments` go by the `input` of a layer, `layers` by module path in the base model; `texts` are the samples seen,
     `tokens` those of their tokens that count (of both sides of an encoder-decoder). A row is a token or, for `kind`
-    "sample", the mean over a sample's tokens. `fingerprint` is that of the base weights.
+    "sample", the mean over a sample's tokens. `fingerprint` is that of the base weights. Moments of a file are read
+    from it at each access. `privacy` tells what was done for the texts' sake: the norm `clip` to which rows were
+    clipped, and `epsilon` and `delta` of the noise added (`loraloom.privacy`).
     """
 
     base: str
     fingerprint: str
-    moments: dict[str, Moment]
+    moments: Mapping[str, Moment]
     layers: dict[str, Layer]
     texts: int
     tokens: int
     kind: Kind
+    privacy: dict[str, float] | None = None
 
     def moment(self, module: str) -> Moment:
         """Return the moment of the input of `module`. Raises LoraloomError for a module that is not a target."""
@@ -77,9 +84,11 @@ class Statistics:
     def __sub__(self, other: Statistics) -> Statistics:
         """Return the statistics of the texts that are not in `other`, a part of these.
 
-        Raises LoraloomError where they are not of one kind or `other` has more rows.
+        Raises LoraloomError where they are not of one kind, `other` has more rows, or noise was added.
         """
         self._check_fit(other)
+        if self.privacy and "epsilon" in self.privacy:
+            raise LoraloomError(f"{self._name}: noise was added, which no difference takes off", "subtract before it")
         more = [name for name, moment in self.moments.items() if other.moments[name].count > moment.count]
         if more or other.texts > self.texts or other.tokens > self.tokens:
             raise LoraloomError(f"{other._name} is no part of {self._name}: it has more rows", "swap the two")
@@ -87,15 +96,24 @@ class Statistics:
         return replace(self, moments=moments, texts=self.texts - other.texts, tokens=self.tokens - other.tokens)
 
     def limit_rows(self, most: int) -> Statistics:
-        """Return these statistics without the rows of any input that has more than `most`; 0 leaves sums alone."""
-        moments = {
-            name: moment if moment.count <= most else moment.gram_only() for name, moment in self.moments.items()
-        }
+        """Return these statistics without the rows of any input that has more than `most`; 0 leaves sums alone.
+
+        The sums are then a root of the Gram matrix: singular values times right vectors, which say the same.
+        """
+        moments = {name: moment if moment.count <= most else moment.turned() for name, moment in self.moments.items()}
         return replace(self, moments=moments)
+
+    def limit_rank(self, most: int) -> Statistics:
+        """Return these statistics with the `most` loudest directions of each input; see `Moment.limit_rank`."""
+        return replace(self, moments={name: moment.limit_rank(most) for name, moment in self.moments.items()})
 
     def contents(self) -> dict[str, Any]:
         """Tell what a file of these statistics holds, and so hands to whoever reads it."""
-        raw = [moment.count for moment in self.moments.values() if moment.rows is not None]
+        raw, thin, shares = [], [], [0.0]
+        for moment in self.moments.values():
+            raw += [] if moment.rows is None else [moment.count]
+            thin += [] if moment.factor is None else [len(moment.factor)]
+            shares += [moment.lost / max(moment.largest(), 1e-300)] if moment.lost else []
         return {
             "base": self.base,
             "fingerprint": self.fingerprint,
@@ -106,15 +124,16 @@ class Statistics:
             "inputs": len(self.moments),
             "inputs with their rows": len(raw),
             "rows": sum(raw),
+            "inputs with directions": len(thin),
+            "directions": max(thin, default=0),
+            "inputs with a Gram matrix": len(self.moments) - len(raw) - len(thin),
+            "left out, of the largest eigenvalue, at most": float(f"{max(shares):.3g}"),
             "widths": sorted({moment.width for moment in self.moments.values()}),
+            "privacy": self.privacy or "rows not clipped, no noise",
         }
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        tensors: dict[str, Tensor] = {}
-        for name, moment in self.moments.items():
-            parts = {"total": moment.total, "rows": moment.rows, "gram": moment.gram}
-            tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items() if value is not None}
         metadata = {
             "format": FORMAT,
             "base": self.base,
@@ -123,10 +142,9 @@ class Statistics:
             "tokens": str(self.tokens),
             "kind": self.kind,
             "layers": json.dumps({name: asdict(layer) for name, layer in self.layers.items()}),
-            "counts": json.dumps({name: moment.count for name, moment in self.moments.items()}),
+            **({"privacy": json.dumps(self.privacy)} if self.privacy else {}),
         }
-        with staged_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        save_moments(self.moments, Path(path), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -136,32 +154,24 @@ class Statistics:
         not fit, values that are not finite or that no rows could have given: it may come from anyone.
         """
         path, again = Path(path), "collect the statistics again"
-        if not path.is_file():
-            raise LoraloomError(f"{path}: no such file", "name a file that was saved as statistics")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", again) from error
+        metadata = read_metadata(path)
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
             raise LoraloomError(f"{path}: not a statistics file: its format is {found!r}, not {FORMAT!r}", again)
         try:
             layers = {name: Layer(**fields) for name, fields in json.loads(metadata["layers"]).items()}
-            counts = {str(name): int(count) for name, count in json.loads(metadata["counts"]).items()}
+            moments = StoredMoments.of(path, metadata)
             texts, tokens = int(metadata["texts"]), int(metadata["tokens"])
             base, fingerprint, kind = metadata["base"], metadata["fingerprint"], _kind(metadata["kind"])
+            told = json.loads(metadata.get("privacy", "{}"))
+            privacy = {str(what): float(value) for what, value in told.items()} or None
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise LoraloomError(f"{path}: its metadata is damaged ({error!r})", again) from error
-        raise_problems(str(path), _faults(layers, counts, tensors), again)
-        moments = {
-            name: Moment(count, tensors[f"{name}.total"], tensors.get(f"{name}.rows"), tensors.get(f"{name}.gram"))
-            for name, count in counts.items()
-        }
-        faults = [f"{name}: {fault}" for name, moment in moments.items() for fault in moment.faults()]
-        raise_problems(str(path), faults, "do not use this file: no layer inputs give it; ask for it again")
-        return cls(base, fingerprint, moments, layers, texts, tokens, kind)
+        widths: dict[str, set[int]] = {}
+        for layer in layers.values():
+            widths.setdefault(layer.input, set()).add(layer.in_features)
+        moments.check(widths)
+        return cls(base, fingerprint, moments, layers, texts, tokens, kind, privacy)
 
     @property
     def _name(self) -> str:
@@ -169,7 +179,7 @@ class Statistics:
 
     def _check_fit(self, other: Statistics) -> None:
         problems = []
-        for what in ("fingerprint", "kind"):
+        for what in ("fingerprint", "kind", "privacy"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 problems.append(f"{what}: {self._name} has {mine}, {other._name} has {theirs}")
@@ -191,6 +201,8 @@ def collect_statistics(
     *,
     rows: Kind = "token",
     labelled_only: bool = False,
+    bound: int | None = None,
+    clip: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run `model` over `batches` and return the statistics of the inputs of the layers that `target_modules` names.
@@ -199,27 +211,51 @@ def collect_statistics(
     endings, a regular expression, or "all-linear" (heads left out). A PeftModel runs with its adapters off: the base
     is seen. Padding never counts; with `labelled_only`, neither do tokens (of the decoder, or the only stack) whose
     label is -100. `rows` is what a row is: a token, or the mean over a sample's tokens. `progress` is called after
-    each batch with the number of texts so far. Gram sums are kept on the model's device: 8 n^2 bytes an input.
+    each batch with the number of texts so far.
+
+    Sums are kept on the model's device, and nothing is read back from it but the places of a batch's tokens: a Gram
+    matrix of 8 n^2 bytes an input n wide or, with a `bound` R below n, 2R rows of 4 n bytes, of which R are left, with
+    the error told in `lost` (`FrequentDirections`). Inputs with R rows or fewer are as without the bound.
+
+    With `clip`, rows longer than it are scaled down to it, as `loraloom.privacy.add_noise` needs them.
+
+    In a torch.distributed process group every process has to call this, each with batches of its own: the statistics
+    that all of them return are those of all batches.
 
     Raises LoraloomError for targets that match nothing or are never called, a batch whose masks do not fit, values
-    that are not finite, and where no row was seen.
+    that are not finite (looked for at batches 1, 2, 4, 8, ... and the last), and where no row was seen.
     """
-    collector = _Collector(base_model(model), target_modules, rows, labelled_only)
-    with base_running(model):
+    collector = _Collector(model, target_modules, rows, labelled_only, bound, clip)
+    errors: list[LoraloomError] = []
+    with collecting(errors), base_running(model):
         for batch in batches:
             collector.add(batch)
             if progress is not None:
                 progress(collector.texts)
+        collector.check_finite()
+    # together: a process that stopped alone would leave the others waiting for it
+    raise_together([error for found in gathered(errors) for error in found])
     return collector.statistics()
 
 
 class _Collector:
     """Takes batches one by one; the first one shows which layers read the same tensor."""
 
-    def __init__(self, base: nn.Module, target_modules: str | Sequence[str], kind: Kind, labelled_only: bool) -> None:
-        self.base, self.kind, self.labelled_only = base, kind, labelled_only
-        self.reader = LayerReader(base, target_layers(base, target_modules))
-        self.device = next(base.parameters()).device
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: str | Sequence[str],
+        kind: Kind,
+        labelled_only: bool,
+        bound: int | None,
+        clip: float | None,
+    ) -> None:
+        self.clip = clip
+        self.model, self.kind, self.labelled_only, self.bound = model, kind, labelled_only, bound
+        self.base = base = base_model(model)
+        self.reader = LayerReader(model, target_layers(base, target_modules))
+        here = (parameter.device for parameter in base.parameters() if not parameter.is_meta)
+        self.device = next(here, torch.device("cpu"))  # accelerate moves what a layer reads to where it works
         self.pad = getattr(getattr(base, "config", None), "pad_token_id", None)
         self.leaders: dict[str, str] = {}
         self.sums: dict[str, RowSum] = {}
@@ -227,7 +263,7 @@ class _Collector:
 
     def add(self, batch: Mapping[str, Any]) -> None:
         self.batches += 1
-        here = f"batch {self.batches}"
+        here = self._named(self.batches)
         tensors = {key: value.to(self.device) for key, value in batch.items() if isinstance(value, Tensor)}
         two_sided = self.reader.encoder is not None
         try:
@@ -236,12 +272,15 @@ class _Collector:
             raise LoraloomError(f"{here}: {error}", "give batches as the tokenizer and collator make them") from error
         if not self.leaders:
             self.leaders = shared_inputs(self.reader, tensors)
-            self.sums = {name: RowSum(self._shape(name)[0]) for name in dict.fromkeys(self.leaders.values())}
+            names = dict.fromkeys(self.leaders.values())
+            self.sums = {name: RowSum(self._shape(name)[0], self.bound) for name in names}
+            self._warn_of_memory()
 
         def see(name: str, x: Tensor) -> None:
             side = encoder if self.reader.in_encoder(name, x) else decoder
             try:
-                self.sums[name].add(side.rows(x, self.kind))
+                rows = side.rows(x, self.kind)
+                self.sums[name].add(rows if self.clip is None else clipped(rows, self.clip), self.batches)
             except ValueError as error:
                 raise LoraloomError(f"{here}: {name} reads {error}", "look at this batch and at the model") from error
 
@@ -249,15 +288,52 @@ class _Collector:
         self.texts += encoder.mask.shape[0]
         self.tokens += encoder.tokens.shape[0] + (decoder.tokens.shape[0] if two_sided else 0)
 
+        if self.batches & (self.batches - 1) == 0:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise LoraloomError naming the first batch and layer with rows that are not finite. Waits for the device."""
+        bad = [(batch, name) for name, total in self.sums.items() if (batch := total.bad_batch())]
+        if bad:
+            batch, name = min(bad, key=lambda found: found[0])
+            raise LoraloomError(
+                f"{self._named(batch)}: {name} reads rows that are not finite", "look at this batch and at the model"
+            )
+
     def statistics(self) -> Statistics:
-        empty = [name for name, total in self.sums.items() if total.count == 0]
-        if empty or not self.batches:
+        """Return the statistics of the batches of all processes."""
+        heads = gathered((self.leaders, self.texts, self.tokens))
+        # a process without a batch has seen no layer, and still takes part
+        leaders = next((leaders for leaders, _, _ in heads if leaders), {})
+        moments = {name: self._summed(name) for name in dict.fromkeys(leaders.values())}
+        empty = [name for name, moment in moments.items() if moment.count == 0]
+        if empty or not moments:
             what = f"{', '.join(empty)}: no token counts" if empty else "there is no batch"
             raise LoraloomError(f"no statistics: {what}", "give texts with at least one token that counts")
-        moments = {name: total.moment() for name, total in self.sums.items()}
-        layers = {name: Layer(self.leaders[name], *self._shape(name)) for name in self.reader.layers}
-        print_of_base = fingerprint(self.base, layers)
-        return Statistics(model_name(self.base), print_of_base, moments, layers, self.texts, self.tokens, self.kind)
+        layers = {name: Layer(leaders[name], *self._shape(name)) for name in self.reader.layers}
+        print_of_base = fingerprint(self.model, layers)
+        texts, tokens = sum(texts for _, texts, _ in heads), sum(tokens for _, _, tokens in heads)
+        privacy = None if self.clip is None else {"clip": self.clip}
+        return Statistics(model_name(self.base), print_of_base, moments, layers, texts, tokens, self.kind, privacy)
+
+    def _summed(self, name: str) -> Moment:
+        """Return one input's moment over all processes; its sums here are given up, so that memory holds one alone."""
+        width = self._shape(name)[0]
+        moments = gathered(self.sums.pop(name, RowSum(width)).moment())
+        return pooled(moments) if self.bound is None or self.bound >= width else sketched(moments, self.bound)
+
+    def _warn_of_memory(self) -> None:
+        needed, free = sum(8 * total.width**2 for total in self.sums.values()), _free_memory(self.device)
+        if self.bound is None and free is not None and needed > free:
+            warnings.warn(
+                f"Gram matrices of {len(self.sums)} inputs take {needed / 1e9:.1f} GB once each has as many rows as it "
+                f"is wide, and {free / 1e9:.1f} GB are free: bound=256 (--rank 256) keeps the loudest directions alone",
+                stacklevel=2,
+            )
+
+    def _named(self, batch: int) -> str:
+        rank, size = rank_and_size()
+        return f"batch {batch}" + (f" of process {rank}" if size > 1 else "")
 
     def _shape(self, name: str) -> tuple[int, int]:
         return layer_shape(self.reader.layers[name])
@@ -271,19 +347,40 @@ def fingerprint(model: nn.Module, layers: Iterable[str]) -> str:
     and PEFT's wrapping do not matter. Raises LoraloomError where a layer is not there.
     """
     present = linear_layers(unwrapped(model))
-    sha = hashlib.sha256()
     for name in sorted(layers):
         if name not in present:
             raise LoraloomError(f"{name}: no linear layer of {model_name(model)}", did_you_mean(name, present))
-        weight = present[name].weight
-        assert isinstance(weight, Tensor)
-        # an odd stride, so that the sample runs over all columns of a weight whose width is a power of two
-        sample = weight.detach().flatten()[:: weight.numel() // _SAMPLED | 1].cpu()
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16)
-        sha.update(f"{name} {layer_shape(present[name])}\n".encode())
-        sha.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    chosen = {name: present[name] for name in sorted(layers)}
+    samples = {name: _sample(name, chosen[name], weight) for name, weight in each_weight(model, chosen)}
+    sha = hashlib.sha256()
+    for name, layer in chosen.items():
+        sha.update(f"{name} {layer_shape(layer)}\n".encode())
+        sha.update(samples[name])
     return sha.hexdigest()
+
+
+def _sample(name: str, layer: nn.Module, weight: Tensor) -> bytes:
+    """Return a sample of the weight of `layer`, floats rounded to bfloat16."""
+    quantised = not weight.is_floating_point() or hasattr(weight, "quant_state")
+    if quantised:  # bitsandbytes packs them another way while it works on a CPU, and saves them as they came
+        weight = layer.state_dict()["weight"].contiguous().view(torch.uint8)
+    elif weight.is_meta or weight.numel() != math.prod(layer_shape(layer)):
+        raise LoraloomError(f"{name}: its weight is not whole in this process", "collect before it is taken apart")
+    weight = whole(weight.detach())
+    # an odd stride, so that the sample runs over all columns of a weight whose width is a power of two
+    sample = weight.flatten()[:: weight.numel() // _SAMPLED | 1].cpu()
+    if not quantised:
+        sample = sample.to(torch.bfloat16)
+    return sample.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on `device`, None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    facts = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+) kB", facts.read_text()) if facts.is_file() else None
+    return 1024 * int(found[1]) if found and device.type == "cpu" else None
 
 
 def _kind(text: str) -> Kind:
@@ -291,36 +388,3 @@ def _kind(text: str) -> Kind:
         if text == kind:
             return cast(Kind, kind)
     raise ValueError(f"kind {text!r} is neither 'token' nor 'sample'")
-
-
-def _faults(layers: Mapping[str, Layer], counts: Mapping[str, int], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tell what in a statistics file does not fit together."""
-    problems = [
-        f"layer {name}: input {layer.input!r} has no moment"
-        for name, layer in layers.items()
-        if layer.input not in counts
-    ]
-    known = set()
-    for name, count in counts.items():
-        if count < 0:
-            problems.append(f"{name}: {count} rows")
-        widths = {layer.in_features for layer in layers.values() if layer.input == name}
-        parts = {part: tensors.get(f"{name}.{part}") for part in ("total", "rows", "gram")}
-        known |= {f"{name}.{part}" for part in parts}
-        if len(widths) != 1:
-            problems.append(f"{name}: read by layers of widths {sorted(widths)}, not of one")
-            continue
-        n = widths.pop()
-        shapes = {part: None if value is None else tuple(value.shape) for part, value in parts.items()}
-        if shapes not in (
-            {"total": (n,), "rows": (count, n), "gram": None},
-            {"total": (n,), "rows": None, "gram": (n, n)},
-        ):
-            problems.append(f"{name}: {shapes} does not fit {count} rows of width {n}")
-        for part, value in parts.items():
-            dtype = torch.float32 if part == "rows" else torch.float64
-            if value is not None and value.dtype != dtype:
-                problems.append(f"{name}.{part}: is {value.dtype}, not {dtype}")
-            if value is not None and not torch.isfinite(value).all():
-                problems.append(f"{name}.{part}: holds values that are not finite")
-    return problems + [f"tensor {name} belongs to no input" for name in sorted(tensors.keys() - known)]

@@ -7,20 +7,21 @@ arXiv 2505.22934:  min_A |A H^T|_F^2  subject to  A A^T = I_r,  H (k, n) the lay
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loraloom.errors import LoraloomError, did_you_mean
-from loraloom.moments import Moment, pooled
+from loraloom.moments import Moment
+from loraloom.spectra import Others, Pool, orthonormal, rounding, share_seen, top_directions
 
 Keep = Literal["free", "frozen", "projected"]
 Scale = Literal["unit", "response"]
 DEFAULT = "apart"  # the rule of docs/study-subspaces.md
+_INSIDE = 1e-12  # of the own energy: what projections leave of an input that lies inside what is stayed off is rounding
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,21 @@ class Subspace:
 
 @dataclass
 class _Problem:
-    """What every rule is given: per-task moments of the others, the own moment, r, the loud directions, a seed."""
+    """What every rule is given: the others' moments and the own one, r, the loud directions, a seed."""
 
-    others: Sequence[Moment]
-    own: Moment | None
+    others: Others
     rank: int
     avoid: Tensor
     seed: int
     notes: list[str] = field(default_factory=list)
 
     @property
+    def own(self) -> Moment | None:
+        return self.others.own
+
+    @property
     def width(self) -> int:
-        return self.others[0].width
-
-    @cached_property
-    def pooled(self) -> Moment:
-        return pooled(self.others)
-
-    @cached_property
-    def pooled_spectrum(self) -> tuple[Tensor, Tensor]:
-        return spectrum(self.pooled)
+        return self.others.width
 
 
 def osrm_subspace(
@@ -102,11 +98,40 @@ def osrm_subspace(
 
     Raises LoraloomError for an unknown rule, a rank above n, a share outside [0, 1), or unequal widths.
     """
-    _check(others, own, taken, rank, rule, energy_share)
-    avoid = loud_directions(others, energy_share)
+    _check_moments([*others, own] if own else others, 1 if own else 0)
+    return subspace_off(Others.of(others, own), rank, rule, energy_share, seed, taken)
+
+
+def osrm_subspaces(
+    moments: Mapping[str, Moment],
+    rank: int,
+    *,
+    rule: str = "osrm",
+    energy_share: float = 0.5,
+    seeds: Mapping[str, int] | None = None,
+) -> dict[str, Subspace]:
+    """Return the start of A for one layer of every task in `moments`, each off all others, from one factorisation.
+
+    As `osrm_subspace` for each task. seeds: one for each task by name, 0 for those that are not named. Raises
+    LoraloomError as it does, and for fewer than two tasks.
+    """
+    _check_moments(list(moments.values()), 1)
+    pool = Pool(list(moments.values()))
+    return {
+        name: subspace_off(pool.without(index), rank, rule, energy_share, (seeds or {}).get(name, 0), None)
+        for index, name in enumerate(moments)
+    }
+
+
+def subspace_off(
+    others: Others, rank: int, rule: str, energy_share: float, seed: int, taken: Tensor | None
+) -> Subspace:
+    """Return what `osrm_subspace` does, for callers that ask several times about the same others."""
+    _check(others.width, taken, rank, rule, energy_share)
+    avoid = others.loud(energy_share)
     if taken is not None:
         avoid = torch.cat([avoid, _new_directions(taken.double(), avoid)], dim=1)
-    problem = _Problem(others, own, rank, avoid, seed)
+    problem = _Problem(others, rank, avoid, seed)
     A = RULES[rule](problem)
     return Subspace(A.float(), avoid.float(), _diagnose(problem, A))
 
@@ -116,13 +141,7 @@ def loud_directions(others: Sequence[Moment], energy_share: float) -> Tensor:
 
     Each task counts alike, however many rows it has or how large its activations are.
     """
-    loud = [_weighted(moment, 1 / moment.trace()) for moment in others if moment.trace() > 0]
-    if not loud or energy_share == 0:
-        return torch.zeros(others[0].width, 0, dtype=torch.float64)
-    values, vectors = spectrum(pooled(loud))
-    held = torch.cumsum(values, 0) / values.sum()
-    count = int((held < energy_share).sum()) + 1
-    return vectors[:, :count]
+    return Others.of(others, None).loud(energy_share)
 
 
 def _new_directions(rows: Tensor, known: Tensor) -> Tensor:
@@ -176,9 +195,18 @@ def _osrm(problem: _Problem) -> Tensor:
     the tied is optimal: those with most own energy are taken. The rows are turned to own principal directions, so the
     result does not hang on rounding.
     """
-    values, vectors = problem.pooled_spectrum
-    width, rank, floor = problem.width, problem.rank, _rounding(values)
-    cut = float(_padded(values, width)[width - rank])
+    others, width, rank = problem.others, problem.width, problem.rank
+    untouched = others.dual(rank)
+    if untouched is not None:
+        return _fix_signs(untouched)
+    end = others.quiet(rank + 1)
+    if end is not None and end.values[rank] > end.values[rank - 1] + end.floor:
+        tied_from = int((end.values < end.values[rank - 1] - end.floor).sum())
+        spaces = end.vectors[:, :tied_from], end.vectors[:, tied_from:rank]
+        return torch.cat([_turned_to_own(problem, space) for space in spaces])
+    values, vectors = others.spectrum
+    floor = rounding(values)
+    cut = float(values[width - rank]) if width - rank < len(values) else 0.0
     if cut <= floor:
         return _own_directions(problem, vectors[:, values > floor], rank)
     loud, not_quiet = vectors[:, values > cut + floor], vectors[:, values >= cut - floor]
@@ -192,7 +220,7 @@ def _apart(problem: _Problem) -> Tensor:
     check_room(problem.avoid, problem.rank)
     drawn = _drawn_off(problem.avoid, problem.rank, problem.seed)
     # one more pass: a QR of projected rows drifts back towards `avoid` by rounding
-    return _orthonormal(project_out(drawn, problem.avoid))
+    return orthonormal(project_out(drawn, problem.avoid))
 
 
 def _complement(problem: _Problem) -> Tensor:
@@ -206,7 +234,7 @@ def _mean(problem: _Problem) -> Tensor:
 
     With T - 1 < n rows these are an arbitrary basis of a null space. Unlike that code, padding is not averaged.
     """
-    means = torch.stack([moment.mean() for moment in problem.others])
+    means = torch.stack([moment.mean() for moment in problem.others.moments])
     problem.notes.append("rule 'mean': the last singular vectors of few mean rows are an arbitrary choice")
     basis: Tensor = torch.linalg.svd(means, full_matrices=True).Vh
     return basis[-problem.rank :]
@@ -216,7 +244,7 @@ def _random(problem: _Problem) -> Tensor:
     """Random orthonormal rows, uniform over subspaces: the control of equal norm."""
     generator = torch.Generator().manual_seed(problem.seed)
     gaussian = torch.randn(problem.width, problem.rank, generator=generator, dtype=torch.float64)
-    return _orthonormal(gaussian.T)
+    return orthonormal(gaussian.T)
 
 
 def _default(problem: _Problem) -> Tensor:
@@ -248,49 +276,42 @@ def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:
 
     Where the own inputs hold fewer such directions, seeded random ones off both fill up.
     """
-    width = problem.width
-    found = torch.zeros(width, 0, dtype=torch.float64)
-    if problem.own is not None:
-        values, vectors = spectrum(_without(problem.own, avoid))
-        # what the projection leaves of an input that lies inside `avoid` is rounding, not a direction
-        floor = problem.own.trace() * 1e-12
-        found = vectors[:, : min(count, int((values > floor).sum()))]
+    found, own = avoid.new_zeros(problem.width, 0), problem.own
+    if own is not None:
+        values, vectors = top_directions(_without(own, avoid), count)
+        found = vectors[:, values > own.trace() * _INSIDE]
     missing = count - found.shape[1]
     if missing:
         filling = _drawn_off(torch.cat([avoid, found], dim=1), missing, problem.seed)
         found = torch.cat([found, filling.T], dim=1)
-        if count < width - avoid.shape[1]:  # there is a choice
+        if count < problem.width - avoid.shape[1]:  # there is a choice
             problem.notes.append(
                 f"own inputs choose {count - missing} of {count} directions; the rest is drawn by seed"
             )
     # one more pass: a QR of projected columns drifts back towards `avoid` by rounding
-    return _fix_signs(_orthonormal(project_out(found.T, avoid)))
+    return _fix_signs(orthonormal(project_out(found.T, avoid)))
+
+
+def _turned_to_own(problem: _Problem, space: Tensor) -> Tensor:
+    """Return orthonormal rows (p, n) that span `space` (n, p), own principal directions first, then seeded ones."""
+    found, own = space[:, :0], problem.own
+    if own is not None:
+        seen = own.as_gram() @ space if own.thin is None else own.as_rows().T @ (own.as_rows() @ space)
+        values, turn = torch.linalg.eigh(space.T @ seen)
+        found = space @ turn.flip(1)[:, values.flip(0) > own.trace() * _INSIDE]
+    drawn = _drawn(problem.width, space.shape[1] - found.shape[1], problem.seed)
+    filling = orthonormal(project_out(drawn @ space @ space.T, found))
+    return _fix_signs(orthonormal(torch.cat([found.T, filling]) @ space @ space.T))
+
+
+def _drawn(width: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64)
 
 
 def _drawn_off(avoid: Tensor, count: int, seed: int) -> Tensor:
     """Return random orthonormal rows (count, n) off `avoid` (n, p), but for rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(count, avoid.shape[0], generator=generator, dtype=torch.float64)
-    return _orthonormal(project_out(gaussian, avoid))
-
-
-def spectrum(moment: Moment) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (p,) descending and eigenvectors (n, p) of H^T H, float64, with p = min(k, n).
-
-    While the rows are at hand and fewer than n, an SVD of the rows spares the n x n eigenproblem.
-    """
-    if moment.thin is not None:
-        _, singular, Vh = torch.linalg.svd(moment.as_rows(), full_matrices=False)
-        return singular.square(), Vh.T
-    values, vectors = torch.linalg.eigh(moment.as_gram())
-    return values.flip(0).clamp_min(0), vectors.flip(1)
-
-
-def _weighted(moment: Moment, weight: float) -> Moment:
-    """Return the moment whose Gram matrix is `weight` times that of `moment`."""
-    if moment.thin is not None:
-        return replace(moment, rows=None, factor=moment.as_rows() * math.sqrt(weight))
-    return replace(moment, gram=moment.as_gram() * weight)
+    return orthonormal(project_out(_drawn(avoid.shape[0], count, seed), avoid))
 
 
 def _without(moment: Moment, avoid: Tensor) -> Moment:
@@ -301,71 +322,50 @@ def _without(moment: Moment, avoid: Tensor) -> Moment:
     return replace(moment, gram=project_out(half.T, avoid))
 
 
-def _rounding(values: Tensor) -> float:
-    """Return how well the eigenvalues (descending) of a Gram matrix are known: some eps times the largest."""
-    return float(values[0]) * len(values) * 10 * torch.finfo(torch.float64).eps if len(values) else 0.0
-
-
-def _padded(values: Tensor, width: int) -> Tensor:
-    """Return all n eigenvalues: those of fewer rows than n are followed by zeros."""
-    return torch.cat([values, values.new_zeros(width - len(values))])
-
-
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Return rows (r, n) that are orthonormal and span the same space, by QR."""
-    Q: Tensor = torch.linalg.qr(rows.T).Q
-    return Q.T
-
-
 def _fix_signs(A: Tensor) -> Tensor:
     largest = A.abs().argmax(dim=1, keepdim=True)
     return A * A.gather(1, largest).sign()
 
 
 def _diagnose(problem: _Problem, A: Tensor) -> Diagnostics:
-    pooled, (values, _) = problem.pooled, problem.pooled_spectrum
-    width, rank = problem.width, problem.rank
-    padded = _padded(values, width)
-    numerical_rank = int((values > _rounding(values)).sum())
+    others, own, width, rank = problem.others, problem.own, problem.width, problem.rank
+    numerical_rank, gap = others.ends(rank)
     determined = numerical_rank >= width - rank
     if not determined:
         problem.notes.append(
-            f"the sample does not determine the space: {pooled.count} rows of the others span {numerical_rank} of "
+            f"the sample does not determine the space: {others.count} rows of the others span {numerical_rank} of "
             f"{width} directions, and r = {rank} leaves {width - rank - numerical_rank} to choose"
         )
-    top = float(padded[0])
-    gap = float(padded[width - rank - 1] - padded[width - rank]) / top if rank < width and top > 0 else 0.0
-    basis = _orthonormal(A.double())
-    own = problem.own
+    basis = orthonormal(A.double())
     return Diagnostics(
-        rows_seen=pooled.count,
+        rows_seen=others.count,
         numerical_rank=numerical_rank,
         determined=determined,
-        eigengap=max(gap, 0.0),
-        others_energy=_share(pooled, basis),
-        own_energy=None if own is None else _share(own, basis),
+        eigengap=gap,
+        others_energy=others.share_seen(basis),
+        own_energy=None if own is None else share_seen(own, basis),
         avoided=problem.avoid.shape[1],
         notes=tuple(problem.notes),
     )
 
 
-def _share(moment: Moment, basis: Tensor) -> float:
-    trace = moment.trace()
-    return moment.energy(basis) / trace if trace > 0 else 0.0
-
-
-def _check(
-    others: Sequence[Moment], own: Moment | None, taken: Tensor | None, rank: int, rule: str, energy_share: float
-) -> None:
-    if rule not in RULES:
-        raise LoraloomError(f"subspace rule {rule!r} is unknown", did_you_mean(rule, RULES))
-    if not others:
+def _check_moments(moments: Sequence[Moment], own: int) -> None:
+    """Raise LoraloomError unless there is a moment besides `own` own ones, and all are of one width."""
+    if len(moments) <= own:
         raise LoraloomError("a subspace needs the statistics of at least one other task", "name the other tasks")
-    widths = {moment.width for moment in others} | ({own.width} if own is not None else set())
-    widths |= {taken.shape[1]} if taken is not None else set()
+    _check_widths({moment.width for moment in moments})
+
+
+def _check_widths(widths: set[int]) -> None:
     if len(widths) > 1:
         raise LoraloomError(f"statistics of one layer have unequal widths {sorted(widths)}", "use one base model")
-    width = widths.pop()
+
+
+def _check(width: int, taken: Tensor | None, rank: int, rule: str, energy_share: float) -> None:
+    if rule not in RULES:
+        raise LoraloomError(f"subspace rule {rule!r} is unknown", did_you_mean(rule, RULES))
+    if taken is not None:
+        _check_widths({width, taken.shape[1]})
     if not 1 <= rank <= width:
         raise LoraloomError(f"rank {rank} does not fit a layer of {width} inputs", f"choose a rank from 1 to {width}")
     if not 0 <= energy_share < 1:

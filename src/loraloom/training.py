@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 from peft import (
     LoraConfig,
@@ -32,11 +33,13 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 import loraloom
 from loraloom.atomic import staged_folder, write_text
 from loraloom.base import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
-from loraloom.errors import LoraloomError, raise_problems
+from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.heads import Head
-from loraloom.initialise import keep_callback
+from loraloom.keeping import keep_callback
+from loraloom.launch import by_first, check_training, on_cpu, started
 from loraloom.metrics import metric_value
 from loraloom.peft_folder import PROVENANCE, adapter_sha256, read_adapter, read_provenance
+from loraloom.ranks import gathered, rank_and_size
 from loraloom.recipe import LoraSettings, TrainingSettings
 from loraloom.tasks.encoding import encode
 from loraloom.tasks.task import Task
@@ -75,14 +78,24 @@ def train_adapter(
     lies; the same call after a kill goes on from the last whole checkpoint there (another call starts afresh), and
     they are removed at the end. progress(steps done, steps in all) is called after every optimiser step.
 
-    Raises LoraloomError for a base or init that cannot be used, where the loss is not finite, and for a full disk.
+    Under `accelerate launch` or torchrun every process calls this, and they train together: a batch is shared out among
+    them, the first one writes and tells its progress, all return the same. They need one file system.
+
+    Raises LoraloomError for a base or init that cannot be used, where the loss is not finite, and for a full disk: in
+    all processes the same one, but for a full disk, which the first one meets alone.
     """
     settings, lora = settings or TrainingSettings(), lora or LoraSettings()
     output = Path(output)
     checkpoints = checkpoints or output.with_name(f".{output.name}.checkpoints")
-    model = _peft_model(base, task, init, lora, seed)
-    checkpoint = _resumable(checkpoints, _call(base, task, init, lora, settings, seed))
-    tokenizer = load_tokenizer(base)
+    PartialState(cpu=on_cpu())  # joins the processes that a launcher started
+    errors: list[LoraloomError] = []
+    with collecting(errors):
+        check_training(settings.batch_size)
+        model = _peft_model(base, task, init, lora, seed)
+        tokenizer = load_tokenizer(base)
+        call = _call(base, task, init, lora, settings, seed)
+    raise_together([error for found in gathered(errors) for error in found])
+    checkpoint = by_first(lambda: _resumable(checkpoints, call))
     trainer = Trainer(
         model=model,
         args=_arguments(settings, seed, checkpoints, _epochs(checkpoint) or settings.epochs),
@@ -99,8 +112,8 @@ def train_adapter(
     best = trainer.state.best_metric
     if best is None or not all(torch.isfinite(tensor).all() for tensor in get_peft_model_state_dict(model).values()):
         raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", _NOT_FINITE)
-    _save(model, base, output, task, init, settings, seed, trainer.state)
-    _clear(checkpoints)
+    by_first(lambda: _save(model, base, output, task, init, settings, seed, trainer.state))
+    by_first(lambda: _clear(checkpoints))
     return Trained(output, float(best), int(trainer.state.global_step))
 
 
@@ -170,16 +183,17 @@ def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path, epochs:
     if settings.gradient_checkpointing:
         new, old = "activation_checkpointing", "gradient_checkpointing"
         by_version[new if new in known else old] = True
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=epochs,
         learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // started(),
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.accumulate,
         lr_scheduler_type="linear",
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
+        use_cpu=on_cpu(),
         bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and bf16),
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -196,14 +210,18 @@ def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path, epochs:
         report_to=[],
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
+        ddp_find_unused_parameters=False,  # every trained one is used; looking costs time, and fails where layers rerun
         **by_version,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a lone process would take a batch of this size to every GPU
+    return arguments
 
 
 def _callbacks(
     task: Task, settings: TrainingSettings, init: str | Path | None, progress: Progress | None
 ) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [_Watch(task.name, progress)]
+    callbacks: list[TrainerCallback] = [_Watch(task.name, progress if rank_and_size()[0] == 0 else None)]
     if init is not None:
         callbacks.append(keep_callback(init))
     if settings.patience is not None:
@@ -257,6 +275,7 @@ def _call(
     """Return what the result hangs on, as JSON: a checkpoint of another call must not be gone on from."""
     start = lora.model_dump() if init is None else [adapter_sha256(init), read_provenance(init).get("init")]
     content = [base_sha256(base), task.digest(), start, settings.model_dump(), seed, transformers.__version__]
+    content += [started()] if started() > 1 else []  # each process has a state of its own beside the checkpoint
     return json.dumps(content, sort_keys=True)
 
 

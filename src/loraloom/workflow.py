@@ -1,4 +1,4 @@
-"""Single stages by hand: files in, files out. What the commands init, train, merge, evaluate and inspect call."""
+"""Single stages by hand: files in, files out. What the commands init, train, merge and evaluate call."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_probl
 from loraloom.evaluation import Evaluator, evaluate
 from loraloom.heads import Head, align_heads
 from loraloom.hooks import Kind
-from loraloom.initialise import Initialisation, initialise, task_seed
-from loraloom.interference import response
+from loraloom.initialise import Initialisation, initialise, initialise_all, task_seed
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, names_of
-from loraloom.overlap import Overlaps, overlaps
 from loraloom.peft_folder import PROVENANCE, read_adapter, read_provenance, task_of
+from loraloom.privacy import Noise, add_noise, noise_scale
 from loraloom.probe import TaskProbe
 from loraloom.progress import Reporter
+from loraloom.ranks import rank_and_size
 from loraloom.recipe import Recipe
 from loraloom.results import Score
 from loraloom.stages import alignment_rows, build_task, collect, generic_rows, merged_adapters, sample, task_probe
-from loraloom.statistics import Statistics
+from loraloom.statistics import Statistics, collect_statistics
 from loraloom.store import Store
+from loraloom.tasks.encoding import batches, encode
 from loraloom.tasks.sources import read_table
 from loraloom.tasks.task import Task
 from loraloom.tensor_file import save_tensors
@@ -40,11 +41,22 @@ from loraloom.training import Trained, train_adapter
 
 
 def collect_from_file(
-    texts: str, columns: Sequence[str], base: str, targets: Sequence[str], count: int, kind: str, max_length: int
+    texts: str,
+    columns: Sequence[str],
+    base: str,
+    targets: Sequence[str],
+    count: int,
+    kind: str,
+    max_length: int,
+    rank: int | None = None,
+    noise: Noise | None = None,
 ) -> Statistics:
     """Return the statistics of the first `count` texts of a file or hub data set; labels are not read.
 
-    Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an unknown `kind`.
+    `rank` bounds the directions of an input. For `noise`, which `shared_alone` adds, rows are clipped and the bound is
+    left to come after it. Each process of a group reads its part of the texts, and all return the
+    statistics of all. Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an
+    unknown `kind`.
     """
     if kind not in get_args(Kind):
         raise LoraloomError(f"kind {kind!r} is unknown", did_you_mean(kind, get_args(Kind)))
@@ -70,42 +82,106 @@ def collect_from_file(
     raise_problems(texts, problems)
     names = ("text_a", "text_b")[: len(columns)]
     kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
-    evaluator = Evaluator(base_folder(base), max_length=max_length)
-    return collect(evaluator, datasets.Dataset.from_list(kept), list(targets), cast(Kind, kind), max_length, 32)
+    bound, clip = (None, noise.clip) if noise else (rank, None)
+    return _collected(base, datasets.Dataset.from_list(kept), targets, cast(Kind, kind), max_length, bound, clip)
+
+
+def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: str) -> Noise | None:
+    """Return the noise that was asked for. Raises LoraloomError for options that do not go together or fit."""
+    if epsilon is None:
+        raise_problems("--clip", [] if clip is None else ["it is for --noise, which is not given"])
+        return None
+    problems = [] if kind == "sample" else ["it needs --kind sample: a text's tokens are too many rows to hide"]
+    if clip is None:
+        raise_problems("--noise", [*problems, "it needs --clip"], "docs/sharing.md tells how to choose it")
+        return None
+    raise_problems("--noise", problems)
+    noise_scale(epsilon, delta, 1.0)  # for its checks, before anything is collected
+    return Noise(epsilon, delta, clip)
+
+
+def shared_alone(found: Statistics, rows: int | None, rank: int | None, noise: Noise | None) -> Statistics:
+    """Return what may be handed on: with noise, of limited rank, of so many rows at most; None for no such limit."""
+    if noise:
+        found = add_noise(found, *noise)
+        found = found.limit_rank(rank) if rank else found
+    return found if rows is None else found.limit_rows(rows)
 
 
 def make_atlas(
-    base: str, targets: Sequence[str], texts: str | None, columns: Sequence[str], count: int, max_length: int
+    base: str,
+    targets: Sequence[str],
+    texts: str | None,
+    columns: Sequence[str],
+    count: int,
+    max_length: int,
+    rank: int | None = None,
 ) -> Statistics:
     """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
     if texts:
-        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length)
+        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, rank)
     raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
+    return _collected(base, generic_rows(count), targets, "token", max_length, rank)
+
+
+def _collected(
+    base: str,
+    rows: datasets.Dataset,
+    targets: Sequence[str],
+    kind: Kind,
+    max_length: int,
+    bound: int | None,
+    clip: float | None = None,
+) -> Statistics:
+    """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
+    process, size = rank_and_size()
     evaluator = Evaluator(base_folder(base), max_length=max_length)
-    return collect(evaluator, generic_rows(count), list(targets), "token", max_length, 32)
+    encoded = encode(rows.select(range(process, len(rows), size)), evaluator.tokenizer, max_length)
+    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, 32))
+    return collect_statistics(evaluator.model, fed, list(targets), rows=kind, bound=bound, clip=clip)
 
 
 def initialise_from_files(
     output: Path,
+    tasks: Sequence[Path],
     own: Path | None,
     others: Sequence[Path],
     after: Sequence[Path],
     lora: Mapping[str, Any],
     options: Mapping[str, Any],
-) -> Initialisation:
-    """Write an adapter folder from statistics files; see `initialise`. Others and earlier adapters go by path.
+) -> dict[Path, Initialisation]:
+    """Write adapter folders from statistics files, and return by folder what was written.
 
-    Without a seed it is drawn from the folder's name: teams that share an atlas must not start at the same A.
+    Of `tasks`, one folder each in `output`, by the file's name: see `initialise_all`. Without them the folder `output`,
+    of the task `own` off `others`: see `initialise`. Others and earlier adapters go by path. Without a seed it is drawn
+    from the folder's name: teams that share an atlas must not start at the same A.
     """
-    check_folder(output)
-    if options["seed"] is None:
-        options = {**options, "seed": task_seed(0, output.resolve().name)}
+    mixed = [f"{path} is given with the files of all tasks" for path in [*([own] if own else []), *others] if tasks]
+    raise_problems("init", mixed, "give the files of all tasks, or --own, --other and --atlas for one of them")
+    names = [path.stem for path in tasks]
+    twice = [f"two files are named {name}" for name in sorted(set(names)) if names.count(name) > 1]
+    raise_problems("init", twice, "name each file after its task")
     config = LoraConfig(
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], use_rslora=lora["rslora"]
     )
-    read = {str(path): Statistics.load(path) for path in others}
+    errors: list[LoraloomError] = []
+    read: dict[Path, Statistics] = {}
+    for folder in [output / name for name in names] or [output]:
+        with collecting(errors):
+            check_folder(folder)
+    for path in [*tasks, *([own] if own else []), *others]:
+        with collecting(errors):
+            read[path] = Statistics.load(path)
+    raise_together(errors)
     earlier = {str(path): read_adapter(path) for path in after}
-    return initialise(output, Statistics.load(own) if own else None, read, config, after=earlier, **options)
+    if tasks:
+        every = {name: read[path] for name, path in zip(names, tasks, strict=True)}
+        done = initialise_all(output, every, config, after=earlier, **{**options, "seed": options["seed"] or 0})
+        return {output / name: one for name, one in done.items()}
+    if options["seed"] is None:
+        options = {**options, "seed": task_seed(0, output.resolve().name)}
+    known = {str(path): read[path] for path in others}
+    return {output: initialise(output, read[own] if own else None, known, config, after=earlier, **options)}
 
 
 def train_from_recipe(
@@ -222,27 +298,6 @@ def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: s
     return scores
 
 
-def inspect_paths(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any], Overlaps | None]:
-    """Return facts of adapter folders and statistics files, responses where both are given, overlaps of two or more."""
-    adapters: dict[str, Adapter] = {}
-    statistics: dict[str, Statistics] = {}
-    facts: dict[str, Any] = {}
-    for path in paths:
-        if path.is_dir():
-            adapters[str(path)] = adapter = read_adapter(path)
-            facts[str(path)] = _adapter_facts(adapter, path)
-        else:
-            statistics[str(path)] = read = Statistics.load(path)
-            facts[str(path)] = read.contents()
-    shared = overlaps(adapters) if len(adapters) > 1 else None
-    if not (adapters and statistics):
-        return facts, {}, shared
-    rows = {
-        name: [_response(adapter, seen, name) for seen in statistics.values()] for name, adapter in adapters.items()
-    }
-    return facts, {"statistics": list(statistics), "rows": rows}, shared
-
-
 def study_store(folder: Path) -> Store:
     """Return the store of a study folder. Raises LoraloomError where there is none."""
     if not (folder / "stages").is_dir():
@@ -279,26 +334,3 @@ def _heads(adapter: Adapter, folder: Path) -> dict[str, Head]:
     if adapter.head:
         found[task_of(folder)] = adapter.head
     return {name: Head.of(tensors, name) for name, tensors in found.items()}
-
-
-def _adapter_facts(adapter: Adapter, path: Path) -> dict[str, Any]:
-    energy = sum(update.energy() for update in adapter.updates.values())
-    provenance = read_provenance(path)
-    return {
-        "base": adapter.base,
-        "layers": len(adapter.updates),
-        "rank": adapter.rank,
-        "energy |dW|^2": round(energy, 6),
-        "heads": sorted(_heads(adapter, path)),
-        "made by": provenance.get("made_by") or provenance.get("kind", "unknown"),
-    }
-
-
-def _response(adapter: Adapter, seen: Statistics, name: str) -> float:
-    missing = sorted(set(adapter.updates) - set(seen.layers))
-    if missing:
-        raise LoraloomError(
-            f"{name}: adapts {missing[0]}, which the statistics do not cover", "collect them on its targets"
-        )
-    squares = [response(update, seen.moment(module))[1] ** 2 for module, update in adapter.updates.items()]
-    return float((sum(squares) / len(squares)) ** 0.5)
