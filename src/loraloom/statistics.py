@@ -220,7 +220,8 @@ def collect_statistics(
     With `clip`, rows longer than it are scaled down to it, as `loraloom.privacy.add_noise` needs them.
 
     In a torch.distributed process group every process has to call this, each with batches of its own: the statistics
-    that all of them return are those of all batches.
+    that all of them return are those of all batches. Equal batches on two processes count twice; a model under FSDP
+    needs as many on each.
 
     Raises LoraloomError for targets that match nothing or are never called, a batch whose masks do not fit, values
     that are not finite (looked for at batches 1, 2, 4, 8, ... and the last), and where no row was seen.
