@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -200,11 +199,12 @@ def inspect(
     """Predict before training or merging: from statistics, from adapters, or from both; see docs/predict.md."""
     with command(quiet, as_json) as out:
         from loraloom.inspection import facts, inspect_paths, sentences, tables
+        from loraloom.terminal import lines
 
         found = inspect_paths(paths, rank)
         for table in tables(found):
             out.table(*table)
-        out.result(facts(found), json.dumps(found.files, indent=1, default=str))
+        out.result(facts(found), "\n".join(lines(found.files)))
         for sentence in sentences(found):
             out.hint(sentence)
 

@@ -38,7 +38,7 @@ class Out:
         if self.as_json:
             self._out.file.write(json.dumps(facts, indent=1, default=str) + "\n")
         elif not self.quiet:
-            shown = text or "\n".join(_lines(facts))
+            shown = text or "\n".join(lines(facts))
             self._out.print(escape(shown), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -63,11 +63,12 @@ class Out:
         return Reporter(quiet=self.quiet or self.as_json)
 
 
-def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+def lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield facts as lines, those within facts set in."""
     for key, value in facts.items():
         if isinstance(value, dict) and value:
             yield f"{indent}{key}:"
-            yield from _lines(value, f"{indent}  ")
+            yield from lines(value, f"{indent}  ")
         else:
             yield f"{indent}{key}: {value if value not in ({}, None) else 'none'}"
 
