@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import tiny
 import tiny_study
-from loraloom import training
+from loraloom import launch, training
 from loraloom.base import load_classifier
 from loraloom.cli import app
 from loraloom.errors import LoraloomError
@@ -197,3 +197,13 @@ def test_processes_that_did_not_meet_are_told(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(training, "PartialState", lambda cpu: None)
     with pytest.raises(LoraloomError, match="2 were started, 1 found together"):
         train_adapter("nowhere", TASK, tmp_path / "out")
+
+
+def test_a_torch_built_for_gpus_trains_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver torch still names what it was built for: the processes would each have trained alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert launch.on_cpu()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not launch.on_cpu()

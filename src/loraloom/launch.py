@@ -34,7 +34,8 @@ def started() -> int:
 
 def on_cpu() -> bool:
     """Tell whether several processes train on the CPU; accelerate has to be told, or each would train alone."""
-    kind = torch.accelerator.current_accelerator()
+    # what torch was built for is told even where there is none
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return started() > 1 and (kind is None or kind.type == "mps" or _asked("CPU"))
 
 
