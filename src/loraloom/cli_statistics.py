@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,8 +89,8 @@ def show_statistics(
     with command(quiet, as_json) as out:
         from loraloom.statistics import Statistics
 
-        found = Statistics.load(file).contents()
-        out.result(found)
+        found = Statistics.load(file)
+        out.result(found.contents())
         _warn_of_rows(found, out)
 
 
@@ -123,13 +122,14 @@ def atlas(
 def _save(found: Statistics, output: Path, out: Out) -> None:
     found.save(output)
     out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
-    _warn_of_rows(found.contents(), out)
+    _warn_of_rows(found, out)
 
 
-def _warn_of_rows(contents: Mapping[str, Any], out: Out) -> None:
+def _warn_of_rows(found: Statistics, out: Out) -> None:
     """Say it where a file holds what layers read of single tokens or texts."""
-    if contents["inputs with their rows"]:
+    raw = found.inputs_with_rows()
+    if raw:
         out.hint(
-            f"{contents['inputs with their rows']} inputs hold every row that the layer read: from these the texts can "
+            f"{raw} inputs hold every row that the layer read: from these the texts can "
             "be read back. Before sharing, write sums alone with --rows 0 (docs/sharing.md)"
         )

@@ -95,16 +95,14 @@ def initialise(
 
     Raises LoraloomError that tells together every layer that does not fit.
     """
-    meant_keep, meant_scale = meant(rule)
-    keep, scale, after = keep or meant_keep, scale or meant_scale, after or {}
-    _check_options(others, rule, keep, scale, after)
-    base = own or next(iter(others.values()))
-    _check_statistics(base, others, after)
+    after = after or {}
+    base, options = _settled(own, others, rule, keep, scale, energy_share, after)
+    options["seed"] = seed
     if isinstance(into, torch.nn.Module):
         model = peeled(into)
         if not isinstance(model, PeftModel):
             raise LoraloomError(f"{type(into).__name__} is no PeftModel", "give get_peft_model's, or a folder")
-        if keep == "frozen" and isinstance(into, torch.nn.parallel.DistributedDataParallel):
+        if options["keep"] == "frozen" and isinstance(into, torch.nn.parallel.DistributedDataParallel):
             raise LoraloomError("DDP waits for the gradient of an A that is frozen", "initialise, then wrap in DDP")
         if lora is not None:
             raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")
@@ -118,7 +116,6 @@ def initialise(
     def view(name: str) -> list[Others]:
         return [Others.of([seen.moments[name] for seen in others.values()], own.moments[name] if own else None)]
 
-    options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
     (done,) = _starts(base, ranks, view, [options], after)
     done.provenance.update(_provenance(base, own, others, after, options, done.subspaces))
     if isinstance(into, torch.nn.Module):
@@ -146,11 +143,9 @@ def initialise_all(
     itself), but layer by layer: what a layer's moments are factored into serves all tasks, and no other layer's
     moments need be in memory. Raises LoraloomError as it does, before anything is written.
     """
-    meant_keep, meant_scale = meant(rule)
-    keep, scale, after = keep or meant_keep, scale or meant_scale, after or {}
-    _check_options(list(tasks)[1:], rule, keep, scale, after)
-    base = next(iter(tasks.values()))
-    _check_statistics(base, tasks, after)
+    after = after or {}
+    rest = dict(list(tasks.items())[1:])
+    base, chosen = _settled(next(iter(tasks.values()), None), rest, rule, keep, scale, energy_share, after)
     lora, ranks = _config_and_ranks(lora, base)
     _check_config(lora, ranks, base)
 
@@ -158,7 +153,6 @@ def initialise_all(
         pool = Pool([seen.moments[name] for seen in tasks.values()])
         return (pool.without(index) for index in range(len(tasks)))
 
-    chosen = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
     seeds = [seed if rule == "shared" else task_seed(seed, name) for name in tasks]
     options = [{**chosen, "seed": own_seed} for own_seed in seeds]
     done = dict(zip(tasks, _starts(base, ranks, views, options, after), strict=True))
@@ -214,6 +208,24 @@ def _rows_of(after: Mapping[str, Adapter], module: str) -> Tensor | None:
     """Return the rows of the earlier adapters' A's in one layer, (k, n), None where there are none."""
     rows = [adapter.updates[module].A for adapter in after.values() if module in adapter.updates]
     return torch.cat(rows) if rows else None
+
+
+def _settled(
+    own: Statistics | None,
+    others: Mapping[str, Statistics],
+    rule: str,
+    keep: Keep | None,
+    scale: Scale | None,
+    energy_share: float,
+    after: Mapping[str, Adapter],
+) -> tuple[Statistics, dict[str, Any]]:
+    """Return statistics that know the base, and the options of a start as the rule is meant; checks what is given."""
+    meant_keep, meant_scale = meant(rule)
+    keep, scale = keep or meant_keep, scale or meant_scale
+    _check_options(others, rule, keep, scale, after)
+    base = own or next(iter(others.values()))
+    _check_statistics(base, others, after)
+    return base, {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
 
 
 def _check_options(others: Collection[str], rule: str, keep: str, scale: str, after: Mapping[str, Adapter]) -> None:

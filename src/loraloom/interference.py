@@ -11,6 +11,7 @@ from torch import Tensor
 from loraloom.adapter import Adapter, Update
 from loraloom.errors import raise_problems
 from loraloom.moments import Moment
+from loraloom.overlap import update_bases
 from loraloom.statistics import Statistics
 
 
@@ -48,7 +49,7 @@ def interference(adapters: Mapping[str, Adapter], statistics: Mapping[str, Stati
 
 def response(update: Update, moment: Moment) -> tuple[float, float]:
     """Return the root mean square over rows h of |A h| and of |B A h|, from r x r matrices."""
-    K = _seen(update.A.double(), moment)
+    K = moment.seen_by(update.A.double())
     B = update.B.double()
     rows = max(moment.count, 1)
     seen, through = float(K.trace()), float(((B.T @ B) * K).sum())
@@ -67,8 +68,8 @@ def products(updates: Sequence[Update], moment: Moment, *, onto: Update | None =
     A = torch.cat([update.A.double() for update in updates])
     B = torch.cat([update.B.double() for update in updates], dim=1)
     if onto is not None:
-        B = column_basis(onto).T @ B
-    seen = _seen(A, moment) / max(moment.count, 1)
+        B = update_bases(onto)[1].T @ B
+    seen = moment.seen_by(A) / max(moment.count, 1)
     if centred:
         mean = A @ moment.mean()
         seen = seen - torch.outer(mean, mean)
@@ -76,15 +77,6 @@ def products(updates: Sequence[Update], moment: Moment, *, onto: Update | None =
     inside = torch.nn.functional.one_hot(member, len(updates)).double()
     found: Tensor = inside.T @ ((B.T @ B) * seen) @ inside
     return found
-
-
-def column_basis(update: Update) -> Tensor:
-    """Return (m, p) float64, p <= r, orthonormal: the directions in which dW writes, none of an update that is zero."""
-    Q, R = torch.linalg.qr(update.B.double())
-    # where A's rows depend on each other, B's columns reach more than dW does
-    U, S, _ = torch.linalg.svd(R @ torch.linalg.qr(update.A.double().T).R.T)
-    basis: Tensor = Q @ U[:, (1e-6 * S.max() < S)]
-    return basis
 
 
 def ratio(values: Tensor) -> float:
@@ -97,14 +89,6 @@ def ratios(values: Tensor) -> Tensor:
     own = values.diagonal(dim1=1, dim2=2)[:, :, None]
     relative = torch.where(own > 0, values / own.clamp_min(1e-300), torch.zeros_like(values))
     return relative.masked_fill(torch.eye(values.shape[1], dtype=torch.bool), torch.nan)
-
-
-def _seen(A: Tensor, moment: Moment) -> Tensor:
-    """Return A G A^T, (r, r)."""
-    if moment.gram is not None:
-        return A @ moment.gram @ A.T
-    through = moment.as_rows() @ A.T
-    return through.T @ through
 
 
 def check_cover(what: str, adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> None:

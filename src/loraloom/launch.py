@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
-from loraloom.ranks import gathered, rank_and_size
+from loraloom.ranks import gathered, rank_and_size, started
 
 T = TypeVar("T")
 
@@ -25,11 +25,6 @@ def by_first(work: Callable[[], T]) -> T:
     done, errors = gathered((done, errors))[0]
     raise_together(errors)
     return done[0]
-
-
-def started() -> int:
-    """Return the number of processes that `accelerate launch` or torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_cpu() -> bool:

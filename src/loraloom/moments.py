@@ -152,6 +152,13 @@ class Moment:
             return float(((A @ self.gram) * A).sum())
         return float((self.as_rows() @ A.T).square().sum())
 
+    def seen_by(self, A: Tensor) -> Tensor:
+        """Return A H^T H A^T, (r, r) float64, for A (r, n) float64."""
+        if self.thin is None:
+            return A @ self.as_gram() @ A.T
+        through = self.as_rows() @ A.T
+        return through.T @ through
+
     def mean(self) -> Tensor:
         """Return the mean row, (n,) float64."""
         mean: Tensor = self.total / max(self.count, 1)

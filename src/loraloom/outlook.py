@@ -153,9 +153,7 @@ def share(moment: Moment, A: Tensor) -> float:
 
 def _within(moment: Moment, V: Tensor) -> Tensor:
     """Return V^T G V / tr(G), (p, p), for V (n, p)."""
-    rows = moment.thin
-    seen = V.T @ moment.as_gram() @ V if rows is None else (rows.double() @ V).T @ (rows.double() @ V)
-    return seen / max(moment.trace(), 1e-300)
+    return moment.seen_by(V.T) / max(moment.trace(), 1e-300)
 
 
 def _shared(moments: Sequence[Moment]) -> tuple[Tensor, Tensor]:

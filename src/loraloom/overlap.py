@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter
+from loraloom.adapter import Adapter, Update
 from loraloom.errors import LoraloomError
 
 # Trained on MiniLM (rank 8 of 384 inputs) from one and the same A, adapters keep 0.47 to 0.75 and OSRM's quiet starts
@@ -55,7 +55,10 @@ def overlaps(adapters: Mapping[str, Adapter]) -> Overlaps:
     """
     names, count = list(adapters), len(adapters)
     tables = {key: torch.full((count, count), torch.nan, dtype=torch.float64) for key in ("rows", "columns", "chance")}
-    bases = {name: {module: _bases(adapter, module) for module in adapter.shapes} for name, adapter in adapters.items()}
+    bases = {
+        name: {module: update_bases(adapter.updates[module]) for module in adapter.shapes}
+        for name, adapter in adapters.items()
+    }
     for i, one in enumerate(names):
         for j, two in enumerate(names[i:], start=i):
             common = [module for module in bases[one] if module in bases[two]]
@@ -67,9 +70,11 @@ def overlaps(adapters: Mapping[str, Adapter]) -> Overlaps:
     return Overlaps(names, **tables)
 
 
-def _bases(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
-    """Return orthonormal bases of dW's row space (n, p) and column space (m, p), float64."""
-    update = adapter.updates[module]
+def update_bases(update: Update) -> tuple[Tensor, Tensor]:
+    """Return orthonormal bases of dW's row space (n, p) and column space (m, p), float64: what it reads and writes.
+
+    Where A's rows depend on each other B's columns reach more than dW does, and the other way round.
+    """
     Qa, Ra = torch.linalg.qr(update.A.double().T)
     Qb, Rb = torch.linalg.qr(update.B.double())
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T)

@@ -10,7 +10,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from loraloom.errors import LoraloomError, raise_together
+
 T = TypeVar("T")
+
+
+def started() -> int:
+    """Return the number of processes that `accelerate launch` or torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -19,7 +26,7 @@ def joined() -> Iterator[tuple[int, int]]:
 
     What is exchanged lies on the CPU, so gloo serves GPUs too. A group that is there already is used and left as it is.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_initialized())
+    several = started() > 1 and not (dist.is_available() and dist.is_initialized())
     if several:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -46,3 +53,8 @@ def gathered(value: T) -> list[T]:
     found: list[T] = [value] * size
     dist.all_gather_object(found, value)
     return found
+
+
+def raise_of_all(errors: list[LoraloomError]) -> None:
+    """Raise together, in every process, the errors of all: one that stopped alone would leave the others waiting."""
+    raise_together([error for found in gathered(errors) for error in found])

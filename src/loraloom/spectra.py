@@ -9,7 +9,7 @@ spectra go to `torch.linalg.eigh`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,8 +34,7 @@ def spectrum(moment: Moment) -> tuple[Tensor, Tensor]:
     Of rows fewer than n those above rounding, from an eigenproblem of their number; of a Gram matrix all n.
     """
     if moment.thin is None:
-        values, vectors = torch.linalg.eigh(moment.as_gram())
-        return values.flip(0).clamp_min(0), vectors.flip(1)
+        return _descending(moment.as_gram())
     rows = moment.as_rows()
     values, vectors = _above_rounding(rows @ rows.T)
     return values, _columns(rows, vectors / values.sqrt())
@@ -279,11 +278,16 @@ class _Top:
         return not torch.linalg.cholesky_ex(rest).info
 
 
+def _descending(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues of a Gram matrix, descending, none below 0, and their vectors."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
 def _above_rounding(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of rows rows^T that are not rounding, descending, and their vectors."""
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0), vectors.flip(1)
-    kept = values > max(rounding(values), 0.0)
+    values, vectors = _descending(gram)
+    kept = values > rounding(values)
     return values[kept], vectors[:, kept]
 
 
@@ -309,8 +313,7 @@ def _loud(gram: Tensor, share: float) -> tuple[Tensor, Tensor]:
         # no later eigenvalue is larger than the last one found
         least = (wanted - float(held[-1])) / max(float(found.values[-1]), 1e-300)
         count = max(3 * count, count + int(min(least, len(gram))) + 1)
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    values, vectors = _descending(gram)
     count = int((torch.cumsum(values, 0) < share * values.sum()).sum()) + 1
     return values[:count], vectors[:, :count]
 
@@ -319,7 +322,7 @@ def _top(gram: Tensor, count: int) -> _Top | None:
     """Return the `count` largest eigenvalues and their vectors, None where `eigh` is the better way."""
     if len(gram) < PARTIAL or count > len(gram) // _FEW:
         return None
-    found = _lanczos(lambda x: gram @ x, len(gram), count)
+    found = _lanczos(gram, count)
     return None if found is None else _Top(gram, *found)
 
 
@@ -338,12 +341,13 @@ def _quiet(gram: Tensor, count: int) -> Quiet | None:
     return Quiet(torch.from_numpy(values), torch.from_numpy(vectors), largest)
 
 
-def _lanczos(apply: Callable[[Tensor], Tensor], n: int, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return the `count` largest eigenvalues, descending, and vectors of a symmetric operator; None if unconverged."""
+def _lanczos(gram: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """Return the `count` largest eigenvalues, descending, and vectors of a Gram matrix; None if unconverged."""
+    n = len(gram)
     start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
 
     def product(x: np.ndarray) -> np.ndarray:
-        return apply(torch.from_numpy(np.ascontiguousarray(x).reshape(n))).numpy()
+        return (gram @ torch.from_numpy(np.ascontiguousarray(x).reshape(n))).numpy()
 
     operator = LinearOperator((n, n), matvec=product, dtype=np.float64)
     try:

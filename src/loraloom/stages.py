@@ -124,12 +124,20 @@ def make_statistics(
 
 
 def collect(
-    evaluator: Evaluator, rows: Dataset, targets: list[str] | str, kind: Kind, max_length: int, batch_size: int
+    evaluator: Evaluator,
+    rows: Dataset,
+    targets: list[str] | str,
+    kind: Kind,
+    max_length: int,
+    batch_size: int,
+    *,
+    bound: int | None = None,
+    clip: float | None = None,
 ) -> Statistics:
     """Return the statistics of the texts in `rows`, as the evaluator's base model reads them."""
     encoded = encode(rows, evaluator.tokenizer, max_length)
     fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, batch_size))
-    return collect_statistics(evaluator.model, fed, targets, rows=kind)
+    return collect_statistics(evaluator.model, fed, targets, rows=kind, bound=bound, clip=clip)
 
 
 def generic_rows(count: int) -> Dataset:

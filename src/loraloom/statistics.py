@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
+from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems
 from loraloom.hooks import (
     Kind,
     LayerReader,
@@ -33,7 +33,7 @@ from loraloom.hooks import (
 from loraloom.moment_file import StoredMoments, read_metadata, save_moments
 from loraloom.moments import Moment, pooled, sketched
 from loraloom.privacy import clipped
-from loraloom.ranks import gathered, rank_and_size
+from loraloom.ranks import gathered, raise_of_all, rank_and_size
 from loraloom.wrapped import each_weight, whole
 
 FORMAT = "loraloom-statistics-1"
@@ -106,6 +106,10 @@ class Statistics:
     def limit_rank(self, most: int) -> Statistics:
         """Return these statistics with the `most` loudest directions of each input; see `Moment.limit_rank`."""
         return replace(self, moments={name: moment.limit_rank(most) for name, moment in self.moments.items()})
+
+    def inputs_with_rows(self) -> int:
+        """Return the number of inputs whose rows are held as the layer read them."""
+        return sum(moment.rows is not None for moment in self.moments.values())
 
     def contents(self) -> dict[str, Any]:
         """Tell what a file of these statistics holds, and so hands to whoever reads it."""
@@ -234,8 +238,7 @@ def collect_statistics(
             if progress is not None:
                 progress(collector.texts)
         collector.check_finite()
-    # together: a process that stopped alone would leave the others waiting for it
-    raise_together([error for found in gathered(errors) for error in found])
+    raise_of_all(errors)
     return collector.statistics()
 
 

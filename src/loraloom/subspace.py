@@ -296,8 +296,7 @@ def _turned_to_own(problem: _Problem, space: Tensor) -> Tensor:
     """Return orthonormal rows (p, n) that span `space` (n, p), own principal directions first, then seeded ones."""
     found, own = space[:, :0], problem.own
     if own is not None:
-        seen = own.as_gram() @ space if own.thin is None else own.as_rows().T @ (own.as_rows() @ space)
-        values, turn = torch.linalg.eigh(space.T @ seen)
+        values, turn = torch.linalg.eigh(own.seen_by(space.T))
         found = space @ turn.flip(1)[:, values.flip(0) > own.trace() * _INSIDE]
     drawn = _drawn(problem.width, space.shape[1] - found.shape[1], problem.seed)
     filling = orthonormal(project_out(drawn @ space @ space.T, found))

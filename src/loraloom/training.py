@@ -33,13 +33,13 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 import loraloom
 from loraloom.atomic import staged_folder, write_text
 from loraloom.base import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
-from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
+from loraloom.errors import LoraloomError, collecting, raise_problems
 from loraloom.heads import Head
 from loraloom.keeping import keep_callback
-from loraloom.launch import by_first, check_training, on_cpu, started
+from loraloom.launch import by_first, check_training, on_cpu
 from loraloom.metrics import metric_value
 from loraloom.peft_folder import PROVENANCE, adapter_sha256, read_adapter, read_provenance
-from loraloom.ranks import gathered, rank_and_size
+from loraloom.ranks import raise_of_all, rank_and_size, started
 from loraloom.recipe import LoraSettings, TrainingSettings
 from loraloom.tasks.encoding import encode
 from loraloom.tasks.task import Task
@@ -94,7 +94,7 @@ def train_adapter(
         model = _peft_model(base, task, init, lora, seed)
         tokenizer = load_tokenizer(base)
         call = _call(base, task, init, lora, settings, seed)
-    raise_together([error for found in gathered(errors) for error in found])
+    raise_of_all(errors)
     checkpoint = by_first(lambda: _resumable(checkpoints, call))
     trainer = Trainer(
         model=model,

@@ -31,9 +31,8 @@ from loraloom.ranks import rank_and_size
 from loraloom.recipe import Recipe
 from loraloom.results import Score
 from loraloom.stages import alignment_rows, build_task, collect, generic_rows, merged_adapters, sample, task_probe
-from loraloom.statistics import Statistics, collect_statistics
+from loraloom.statistics import Statistics
 from loraloom.store import Store
-from loraloom.tasks.encoding import batches, encode
 from loraloom.tasks.sources import read_table
 from loraloom.tasks.task import Task
 from loraloom.tensor_file import save_tensors
@@ -136,9 +135,8 @@ def _collected(
     """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
     process, size = rank_and_size()
     evaluator = Evaluator(base_folder(base), max_length=max_length)
-    encoded = encode(rows.select(range(process, len(rows), size)), evaluator.tokenizer, max_length)
-    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, 32))
-    return collect_statistics(evaluator.model, fed, list(targets), rows=kind, bound=bound, clip=clip)
+    part = rows.select(range(process, len(rows), size))
+    return collect(evaluator, part, list(targets), kind, max_length, 32, bound=bound, clip=clip)
 
 
 def initialise_from_files(
