@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraloom.evaluation import Evaluator
 from loraloom.hooks import LayerReader, Side, target_layers
@@ -25,7 +25,7 @@ from loraloom.tasks.builtin_text import STANDARD_LIBRARY, docstrings_of, parts
 from loraloom.tasks.encoding import Encoded, batches, encode
 from loraloom.tasks.glue import GLUE
 
-BASE, TARGETS = "demo", ("query", "value")
+BASE = "demo"
 ATLAS_TEXTS = 300
 Jitter = tuple[Literal["step", "layer"], float, float]
 
@@ -41,9 +41,14 @@ class Settings:
     alignment_texts: int
     max_length: int
     rank: int
+    targets: str
     lr: float
     epochs: int
     batch: int
+
+    def layers(self, model: nn.Module) -> dict[str, Any]:
+        """Return the layers of a model that are trained."""
+        return target_layers(model, self.targets if self.targets == "all-linear" else self.targets.split(","))
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Ground:
     @torch.no_grad()
     def _read(self, encoded: Encoded, special: bool) -> dict[str, Tensor]:
         tokenizer, device = self.evaluator.tokenizer, next(self.evaluator.model.parameters()).device
-        reader = LayerReader(self.evaluator.model, target_layers(self.evaluator.model, TARGETS))
+        reader = LayerReader(self.evaluator.model, self.settings.layers(self.evaluator.model))
         found: dict[str, list[Tensor]] = {name: [] for name in reader.layers}
         for _, batch in batches(encoded, tokenizer, 32):
             counted = batch["attention_mask"] != 0

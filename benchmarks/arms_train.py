@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from arms_lib import BASE, TARGETS, Arm, Ground, rows_off, starts_of
+from arms_lib import BASE, Arm, Ground, rows_off, starts_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loraloom.adapter import Update
 from loraloom.base import load_classifier
 from loraloom.heads import Head
-from loraloom.hooks import target_layers
 from loraloom.initialise import task_seed
 from loraloom.subspace import project_out
 
@@ -63,7 +62,7 @@ class Run:
         self.model: Any = load_classifier(BASE, self.rows.outputs, regression=self.rows.regression, seed=self.seed)
         self.model.train().requires_grad_(False)
         self.model.classifier.requires_grad_(True)
-        layers: dict[str, Any] = target_layers(self.model, TARGETS)
+        layers = self.settings.layers(self.model)
         self.scaling = ALPHA / self.settings.rank
         self.avoid = {name: avoid for name, (_, avoid) in starts.items()}
         self.A = {name: nn.Parameter(starts[name][0].clone(), arm.keep != "frozen") for name in layers}

@@ -124,6 +124,7 @@ def _arguments() -> argparse.Namespace:
         "--posthoc", metavar="ARM", help="then equalise, retrofit and align heads of this arm's adapters"
     )
     parser.add_argument("--tasks", default="sst2,qqp,stsb,qnli", help="separated by commas (default: %(default)s)")
+    parser.add_argument("--targets", default="query,value", help="layers trained, or all-linear (default: %(default)s)")
     numbers = {
         "rows": (1000, "training rows a task"),
         "heldout": (250, "held-out rows a task"),
