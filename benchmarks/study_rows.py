@@ -1,10 +1,10 @@
-"""A study's adapters on ALL dev rows of their tasks: averages with standard errors paired over seeds and over rows.
+"""A study's adapters on more dev rows than it counted: averages with standard errors paired over seeds and over rows.
 
-    python benchmarks/study_rows.py study/ [more/ ...] --out rows/ [--rules task_arithmetic,tsv] [--baseline LoRA]
+    python benchmarks/study_rows.py study/ [more/ ...] --out rows/ [--rows 500] [--rules task_arithmetic,tsv]
 
 A study counts few test rows, so that many merges can be counted. This takes its trained and merged adapters at the
-scales that its held-out rows chose, and counts every dev row that is not among the task's training rows. Logits stay
-in --out and are taken from there the next time.
+scales that its held-out rows chose, and counts the first --rows dev rows of every task (fewer where it has fewer) that
+are not among its training rows. Logits stay in --out and are taken from there the next time.
 
 A difference to the baseline is taken within one seed. Its first error is that of the mean over seeds (the same rows,
 adapters trained anew), its second that over rows: the spread of the same mean under 200 resamples of every task's rows,
@@ -62,8 +62,8 @@ class Cell:
 class Part:
     """One study folder: its adapters of one init and seed or more, on one base model."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, rows: int | None = None) -> None:
+        self.folder, self.rows = folder, rows
         self.result = StudyResult.load(folder / "results.json")
         self.recipe = Recipe.model_validate(self.result.recipe)
         self._features: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -75,7 +75,7 @@ class Part:
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
-        """The tasks as trained, but with all dev rows as test rows, less those that were trained on."""
+        """The tasks as trained, but with other test rows: dev rows, less those that were trained on."""
         found = {}
         for name, settings in self.recipe.tasks.items():
             task = build_task(name, settings)
@@ -84,7 +84,7 @@ class Part:
             seen = set(zip(*(task.train[column] for column in columns), strict=True))
             texts = zip(*(dev[column] for column in columns), strict=True)
             fresh = [index for index, text in enumerate(texts) if text not in seen]
-            found[name] = replace(task, test=dev.select(fresh))
+            found[name] = replace(task, test=dev.select(fresh[: self.rows]))
         return found
 
     def cells(self, rules: list[str]) -> Iterator[tuple[Cell, float]]:
@@ -138,16 +138,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=500, help="of every task (%(default)s)")
     parser.add_argument("--rules", default="task_arithmetic,ties,tsv", help="separated by commas (%(default)s)")
     parser.add_argument("--baseline", default="LoRA")
     given = parser.parse_args()
-    parts = [Part(folder) for folder in given.studies]
+    parts = [Part(folder, given.rows) for folder in given.studies]
     if len({part.result.content_sha256 for part in parts}) > 1:
         parser.error("these studies are not of the same rows")
     samples = {}
     for part in parts:
         for cell, scale in part.cells(given.rules.split(",")):
-            path = given.out / cell.file
+            path = given.out / str(given.rows) / cell.file
             if not path.exists():
                 logits = part.count(cell, scale)
                 with staged_file(path) as temporary:
