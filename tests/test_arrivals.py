@@ -54,7 +54,7 @@ def overlap(A: torch.Tensor, rows: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("names", [("one",), ("one", "two")])
-@pytest.mark.parametrize("rule", ["apart", "complement", "random"])
+@pytest.mark.parametrize("rule", ["apart", "random"])
 def test_without_own_the_response_is_that_of_the_others(
     seen: dict[str, Statistics], names: tuple[str, ...], rule: str, tmp_path: Path
 ) -> None:
@@ -73,7 +73,7 @@ def test_without_own_the_response_is_that_of_the_others(
 def test_without_own_base_and_layers_are_those_of_the_others(
     base: str, seen: dict[str, Statistics], tmp_path: Path
 ) -> None:
-    done = initialise(tmp_path / "start", None, seen, None, rule="complement", keep="projected", scale="unit")
+    done = initialise(tmp_path / "start", None, seen, None, rule="apart", keep="projected", scale="unit")
     assert done.A.keys() == seen["one"].layers.keys()
     assert all(A.shape == (8, WIDTH) for A in done.A.values())
     noted = json.loads((tmp_path / "start" / "loraloom.json").read_text())
@@ -85,11 +85,11 @@ def test_without_own_base_and_layers_are_those_of_the_others(
     loaded = PeftModel.from_pretrained(bert(base), str(tmp_path / "start"))
     assert all(torch.equal(A, done.A[module]) for module, A in factors(loaded).items())
     in_place = get_peft_model(bert(base), LoraConfig(r=8, target_modules=ALL))
-    initialise(in_place, None, seen, rule="complement", keep="projected", scale="unit")
+    initialise(in_place, None, seen, rule="apart", keep="projected", scale="unit")
     assert all(torch.equal(A, done.A[module]) for module, A in factors(in_place).items())
 
 
-@pytest.mark.parametrize(("rule", "keep"), [("apart", "free"), ("complement", "free"), ("complement", "projected")])
+@pytest.mark.parametrize(("rule", "keep"), [("apart", "free"), ("apart", "projected")])
 @pytest.mark.parametrize("with_own", [True, False])
 def test_off_the_rows_of_earlier_adapters_in_every_layer(
     base: str,
@@ -122,7 +122,7 @@ def test_off_the_rows_of_earlier_adapters_in_every_layer(
 def test_an_adapter_named_twice_changes_nothing(
     seen: dict[str, Statistics], earlier: dict[str, Adapter], tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"rule": "complement", "keep": "projected", "scale": "unit", "energy_share": 0.5}
+    options: dict[str, Any] = {"rule": "apart", "keep": "projected", "scale": "unit", "energy_share": 0.5}
     lora = LoraConfig(r=4, target_modules=["query"])
     once = initialise(tmp_path / "a", seen["one"], seen, lora, after=earlier, **options)
     again = {**earlier, "again": earlier["first"]}
@@ -136,7 +136,7 @@ def test_an_adapter_named_twice_changes_nothing(
 def test_training_stays_off_earlier_adapters(
     base: str, seen: dict[str, Statistics], earlier: dict[str, Adapter], from_folder: bool, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"rule": "complement", "keep": "projected", "scale": "response", "energy_share": 0.5}
+    options: dict[str, Any] = {"rule": "apart", "keep": "projected", "scale": "response", "energy_share": 0.5}
     lora = LoraConfig(r=2, target_modules=["query", "value"])
     if from_folder:
         initialise(tmp_path / "start", None, seen, lora, after=earlier, **options)
@@ -172,7 +172,7 @@ def test_all_that_does_not_fit_is_told_at_once(base: str, seen: dict[str, Statis
         "fine": adapter_of([QUERY.format(1), "pooler.dense"], WIDTH),
     }
     with pytest.raises(LoraloomError) as told:
-        initialise(tmp_path / "start", None, others, lora, rule="complement", keep="free", scale="unit", after=after)
+        initialise(tmp_path / "start", None, others, lora, rule="apart", keep="free", scale="unit", after=after)
     lines = str(told.value).splitlines()
     assert lines[0].startswith("cannot initialise: 4 problems")
     for line, part in zip(lines[1:5], ("'strange' come from", "'wide'", "'wide'", "'elsewhere'"), strict=True):
@@ -182,7 +182,7 @@ def test_all_that_does_not_fit_is_told_at_once(base: str, seen: dict[str, Statis
     assert not (tmp_path / "start").exists()
 
 
-@pytest.mark.parametrize(("rule", "keep"), [("complement", "free"), ("apart", "projected")])
+@pytest.mark.parametrize(("rule", "keep"), [("apart", "free"), ("apart", "projected")])
 def test_no_room_beside_earlier_adapters(seen: dict[str, Statistics], rule: str, keep: Any, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["query"])
     after = {"large": adapter_of([QUERY.format(1)], WIDTH, rank=15)}
@@ -198,7 +198,7 @@ def test_nothing_to_stay_off_is_refused(
     lora = LoraConfig(r=2, target_modules=["query"])
     for own in (None, seen["one"]):
         with pytest.raises(LoraloomError, match="neither of other tasks nor an atlas"):
-            initialise(tmp_path / "start", own, {}, lora, rule="complement", keep="free", scale="unit", after=earlier)
+            initialise(tmp_path / "start", own, {}, lora, rule="apart", keep="free", scale="unit", after=earlier)
     assert not (tmp_path / "start").exists()
 
 

@@ -184,9 +184,9 @@ def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path)
         mine, theirs = load_file(atlas), load_file(tmp_path / f"{name}.safetensors")
         assert mine.keys() == theirs.keys()
         assert all(bool((mine[key] == theirs[key]).all()) for key in mine)
-    words = ("init", "--atlas", atlas, "--rank", "2", "--rule", "complement", "--keep", "projected", "--scale", "unit")
+    words = ("init", "--atlas", atlas, "--rank", "2", "--rule", "apart", "--keep", "projected", "--scale", "unit")
     told = said(*words, "-o", first)
-    assert (told["folder"], told["rule"], told["keep"]) == (str(first), "complement", "projected")
+    assert (told["folder"], told["rule"], told["keep"]) == (str(first), "apart", "projected")
     noted = json.loads((first / "loraloom.json").read_text())
     assert (noted["own"], noted["after"]) == (None, [])
     assert noted["others"] == {
@@ -202,7 +202,7 @@ def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path)
     assert not any(bool(tensor.any()) for name, tensor in two.items() if "lora_B" in name)
     # teams that share an atlas and give no seed do not start at the same A
     team, other = (said("init", "--atlas", atlas, "--rank", "2", "-o", tmp_path / name) for name in ("team", "other"))
-    assert (team["rule"], team["keep"], team["scale"]) == ("apart", "projected", "response")
+    assert (team["rule"], team["keep"], team["scale"]) == ("apart", "free", "response")
     assert team["seed"] != other["seed"]
 
 

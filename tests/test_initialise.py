@@ -32,6 +32,7 @@ from loraloom.keeping import keep_callback
 from loraloom.merging import merge
 from loraloom.peft_folder import read_adapter
 from loraloom.statistics import Statistics, collect_statistics
+from loraloom.subspace import Keep
 
 ALL = ["query", "value", "intermediate.dense"]
 
@@ -217,7 +218,7 @@ def test_kept_by_the_trainer(
     bert_folder: str, seen: list[Statistics], keep: Any, accumulate: int, tmp_path: Path
 ) -> None:
     model = get_peft_model(bert(bert_folder), LoraConfig(r=2, target_modules=ALL, modules_to_save=["classifier"]))
-    done = start(model, seen, rule="complement", keep=keep)
+    done = start(model, seen, rule="apart", keep=keep)
     before = factors(model)
     trainer = classifier_trainer(model, tmp_path, [done.callback()], gradient_accumulation_steps=accumulate)
     trainer.train()
@@ -380,12 +381,14 @@ def test_callback_refusals(bert_folder: str, seen: list[Statistics], tmp_path: P
 def test_all_tasks_at_once_are_each_task_alone(seen: list[Statistics], tmp_path: Path) -> None:
     """Every folder is what `initialise` writes for that task with its seed; only the others' order may differ."""
     tasks, lora = dict(zip(("one", "two", "three"), seen, strict=True)), LoraConfig(r=2, target_modules=ALL)
-    for rule in ("apart", "osrm", "shared"):
-        done = initialise_all(tmp_path / rule, tasks, lora, rule=rule, energy_share=0.3, seed=4)
+    keeps: dict[str, Keep] = {"apart": "projected", "osrm": "free", "shared": "free"}
+    for rule, keep in keeps.items():
+        done = initialise_all(tmp_path / rule, tasks, lora, rule=rule, keep=keep, energy_share=0.3, seed=4)
         for name, own in tasks.items():
             others = {other: statistics for other, statistics in tasks.items() if other != name}
             seed = 4 if rule == "shared" else task_seed(4, name)
-            alone = initialise(tmp_path / "alone", own, others, lora, rule=rule, energy_share=0.3, seed=seed)
+            options: dict[str, Any] = {"rule": rule, "keep": keep, "energy_share": 0.3, "seed": seed}
+            alone = initialise(tmp_path / "alone", own, others, lora, **options)
             assert list(done[name].A) == list(alone.A)
             for file in ("adapter_model.safetensors", *(["avoid.safetensors"] if rule == "apart" else [])):
                 one, two = load_file(tmp_path / rule / name / file), load_file(tmp_path / "alone" / file)

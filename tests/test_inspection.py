@@ -95,7 +95,7 @@ def test_statistics_alone(folder: Path) -> None:
     assert sum(told["a start can help"].values()) == int(expected.helped().sum())
     helped = f"can help in {int(expected.helped().sum())} of 2 layer inputs"
     assert any(helped in sentence for sentence in sentences(found))
-    assert [len(rows) for _, _, rows in tables(found)] == [3, 5]
+    assert [len(rows) for _, _, rows in tables(found)] == [3, 4]
     statistics(0, 5).save(folder / "few.safetensors")
     assert "few: fewer rows" in inspect_paths([*files(folder), folder / "few.safetensors"], rank=3).notes[0]
     assert facts(inspect_paths(files(folder)[:1]))["outlook"] == {}
@@ -153,7 +153,7 @@ def test_the_command_prints_tables_sentences_and_json(folder: Path) -> None:
     paths = [str(path) for path in files(folder)]
     shown = CliRunner().invoke(app, ["inspect", *paths, "--rank", "2"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
-    for part in ("share of a column's energy", "A of rank 2", "complement", "layer inputs"):
+    for part in ("share of a column's energy", "A of rank 2", "apart", "layer inputs"):
         assert part in " ".join(shown.output.split())
     told = CliRunner().invoke(app, ["inspect", *paths, str(folder / "mood"), "--json"])
     assert set(json.loads(told.stdout)) == {"files", "responses", "overlaps", "outlook", "prediction", "notes"}

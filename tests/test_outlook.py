@@ -48,7 +48,7 @@ def test_shares_of_energy_are_those_of_dense_projectors(counts: list[int], rank:
         assert float(found.chance[0, i]) == pytest.approx(p / N)
         for j, other in enumerate(grams):
             assert float(found.shared[0, i, j]) == pytest.approx(np.trace(V.T @ other @ V), rel=1e-4)
-    for rule in ("apart", "complement", "osrm", "mean"):
+    for rule in ("apart", "osrm", "mean"):
         for i in range(len(grams)):
             moments = [Moment.of_rows(h) for h in given_rows.values()]
             own = moments.pop(i)

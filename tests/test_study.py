@@ -260,7 +260,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
     lora = {**tiny_study.recipe()["lora"], "dropout": 0.2}
     recipe = tiny_study.write_study(
-        folder, training=train_section(epochs=4), lora=lora, inits={"kept": {"rule": "complement", "keep": "projected"}}
+        folder, training=train_section(epochs=4), lora=lora, inits={"kept": {"rule": "apart", "keep": "projected"}}
     )
     run_study(Recipe.load(recipe), folder / "undisturbed")
     return folder

@@ -43,7 +43,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "lora": {"rank": 2, "alpha": 4, "targets": ["query", "value"]},
         "statistics": {"texts": 12, "max_length": 16},
         "training": {"epochs": 2, "learning_rate": 0.01, "batch_size": 8, "max_length": 16},
-        "inits": {"LoRA": {"rule": "default"}, "OSRM, kept": {"rule": "complement", "keep": "projected"}},
+        "inits": {"LoRA": {"rule": "default"}, "OSRM, kept": {"rule": "apart", "keep": "projected"}},
         "merging": [{"rule": "task_arithmetic", "scales": [0.5, 1.0]}, {"rule": "tsv", "scales": [1.0]}],
         "alignment": {"texts": 10},
         **changes,

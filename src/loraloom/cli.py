@@ -100,10 +100,8 @@ def init(
         list[str] | None, typer.Option("--target", help="Path ending of a target layer; all of the statistics without.")
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
-    rule: Annotated[
-        str, typer.Option(help="apart; complement, osrm (the paper), mean, random, shared, default.")
-    ] = "apart",
-    keep: Annotated[str | None, typer.Option(help="free, frozen or projected; as the rule is meant without.")] = None,
+    rule: Annotated[str, typer.Option(help="apart; osrm (the paper), mean, random, shared, default.")] = "apart",
+    keep: Annotated[str, typer.Option(help="free, frozen or projected.")] = "free",
     scale: Annotated[str | None, typer.Option(help="unit or response; as the rule is meant without.")] = None,
     energy_share: Annotated[float, typer.Option(help="Share of the energy to stay off.")] = 0.5,
     seed: Annotated[

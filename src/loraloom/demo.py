@@ -23,7 +23,7 @@ _INITS: dict[str, dict[str, Any]] = {
     "apart": {
         "rule": "apart",
         "description": "loraloom's default: A starts at random off the loud half of what the base model sees of any "
-        "text, is put back off it after every step, and responds to its inputs as PEFT's default A would",
+        "text, responds to its inputs as PEFT's default A would, and is let go",
     },
 }
 

@@ -30,7 +30,7 @@ from loraloom.subspace import (
     Scale,
     Subspace,
     check_room,
-    meant,
+    meant_scale,
     project_out,
     response_scale,
     subspace_off,
@@ -75,7 +75,7 @@ def initialise(
     lora: LoraConfig | None = None,
     *,
     rule: str = DEFAULT,
-    keep: Keep | None = None,
+    keep: Keep = "free",
     scale: Scale | None = None,
     energy_share: float = 0.5,
     seed: int = 0,
@@ -88,10 +88,11 @@ def initialise(
     own, others: statistics of the task and, by name, of the other tasks, on one base model. An atlas (statistics of
     generic text) can stand for all others; without `own` it stands for the task's own inputs too. lora: settings for a
     folder (a PeftModel has its own); without target_modules every layer of the statistics is adapted. rule: see
-    `osrm_subspace`. keep, scale: as the rule is meant without, see `meant`. scale: `unit` leaves A's rows as the rule
-    gives them, `response` multiplies A by one number a layer so that it responds to the own inputs as PEFT's default A
-    would. after: adapters that are there already, by name; the rows of their A's are stayed off as the loud
-    directions are. B is 0, so the model starts as the base model exactly. No base model is loaded for a folder.
+    `osrm_subspace`. keep: let A go, fix it, or (`projected`) keep it off the loud directions by the callback. scale:
+    `unit` leaves A's rows as the rule gives them, `response` multiplies A by one number a layer so that it responds to
+    the own inputs as PEFT's default A would; as the rule is meant without, see `meant_scale`. after: adapters that are
+    there already, by name; the rows of their A's are stayed off as the loud directions are. B is 0, so the model starts
+    as the base model exactly. No base model is loaded for a folder.
 
     Raises LoraloomError that tells together every layer that does not fit.
     """
@@ -131,7 +132,7 @@ def initialise_all(
     lora: LoraConfig | None = None,
     *,
     rule: str = DEFAULT,
-    keep: Keep | None = None,
+    keep: Keep = "free",
     scale: Scale | None = None,
     energy_share: float = 0.5,
     seed: int = 0,
@@ -214,14 +215,13 @@ def _settled(
     own: Statistics | None,
     others: Mapping[str, Statistics],
     rule: str,
-    keep: Keep | None,
+    keep: Keep,
     scale: Scale | None,
     energy_share: float,
     after: Mapping[str, Adapter],
 ) -> tuple[Statistics, dict[str, Any]]:
     """Return statistics that know the base, and the options of a start as the rule is meant; checks what is given."""
-    meant_keep, meant_scale = meant(rule)
-    keep, scale = keep or meant_keep, scale or meant_scale
+    scale = scale or meant_scale(rule)
     _check_options(others, rule, keep, scale, after)
     base = own or next(iter(others.values()))
     _check_statistics(base, others, after)
@@ -230,8 +230,8 @@ def _settled(
 
 def _check_options(others: Collection[str], rule: str, keep: str, scale: str, after: Mapping[str, Adapter]) -> None:
     problems = []
-    if after and meant(rule)[0] != "projected":
-        problems.append(f"rule {rule!r} does not stay off earlier adapters: use apart or complement")
+    if after and rule != "apart":
+        problems.append(f"rule {rule!r} does not stay off earlier adapters: use apart")
     for option, given, known in (("keep", keep, get_args(Keep)), ("scale", scale, get_args(Scale))):
         if given not in known:
             problems.append(f"{option} {given!r} is unknown; {did_you_mean(given, known)}")

@@ -18,7 +18,7 @@ from loraloom.spectra import Pool, top_directions
 from loraloom.statistics import Statistics
 from loraloom.subspace import loud_directions, subspace_off
 
-STARTS = ("apart", "complement", "osrm", "mean")  # `shared` and `default` see as much as `random`, which is chance
+STARTS = ("apart", "osrm", "mean")  # `shared` and `default` see as much as `random`, which is chance
 ENOUGH = 2.0  # own energy over others' from which a start is said to help
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
 _NOTHING = 1e-6  # share of energy below which others are not told apart from silence

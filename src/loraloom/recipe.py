@@ -21,7 +21,7 @@ from pydantic import (
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.rules import get_rule
-from loraloom.subspace import DEFAULT, Keep, Scale, meant
+from loraloom.subspace import DEFAULT, Keep, Scale, meant_scale
 from loraloom.subspace import RULES as SUBSPACE_RULES
 from loraloom.tasks.sources import SUFFIXES
 
@@ -75,12 +75,12 @@ class TrainingSettings(Settings):
 class InitSettings(Settings):
     """How A starts and how it is kept. The defaults are those of docs/study-subspaces.md."""
 
-    rule: str = Field(DEFAULT, description="apart, complement, osrm (the paper), mean, random, shared or default")
+    rule: str = Field(DEFAULT, description="apart, osrm (the paper), mean, random, shared or default")
     off: Literal["atlas", "others"] = Field(
         "atlas", description="whose loud directions to stay off: those of generic text, or of the other tasks"
     )
     keep: Keep = Field(
-        description="train A, fix it, or keep it off the loud directions after every optimiser step; by rule without"
+        "free", description="let A go, fix it, or keep it off the loud directions after every optimiser step"
     )
     scale: Scale = Field(
         description="leave A as the rule gives it, or match the response of PEFT's default A; by rule without"
@@ -95,8 +95,8 @@ class InitSettings(Settings):
         """Fill in how the rule is meant, so that the results file tells it; published rules look at the others."""
         if not isinstance(given, dict):
             return given
-        keep, scale = meant(str(given.get("rule", DEFAULT)))
-        return {"keep": keep, "scale": scale, **({} if keep == "projected" else {"off": "others"}), **given}
+        rule = str(given.get("rule", DEFAULT))
+        return {"scale": meant_scale(rule), "off": "atlas" if rule == DEFAULT else "others", **given}
 
     @field_validator("rule")
     @classmethod

@@ -90,11 +90,11 @@ def osrm_subspace(
     """Return the start of A for one layer of one task.
 
     others: one Moment for each other task, all of width n; own: the task's own, which breaks ties inside the
-    low-interference space. rule: `apart` (random directions off the others' loud ones), `complement` (there, those of
-    most own energy), `osrm` (the paper), or a control: `mean` (the authors' code), `random`, `shared`, `default`
-    (PEFT's). energy_share: share of the others' trace-normalised energy that the avoided directions hold. seed: for the
-    random rules and for directions that no data determines; `shared` wants the same seed for every task. taken: (q, n),
-    rows to stay off as well, as the A's of earlier adapters are for a task that arrives later.
+    low-interference space. rule: `apart` (random directions off the others' loud ones), `osrm` (the paper), or a
+    control: `mean` (the authors' code), `random`, `shared`, `default` (PEFT's). energy_share: share of the others'
+    trace-normalised energy that the avoided directions hold. seed: for the random rules and for directions that no data
+    determines; `shared` wants the same seed for every task. taken: (q, n), rows to stay off as well, as the A's of
+    earlier adapters are for a task that arrives later.
 
     Raises LoraloomError for an unknown rule, a rank above n, a share outside [0, 1), or unequal widths.
     """
@@ -223,12 +223,6 @@ def _apart(problem: _Problem) -> Tensor:
     return orthonormal(project_out(drawn, problem.avoid))
 
 
-def _complement(problem: _Problem) -> Tensor:
-    """The r directions of most own energy in the complement of the others' loud directions."""
-    check_room(problem.avoid, problem.rank)
-    return _own_directions(problem, problem.avoid, problem.rank)
-
-
 def _mean(problem: _Problem) -> Tensor:
     """The authors' code: one mean row a task, full SVD, the last r right singular vectors. A control, not the paper.
 
@@ -258,7 +252,6 @@ def _default(problem: _Problem) -> Tensor:
 RULES: dict[str, Callable[[_Problem], Tensor]] = {
     "apart": _apart,
     "osrm": _osrm,
-    "complement": _complement,
     "mean": _mean,
     "random": _random,
     "shared": _random,
@@ -266,9 +259,9 @@ RULES: dict[str, Callable[[_Problem], Tensor]] = {
 }
 
 
-def meant(rule: str) -> tuple[Keep, Scale]:
-    """Return how a rule's A is meant to be kept and scaled: published rules and controls are let go and unit."""
-    return ("projected", "response") if rule in ("apart", "complement") else ("free", "unit")
+def meant_scale(rule: str) -> Scale:
+    """Return how a rule's A is meant to be scaled: published rules and controls have rows of norm 1."""
+    return "response" if rule == "apart" else "unit"
 
 
 def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:

@@ -85,7 +85,7 @@ def test_every_start_is_the_base_model(kind: Kind) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize(("rule", "keep", "scale"), [EVERY[0], ("complement", "projected", "response")])
+@pytest.mark.parametrize(("rule", "keep", "scale"), [EVERY[0], ("apart", "projected", "response")])
 def test_the_folder_loads_in_peft_to_the_bit(kind: Kind, rule: str, keep: Keep, scale: Scale, tmp_path: Path) -> None:
     task_type = "CAUSAL_LM" if kind.kind in ("llama", "gpt2") else "SEQ_CLS"
     lora = LoraConfig(r=2, target_modules=tiny.TARGETS[kind.kind], task_type=task_type, lora_dropout=0.1)

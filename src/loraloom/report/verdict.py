@@ -10,7 +10,7 @@ from loraloom.report.aggregate import HEADS, Figures, Merged
 from loraloom.report.tables import points
 from loraloom.results import StudyResult
 
-_OSRM_RULES = ("osrm", "apart", "complement")
+_OSRM_RULES = ("osrm", "apart")
 
 
 @dataclass(frozen=True)
