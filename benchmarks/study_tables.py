@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-from loraloom.results import MergeScore, StudyResult
+from loraloom.results import StudyResult
 
 Key = tuple[str, str, bool]  # init, rule, heads aligned
 
@@ -64,34 +64,28 @@ def print_singles(result: StudyResult, singles: dict[str, dict[int, float]], bas
 
 
 def print_merges(result: StudyResult, singles: dict[str, dict[int, float]], baseline: str) -> None:
-    """Print the merged averages and the shares of the single-task averages that they keep."""
-    found: dict[Key, dict[int, MergeScore]] = defaultdict(dict)
+    """Print by rule and init the merged average, the share of the single tasks kept, the difference to the baseline."""
+    found: dict[Key, dict[int, float]] = defaultdict(dict)
     for one in result.merges:
         if one.split == "test":
-            found[one.init, one.rule, one.aligned][one.seed] = one
-    table("rule", "heads", "init", "scales", "merged average", "kept", f"against {baseline}")
-    rules = list(dict.fromkeys(rule for _, rule, _ in found))
-    for rule in rules:
+            found[one.init, one.rule, one.aligned][one.seed] = 100 * one.average.value
+    table("rule", "heads", *singles)
+    for rule in dict.fromkeys(rule for _, rule, _ in found):
         for aligned in (False, True):
-            points = {
-                init: {seed: 100 * one.average.value for seed, one in found[init, rule, aligned].items()}
-                for init in singles
-            }
-            for init, seeds in points.items():
-                if not seeds:
-                    continue
-                scales = sorted({one.scale for one in found[init, rule, aligned].values()})
-                kept = mean(seeds.values()) / mean(singles[init][seed] for seed in seeds)
-                row(
-                    f"`{rule}`",
-                    "aligned" if aligned else "as trained",
-                    init,
-                    ", ".join(f"{scale:g}" for scale in scales),
-                    number(mean(seeds.values())),
-                    f"{100 * kept:.1f} %",
-                    paired(seeds, points[baseline]),
-                )
+            cells = [
+                cell(found[init, rule, aligned], singles[init], found[baseline, rule, aligned]) for init in singles
+            ]
+            row(f"`{rule}`", "aligned" if aligned else "as trained", *cells)
     print()
+
+
+def cell(seeds: dict[int, float], alone: dict[int, float], baseline: dict[int, float]) -> str:
+    """Return one init's merged average with the share of the single-task average kept and the difference."""
+    if not seeds:
+        return ""
+    average = mean(seeds.values())
+    told = f"{average:.1f}, {100 * average / mean(alone[seed] for seed in seeds):.1f} %"
+    return " ".join(filter(None, [told, paired(seeds, baseline)]))
 
 
 def print_intervals(result: StudyResult) -> None:
