@@ -72,6 +72,7 @@ ARMS = {
     "frozen": Arm("random orthonormal A, frozen", keep="frozen"),
     "P50frozen": Arm("started off 0.5 of the others' energy, frozen", avoid=HALF, keep="frozen"),
     "P50free": Arm("started off 0.5 of the others' energy, then let go", avoid=HALF),
+    "P50atfree": Arm("started off 0.5 of generic text's energy, then let go: the default", avoid=HALF, off="atlas"),
     "P50grad": Arm("P50 by projected gradients of A", avoid=HALF, keep="gradient"),
     "P50tight": Arm(
         "off 0.7 of the others' energy, tightened over half the training", avoid=("share", 0.7), keep="tighten"
