@@ -89,23 +89,36 @@ def cell(seeds: dict[int, float], alone: dict[int, float], baseline: dict[int, f
 
 
 def print_intervals(result: StudyResult) -> None:
-    """Print how wide the scales are that come within 1 point of the best, on held-out rows."""
+    """Print how wide the scales are that come within 1 point of the best, and the curves, on held-out rows."""
     curves: dict[Key, dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for one in result.merges:
         if one.split == "heldout":
             curves[one.init, one.rule, one.aligned][one.seed][one.scale] = 100 * one.average.value
-    table("rule", "heads", "init", "from", "to", "width", "held-out average by scale")
-    for (init, rule, aligned), seeds in sorted(curves.items(), key=lambda item: (item[0][1], item[0][2])):
-        if len(next(iter(seeds.values()))) < 3:
-            continue
-        ends = [interval(curve) for curve in seeds.values()]
-        low, high = mean(end[0] for end in ends), mean(end[1] for end in ends)
-        shape = ", ".join(
-            f"{scale:g}: {mean(curve[scale] for curve in seeds.values()):.1f}" for scale in next(iter(seeds.values()))
-        )
-        heads = "aligned" if aligned else "as trained"
-        row(f"`{rule}`", heads, init, f"{low:.2f}", f"{high:.2f}", f"{high - low:.2f}", shape)
+    curves = {key: seeds for key, seeds in curves.items() if all(len(curve) > 2 for curve in seeds.values())}
+    kinds = sorted({(rule, aligned) for _, rule, aligned in curves})
+    inits = dict.fromkeys(init for init, _, _ in curves)
+    table("rule", "heads", *inits)
+    for rule, aligned in kinds:
+        cells = [width(curves.get((init, rule, aligned), {})) for init in inits]
+        row(f"`{rule}`", "aligned" if aligned else "as trained", *cells)
     print()
+    for rule, aligned in kinds:
+        shown = {init: curves[init, rule, aligned] for init in inits if (init, rule, aligned) in curves}
+        scales = sorted({scale for seeds in shown.values() for curve in seeds.values() for scale in curve})
+        table(f"`{rule}`, heads {'aligned' if aligned else 'as trained'}, at", *(f"{scale:g}" for scale in scales))
+        for init, seeds in shown.items():
+            points = [[curve[scale] for curve in seeds.values() if scale in curve] for scale in scales]
+            row(init, *(number(mean(values)) if values else "" for values in points))
+        print()
+
+
+def width(seeds: dict[int, dict[float, float]]) -> str:
+    """Return the width of the scale interval with its ends, means over seeds."""
+    if not seeds:
+        return ""
+    ends = [interval(curve) for curve in seeds.values()]
+    low, high = mean(end[0] for end in ends), mean(end[1] for end in ends)
+    return f"{high - low:.2f} ({low:.2f} to {high:.2f})"
 
 
 def print_responses(result: StudyResult) -> None:
