@@ -186,7 +186,7 @@ def of_initialising_and_training(bench: Bench) -> Iterator[str]:
 
         def start() -> None:
             for name, own in seen.items():
-                initialise(Path(folder) / name, own, others(name), lora, rule="complement")
+                initialise(Path(folder) / name, own, others(name), lora, rule="apart")
 
         needed = bench.seconds(start)
     each = needed / TASKS / len(seen["0"].layers)
@@ -194,7 +194,7 @@ def of_initialising_and_training(bench: Bench) -> Iterator[str]:
 
     lora.task_type = "SEQ_CLS"
     adapted = get_peft_model(bench.model, lora)
-    callback = initialise(adapted, seen["0"], others("0"), rule="complement", keep="projected").callback()
+    callback = initialise(adapted, seen["0"], others("0"), rule="apart", keep="projected").callback()
     adapted.train()
     optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-5)
     batch = {key: value[:4] for key, value in bench.batches(0)[0].items()}
