@@ -11,30 +11,20 @@ arrival less what it scores in the end, mean over the first three. Adapters and 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
-from peft import LoraConfig
+from starts_lib import Ground, arguments
 
-from loraloom.adapter import Adapter
+from loraloom.adapter import Adapter, Update
 from loraloom.atomic import write_text
-from loraloom.base import base_folder
-from loraloom.evaluation import Evaluator, evaluate
+from loraloom.evaluation import evaluate
 from loraloom.heads import Head
-from loraloom.initialise import initialise, task_seed
 from loraloom.merging import merge
-from loraloom.peft_folder import read_adapter
-from loraloom.recipe import Recipe
 from loraloom.stages import build_task
-from loraloom.statistics import Statistics
 from loraloom.tasks.task import Task
-from loraloom.training import train_adapter
-from loraloom.workflow import make_atlas
 
 ORDERS = (("sst2", "qqp", "stsb", "qnli"), ("qnli", "stsb", "sst2", "qqp"), ("stsb", "sst2", "qqp", "qnli"))
 WAYS = ("LoRA", "apart", "after")
@@ -42,47 +32,23 @@ MERGES = (("task_arithmetic", 0.5), ("tsv", 0.75))
 
 
 @dataclass
-class Ground:
-    """What every sequence shares: the recipe, its four tasks, one base model, the atlas, and where things are kept."""
+class Sequences:
+    """The four tasks, and the ground that all their sequences share."""
 
-    recipe: Recipe
+    ground: Ground
     tasks: dict[str, Task]
-    evaluator: Evaluator
-    atlas: Statistics
-    out: Path
-    seed: int
 
     def adapter(self, way: str, task: str, earlier: Sequence[str]) -> Adapter:
         """Return the trained adapter of `task`, which comes after `earlier`; trained where it is not there yet."""
-        folder = self.out / f"s{self.seed}" / way / ("-".join([*earlier, task]) if way == "after" else task)
-        if not folder.exists():
-            print(f"training {folder}", file=sys.stderr, flush=True)
-            start = None if way == "LoRA" else self._start(way, task, earlier, folder.with_name(f"{folder.name}.start"))
-            train_adapter(
-                self.recipe.base,
-                self.tasks[task],
-                folder,
-                init=start,
-                lora=self.recipe.lora,
-                settings=self.recipe.training_of(task),
-                seed=task_seed(self.seed, task),
-            )
-        return read_adapter(folder)
-
-    def _start(self, way: str, task: str, earlier: Sequence[str], folder: Path) -> Path:
-        after = {one: self.adapter(way, one, earlier[:index]) for index, one in enumerate(earlier)}
-        lora = LoraConfig(
-            r=self.recipe.lora.rank, lora_alpha=self.recipe.lora.alpha, target_modules=list(self.recipe.lora.targets)
-        )
-        known = {"atlas": self.atlas}
-        seed = task_seed(self.seed, task)
-        if not folder.exists():
-            initialise(folder, None, known, lora, rule="apart", seed=seed, after=after if way == "after" else None)
-        return folder
+        after = {}
+        if way == "after":
+            after = {one: self.adapter(way, one, earlier[:index]) for index, one in enumerate(earlier)}
+        folder = self.ground.out / way / "-".join([*after, task])
+        return self.ground.trained(folder, self.tasks[task], task, apart=way != "LoRA", after=after)
 
     def scores(self, way: str, order: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-        """Return by merge, for every arrival, the test scores of the tasks so far; kept in `out`."""
-        path = self.out / f"s{self.seed}" / f"{way}.{'-'.join(order)}.json"
+        """Return by merge, for every arrival, the test scores of the tasks so far; kept in a file."""
+        path = self.ground.out / f"{way}.{'-'.join(order)}.json"
         if not path.exists():
             found: dict[str, list[dict[str, float]]] = {rule: [] for rule, _ in MERGES}
             for count in range(1, len(order) + 1):
@@ -92,50 +58,27 @@ class Ground:
                     updates = (
                         merge(so_far, rule, scale=scale).adapter.updates if count > 1 else so_far[order[0]].updates
                     )
-                    found[rule].append(
-                        {
-                            task: evaluate(self.evaluator, updates, Head.of(adapter.head, task), self.tasks[task]).value
-                            for task, adapter in so_far.items()
-                        }
-                    )
+                    found[rule].append({task: self._score(task, updates, own) for task, own in so_far.items()})
             write_text(path, json.dumps(found, indent=1))
         kept: dict[str, list[dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
         return kept
 
+    def _score(self, task: str, updates: Mapping[str, Update], own: Adapter) -> float:
+        return evaluate(self.ground.evaluator, updates, Head.of(own.head, task), self.tasks[task]).value
+
 
 def main() -> None:
     """Run every way and order, and print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--base", help="another base model, a folder or a name")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    recipe = Recipe.load(given.recipe)
-    recipe = recipe.model_copy(update={"base": given.base}) if given.base else recipe
-    ground = Ground(
-        recipe,
-        {name: build_task(name, recipe.tasks[name]) for name in ORDERS[0]},
-        Evaluator(base_folder(recipe.base), max_length=recipe.training.max_length),
-        make_atlas(
-            recipe.base,
-            list(recipe.lora.targets),
-            None,
-            [],
-            recipe.statistics.atlas_texts,
-            recipe.statistics.max_length,
-        ),
-        given.out,
-        given.seed,
-    )
+    ground = Ground.of(arguments(__doc__).parse_args())
+    sequences = Sequences(ground, {name: build_task(name, ground.recipe.tasks[name]) for name in ORDERS[0]})
     print("| rule | start | final, by order | final | forgetting, by order | forgetting |\n|---|---|---|---|---|---|")
-    results = {way: [ground.scores(way, order) for order in ORDERS] for way in WAYS}
+    results = {way: [sequences.scores(way, order) for order in ORDERS] for way in WAYS}
     for rule, scale in MERGES:
-        for way, sequences in results.items():
-            final = [100 * mean(scores[rule][-1].values()) for scores in sequences]
+        for way, orders in results.items():
+            final = [100 * mean(scores[rule][-1].values()) for scores in orders]
             lost = [
                 100 * mean(scores[rule][i][task] - scores[rule][-1][task] for i, task in enumerate(order[:-1]))
-                for order, scores in zip(ORDERS, sequences, strict=True)
+                for order, scores in zip(ORDERS, orders, strict=True)
             ]
             told = [", ".join(f"{value:.1f}" for value in values) for values in (final, lost)]
             cells = f"{told[0]} | {mean(final):.1f} | {told[1]} | {mean(lost):.1f}"

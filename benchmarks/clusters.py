@@ -10,16 +10,13 @@ three see as many rows; the parts' heads read the same labels and are averaged. 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import mean
 
 import torch
-from peft import LoraConfig
 from sklearn.cluster import KMeans
+from starts_lib import Ground, arguments
 from torch import Tensor
 from transformers import AutoModel
 
@@ -27,74 +24,42 @@ from loraloom.adapter import Adapter
 from loraloom.base import base_folder
 from loraloom.evaluation import Evaluator, evaluate
 from loraloom.heads import Head
-from loraloom.initialise import initialise, task_seed
 from loraloom.merging import merge
-from loraloom.peft_folder import read_adapter
-from loraloom.recipe import Recipe
 from loraloom.stages import build_task
-from loraloom.statistics import Statistics
 from loraloom.tasks.encoding import batches
 from loraloom.tasks.task import Task
-from loraloom.training import train_adapter
-from loraloom.workflow import make_atlas
 
 MERGES = {"task_arithmetic": (0.25, 0.5, 0.75, 1.0), "tsv": (0.5, 0.75, 1.0)}
 STARTS = ("LoRA", "apart")
 
 
-@dataclass
-class Ground:
-    """What all ways share: the recipe, one base model, the atlas, and where adapters are kept."""
+def trained(ground: Ground, start: str, task: Task, way: str, parts: Sequence[Sequence[int]]) -> dict[str, Adapter]:
+    """Return the trained adapter of every part of a task's training rows."""
+    found = {}
+    for index, rows in enumerate(parts):
+        folder = ground.out / start / f"{task.name}.{way}.{index}"
+        part = replace(task, train=task.train.select(rows))
+        found[str(index)] = ground.trained(folder, part, folder.name, apart=start == "apart")
+    return found
 
-    recipe: Recipe
-    evaluator: Evaluator
-    atlas: Statistics
-    out: Path
-    seed: int
 
-    def adapters(self, start: str, task: Task, way: str, parts: Sequence[Sequence[int]]) -> dict[str, Adapter]:
-        """Return the trained adapter of every part of a task's training rows; trained where it is not there yet."""
-        found = {}
-        for index, rows in enumerate(parts):
-            folder = self.out / f"s{self.seed}" / start / f"{task.name}.{way}.{index}"
-            if not folder.exists():
-                print(f"training {folder} on {len(rows)} rows", file=sys.stderr, flush=True)
-                train_adapter(
-                    self.recipe.base,
-                    replace(task, train=task.train.select(rows)),
-                    folder,
-                    init=self._start(folder) if start == "apart" else None,
-                    lora=self.recipe.lora,
-                    settings=self.recipe.training,
-                    seed=task_seed(self.seed, folder.name),
-                )
-            found[str(index)] = read_adapter(folder)
-        return found
+def scores(evaluator: Evaluator, task: Task, adapters: Mapping[str, Adapter]) -> list[float]:
+    """Return the test scores in points: of the parts alone, then of every merge at the scale of held-out rows."""
 
-    def _start(self, folder: Path) -> Path:
-        start, lora = folder.with_name(f"{folder.name}.start"), self.recipe.lora
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
-        seed = task_seed(self.seed, folder.name)
-        if not start.exists():
-            initialise(start, None, {"atlas": self.atlas}, config, rule="apart", seed=seed)
-        return start
+    def score(adapter: Adapter, head: Head, split: str = "test") -> float:
+        return 100 * evaluate(evaluator, adapter.updates, head, task, split=split).value
 
-    def scores(self, task: Task, adapters: Mapping[str, Adapter]) -> list[float]:
-        """Return the test scores in points: of the parts alone, then of every merge at the scale of held-out rows."""
-        heads = [Head.of(adapter.head, name) for name, adapter in adapters.items()]
-        alone = [self._score(task, adapter, head) for adapter, head in zip(adapters.values(), heads, strict=True)]
-        if len(adapters) == 1:
-            return [mean(alone)] * (1 + len(MERGES))
-        head = Head({name: _mean([one.tensors[name] for one in heads]) for name in heads[0].tensors}, heads[0].last)
-        found = [mean(alone)]
-        for rule, scales in MERGES.items():
-            merged = merge(adapters, rule, scale=1.0).adapter
-            best = max(scales, key=lambda scale: self._score(task, merged.scaled(scale), head, "heldout"))
-            found.append(self._score(task, merged.scaled(best), head))
-        return found
-
-    def _score(self, task: Task, adapter: Adapter, head: Head, split: str = "test") -> float:
-        return 100 * evaluate(self.evaluator, adapter.updates, head, task, split=split).value
+    heads = [Head.of(adapter.head, name) for name, adapter in adapters.items()]
+    alone = mean(score(adapter, head) for adapter, head in zip(adapters.values(), heads, strict=True))
+    if len(adapters) == 1:
+        return [alone] * (1 + len(MERGES))
+    head = Head({name: _mean([one.tensors[name] for one in heads]) for name in heads[0].tensors}, heads[0].last)
+    found = [alone]
+    for rule, scales in MERGES.items():
+        merged = merge(adapters, rule, scale=1.0).adapter
+        best = max(scales, key=lambda scale: score(merged.scaled(scale), head, "heldout"))
+        found.append(score(merged.scaled(best), head))
+    return found
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
@@ -125,29 +90,21 @@ def cuts(rows: Tensor, parts: int, seed: int) -> dict[str, list[list[int]]]:
 
 def main() -> None:
     """Train and merge every way, and print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--base", help="another base model, a folder or a name")
+    parser = arguments(__doc__)
     parser.add_argument("--tasks", default="qqp,sst2", help="of the recipe, separated by commas (%(default)s)")
     parser.add_argument("--parts", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    recipe = Recipe.load(given.recipe)
-    recipe = recipe.model_copy(update={"base": given.base}) if given.base else recipe
-    evaluator = Evaluator(base_folder(recipe.base), max_length=recipe.training.max_length)
-    statistics = recipe.statistics
-    atlas = make_atlas(recipe.base, list(recipe.lora.targets), None, [], statistics.atlas_texts, statistics.max_length)
-    ground = Ground(recipe, evaluator, atlas, given.out, given.seed)
+    ground = Ground.of(given)
+    recipe, evaluator = ground.recipe, ground.evaluator
     print(f"| task | start | rows cut into | sizes | alone | {' | '.join(MERGES)} |\n|{'---|' * (5 + len(MERGES))}")
     for name in given.tasks.split(","):
         task = build_task(name, recipe.tasks[name])
         ways = cuts(embeddings(recipe.base, evaluator, task), given.parts, given.seed)
         for start in STARTS:
             for way, parts in ways.items():
-                scores = ground.scores(task, ground.adapters(start, task, way, parts))
+                figures = scores(evaluator, task, trained(ground, start, task, way, parts))
                 sizes = ", ".join(str(len(part)) for part in parts)
-                print(f"| {name} | {start} | {way} | {sizes} | {' | '.join(f'{x:.1f}' for x in scores)} |", flush=True)
+                print(f"| {name} | {start} | {way} | {sizes} | {' | '.join(f'{x:.1f}' for x in figures)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from loraloom.peft_folder import read_adapter
 from loraloom.recipe import Recipe
 from loraloom.results import StudyResult
 from loraloom.stages import alignment_rows, build_task, merged_adapters
-from loraloom.tasks.encoding import Encoded
 from loraloom.tasks.task import Task
 
 RESAMPLES = 200
@@ -124,13 +123,13 @@ class Part:
         if (key, split) not in self._features:
             found = {}
             for name, task in self.tasks.items():
-                texts = self.evaluator.encode(task, split) if split == "test" else self._texts(task)
+                if split == "test":
+                    texts = self.evaluator.encode(task, split)
+                else:
+                    texts = alignment_rows(self.evaluator, task, self.recipe.alignment)
                 found[name] = self.evaluator.features(adapters[name].updates, heads[name], texts)
             self._features[key, split] = found
         return self._features[key, split]
-
-    def _texts(self, task: Task) -> Encoded:
-        return alignment_rows(self.evaluator, task, self.recipe.alignment)
 
 
 def main() -> None:

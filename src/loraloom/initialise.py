@@ -103,7 +103,7 @@ def initialise(
         model = peeled(into)
         if not isinstance(model, PeftModel):
             raise LoraloomError(f"{type(into).__name__} is no PeftModel", "give get_peft_model's, or a folder")
-        if options["keep"] == "frozen" and isinstance(into, torch.nn.parallel.DistributedDataParallel):
+        if keep == "frozen" and isinstance(into, torch.nn.parallel.DistributedDataParallel):
             raise LoraloomError("DDP waits for the gradient of an A that is frozen", "initialise, then wrap in DDP")
         if lora is not None:
             raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")

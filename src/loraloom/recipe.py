@@ -96,7 +96,7 @@ class InitSettings(Settings):
         if not isinstance(given, dict):
             return given
         rule = str(given.get("rule", DEFAULT))
-        return {"scale": meant_scale(rule), "off": "atlas" if rule == DEFAULT else "others", **given}
+        return {"scale": meant_scale(rule), "off": "atlas" if rule == "apart" else "others", **given}
 
     @field_validator("rule")
     @classmethod
