@@ -26,7 +26,7 @@ from loraloom.tasks.encoding import Encoded, batches, encode
 from loraloom.tasks.glue import GLUE
 
 BASE = "demo"
-ATLAS_TEXTS = 300
+GENERIC = {"atlas": ("", 300), "few": ("", 30), "foreign": ("mnli", 100)}  # text in place of the others: whose, rows
 Jitter = tuple[Literal["step", "layer"], float, float]
 
 
@@ -56,7 +56,8 @@ class Arm:
     """One way of training. A frozen A gets twice the learning rate: B alone has to move.
 
     start: one of STARTS. response: scale the start so that its response to the own inputs is that of PEFT's default A.
-    avoid: which loud directions (see `loud`) of the inputs `off` A starts off; keep: what is done about them later.
+    avoid: which loud directions (see `loud`) A starts off; off: of whose inputs, the `others`, `all` tasks or one in
+    GENERIC; keep: what is done about them later.
     `projected`: taken out of A after every step; `gradient`: out of A's gradient, which Adam then rescales entry by
     entry; `tighten`: after every step, more of them until half of the training. special: whether [CLS] and [SEP] count
     in statistics. shared: one start and one order of batches for all tasks. penalty: its weight. jitter: (one factor
@@ -68,7 +69,7 @@ class Arm:
     start: str = "random"
     response: bool = True
     avoid: tuple[str, float] | None = None
-    off: Literal["others", "all", "atlas"] = "others"
+    off: str = "others"
     keep: Literal["free", "projected", "frozen", "gradient", "tighten"] = "free"
     special: bool = True
     shared: bool = False
@@ -101,6 +102,7 @@ class Ground:
     settings: Settings
     evaluator: Evaluator
     tasks: dict[str, Rows]
+    data: Path
     _seen: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -108,17 +110,20 @@ class Ground:
         """Load the base, and `rows` + `heldout` training rows a task, shuffled by the task's name."""
         evaluator = Evaluator(BASE, max_length=settings.max_length)
         tasks = {name: read_task(data / name / "train.jsonl", name, settings, evaluator) for name in settings.tasks}
-        return cls(settings, evaluator, tasks)
+        return cls(settings, evaluator, tasks, data)
 
     def seen(self, name: str, special: bool = True) -> dict[str, Tensor]:
-        """Return by layer the token rows (k, n) float32 that the base reads of a task's texts, or of the `atlas`."""
+        """Return by layer the token rows (k, n) float32 that the base reads of a task's texts, or of one in GENERIC."""
         if (name, special) not in self._seen:
-            texts = self._atlas() if name == "atlas" else self.tasks[name].train[: self.settings.statistics_texts]
+            texts = self._generic(name) if name in GENERIC else self.tasks[name].train[: self.settings.statistics_texts]
             self._seen[name, special] = self._read(texts, special)
         return self._seen[name, special]
 
-    def _atlas(self) -> Encoded:
-        rows = Dataset.from_dict({"text_a": atlas_texts()})
+    def _generic(self, name: str) -> Encoded:
+        task, count = GENERIC[name]
+        if task:
+            return read_task(self.data / task / "train.jsonl", task, self.settings, self.evaluator).train[:count]
+        rows = Dataset.from_dict({"text_a": atlas_texts(count)})
         return encode(rows, self.evaluator.tokenizer, self.settings.max_length)
 
     @torch.no_grad()
@@ -155,8 +160,8 @@ def read_task(path: Path, name: str, settings: Settings, evaluator: Evaluator) -
     return Rows(labels is None, 1 if labels is None else len(labels), GLUE[name].metric, *part(train), *part(heldout))
 
 
-def atlas_texts() -> list[str]:
-    """Return ATLAS_TEXTS paragraphs of Python's own docstrings, descriptions of parameters and repeats included.
+def atlas_texts(count: int) -> list[str]:
+    """Return `count` paragraphs of Python's own docstrings, descriptions of parameters and repeats included.
 
     `loraloom.tasks.builtin_text.generic_texts`, which the package takes, leaves both out.
     """
@@ -167,14 +172,15 @@ def atlas_texts() -> list[str]:
         if len(part.text.split()) >= 8
     ]
     random.Random(0).shuffle(found)
-    return found[:ATLAS_TEXTS]
+    return found[:count]
 
 
-def loud(rows: Sequence[Tensor], avoid: tuple[str, float] | None) -> Tensor:
+def loud(rows: Sequence[Tensor], avoid: tuple[str, float] | None, own: Tensor) -> Tensor:
     """Return (n, p) float64 with orthonormal columns: the directions of `rows`, one (k, n) a task, that `avoid` names.
 
     ("share", s): the fewest that hold s of the energy; ("centred", s): the same of the rows less each task's mean;
-    ("top", p): the p loudest; ("mean", 0): the mean rows.
+    ("top", p): the p loudest; ("gap", 0): as many as make the share of the rows' energy that they hold exceed that of
+    the energy of the task's own rows `own` (k, n) the most; ("mean", 0): the mean rows.
     """
     if avoid is None:
         return rows[0].new_zeros(rows[0].shape[1], 0)
@@ -187,6 +193,9 @@ def loud(rows: Sequence[Tensor], avoid: tuple[str, float] | None) -> Tensor:
     gram = torch.stack([x.T @ x / h.square().sum() for x, h in zip(moved, rows, strict=True)]).sum(dim=0)
     values, vectors = spectrum(Moment(0, gram.new_zeros(len(gram)), gram=gram))
     held = torch.cumsum(values, 0) / values.sum()
+    if kind == "gap":
+        held_own = torch.cumsum((own @ vectors).square().sum(dim=0), 0) / own.square().sum()
+        return vectors[:, : int((held - held_own).argmax()) + 1]
     return vectors[:, : int(value) if kind == "top" else int((held < value).sum()) + 1]
 
 
@@ -284,7 +293,7 @@ def generator(*key: object) -> torch.Generator:
 
 def rows_off(ground: Ground, arm: Arm, task: str) -> dict[str, list[Tensor]]:
     """Return by layer the rows (k, n) float32 to stay off, one tensor a task."""
-    names = ["atlas"] if arm.off == "atlas" else [other for other in ground.tasks if other != task or arm.off == "all"]
+    names = [arm.off] if arm.off in GENERIC else [other for other in ground.tasks if other != task or arm.off == "all"]
     seen = [ground.seen(name, arm.special) for name in names]
     return {layer: [rows[layer] for rows in seen] for layer in seen[0]}
 
@@ -297,7 +306,7 @@ def starts_of(
     drawn = "x" if arm.shared else task
     for name, own in ground.seen(task, arm.special).items():
         rows = [h.double() for h in off[name]]
-        avoid = loud(rows, arm.avoid)
+        avoid = loud(rows, arm.avoid, own.double())
         draw, common = generator(seed, drawn, name), generator(seed, name)
         position, count = list(ground.tasks).index(task), len(ground.tasks)
         A = STARTS[arm.start](Layer(own.double(), rows, avoid, ground.settings.rank, draw, common, position, count))

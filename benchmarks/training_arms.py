@@ -37,6 +37,7 @@ from loraloom.heads import Head
 from loraloom.tasks.glue import GLUE
 
 HALF = ("share", 0.5)
+GAP = ("gap", 0.0)
 STEP: Jitter = ("step", 0.2, 1.0)
 LAYER: Jitter = ("layer", 0.0, 1.0)
 STEP_NOISY: Jitter = ("step", 0.3, 1.0)
@@ -59,6 +60,9 @@ ARMS = {
     "P50": Arm("kept off the directions of 0.5 of the others' energy", avoid=HALF, keep="projected"),
     "P70": Arm("kept off the directions of 0.7 of the others' energy", avoid=("share", 0.7), keep="projected"),
     "P85": Arm("kept off the directions of 0.85 of the others' energy", avoid=("share", 0.85), keep="projected"),
+    "Pgap": Arm(
+        "kept off as many as hold most of the others' and least of the own energy", avoid=GAP, keep="projected"
+    ),
     "Pc50": Arm("P50 of the others' rows less their mean", avoid=("centred", 0.5), keep="projected"),
     "P50ns": Arm("P50 without [CLS] and [SEP] in the statistics", avoid=HALF, keep="projected", special=False),
     "P50all": Arm("P50 off all tasks, the own one too", avoid=HALF, off="all", keep="projected"),
@@ -73,6 +77,11 @@ ARMS = {
     "P50frozen": Arm("started off 0.5 of the others' energy, frozen", avoid=HALF, keep="frozen"),
     "P50free": Arm("started off 0.5 of the others' energy, then let go", avoid=HALF),
     "P50atfree": Arm("started off 0.5 of generic text's energy, then let go: the default", avoid=HALF, off="atlas"),
+    "P30atfree": Arm("P50atfree off 0.3 of the energy", avoid=("share", 0.3), off="atlas"),
+    "P70atfree": Arm("P50atfree off 0.7 of the energy", avoid=("share", 0.7), off="atlas"),
+    "P85atfree": Arm("P50atfree off 0.85 of the energy", avoid=("share", 0.85), off="atlas"),
+    "P50few": Arm("P50atfree off 30 paragraphs in place of 300", avoid=HALF, off="few"),
+    "P50mnli": Arm("P50atfree off 100 texts of MNLI, no task here, in place of docstrings", avoid=HALF, off="foreign"),
     "P50grad": Arm("P50 by projected gradients of A", avoid=HALF, keep="gradient"),
     "P50tight": Arm(
         "off 0.7 of the others' energy, tightened over half the training", avoid=("share", 0.7), keep="tighten"
