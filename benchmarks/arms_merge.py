@@ -15,7 +15,7 @@ from loraloom.heads import Head, align_head
 from loraloom.interference import ratio, response
 from loraloom.merging.activation import regmean
 from loraloom.merging.core import concatenate
-from loraloom.merging.regression import iteris
+from loraloom.merging.regression import iteris, reading_groups
 from loraloom.merging.spectral import tsv
 from loraloom.moments import Moment
 from loraloom.probe import TaskProbe
@@ -96,11 +96,14 @@ class Adapters:
                 layer: regmean(updates, moments=list(self.moments(layer).values()), shrink=0.9)
                 for layer, updates in layers.items()
             }
+        found = iteris(layers, probe=self.probe())
+        return {layer: update for layer, update in found.items() if isinstance(update, Update)}
+
+    def probe(self) -> TaskProbe:
+        """Return the base with every task's texts, as rules that go up the model look at it."""
         rows, count = list(self.ground.tasks.values()), self.ground.settings.statistics_texts
         texts, regression = [one.train[:count] for one in rows], [one.regression for one in rows]
-        probe = TaskProbe(self.ground.evaluator, list(self.heads.values()), texts, None, regression)
-        found = iteris(layers, probe=probe)
-        return {layer: update for layer, update in found.items() if isinstance(update, Update)}
+        return TaskProbe(self.ground.evaluator, list(self.heads.values()), texts, None, regression)
 
 
 def by_layer(updates: Updates) -> dict[str, list[Update]]:
@@ -160,6 +163,54 @@ def retrofitted(adapters: Adapters) -> None:
                 found[task][layer] = Update(one[layer].B, A.float())
         single = 100 * mean({task: adapters.single_of(task, one) for task, one in found.items()})
         print(f"| {mu:g} | {single:.1f} | {_merged(adapters, found, (0.5, 1.0, 1.5), (0.5, 1.0, 1.5))} |", flush=True)
+
+
+def corrected(adapters: Adapters) -> None:
+    """Print scores of `iteris` and of the same with the base's own term, W0 (X_i - Y_i), which corrects drift.
+
+    dW = (sum_i l_i (dW_i (X_i^T Y_i + e I) + c W0 (X_i - Y_i)^T Y_i)) (sum_i l_i (Y_i^T Y_i + e I))^-1, c the share of
+    the base's term; at c = 0 it is the package's rule. Otherwise dW has full rank.
+    """
+    layers, probe = by_layer(adapters.updates), adapters.probe()
+    modules = adapters.ground.settings.layers(adapters.ground.evaluator.model)
+    print("\n| base's term | merged |\n|---|---|")
+    for share in (0.0, 0.5, 1.0):
+        done: dict[str, Update] = {}
+        for group in reading_groups(layers, probe):
+            pairs = []
+            for task, own in enumerate(adapters.updates.values()):
+                X = _read(probe, task, own, group[0])
+                pairs.append((X, _read(probe, task, {**own, **done}, group[0])))
+            solved = {one: _with_base(layers[one], pairs, share * modules[one].weight.double().cpu()) for one in group}
+            done |= solved
+        print(f"| {share:g} | {best(adapters.at_scales(done, (1.0,)))} |", flush=True)
+
+
+def _with_base(updates: Sequence[Update], pairs: Sequence[tuple[Tensor, Tensor]], W: Tensor) -> Update:
+    """Return the dense solution of `corrected` for one layer; `pairs` holds each task's X, Y (k, n), W (m, n)."""
+    n = W.shape[1]
+    e = 0.01 * sum(float(Y.square().mean()) for _, Y in pairs) / len(pairs) * torch.eye(n, dtype=torch.float64)
+    target, gram = torch.zeros_like(W), torch.zeros(n, n, dtype=torch.float64)
+    for update, (X, Y) in zip(updates, pairs, strict=True):
+        own = update.B.double() @ update.A.double()
+        weight = update.energy() / float((X @ own.T).square().sum() / len(X))
+        target += weight * (own @ (X.T @ Y / len(X) + e) + W @ (X - Y).T @ Y / len(X))
+        gram += weight * (Y.T @ Y / len(Y) + e)
+    return Update(torch.linalg.solve(gram, target.T).T.float(), torch.eye(n))
+
+
+def _read(probe: TaskProbe, task: int, inside: Mapping[str, Update], wanted: str) -> Tensor:
+    """Return the rows (k, n) float64 that a layer reads of a task's texts with the updates `inside`."""
+    seen: list[Tensor] = []
+
+    def see(layer: str, rows: Tensor) -> None:
+        if layer == wanted:
+            seen.append(rows.double())
+
+    with torch.no_grad():
+        for batch in probe.batches[task]:
+            probe.run(task, batch, inside, see)
+    return torch.cat(seen)
 
 
 def _merged(adapters: Adapters, updates: Updates, *scales: Sequence[float]) -> str:

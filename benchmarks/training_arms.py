@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from arms_lib import Arm, Ground, Jitter, Settings
-from arms_merge import SCALES, Adapters, Pair, best, equalised, heads_by_rows, mean, retrofitted
+from arms_merge import SCALES, Adapters, Pair, best, corrected, equalised, heads_by_rows, mean, retrofitted
 from arms_train import Trained, train_arm
 
 from loraloom.adapter import Update
@@ -119,7 +119,7 @@ def main() -> None:
         print(
             f"\n{given.posthoc}, seed {given.seed}, single {100 * mean(adapters.single):.1f}, treated after training:\n"
         )
-        for treat in (equalised, retrofitted, heads_by_rows):
+        for treat in (equalised, retrofitted, corrected, heads_by_rows):
             treat(adapters)
 
 
@@ -130,9 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of GLUE tasks")
     parser.add_argument("--out", type=Path, help="folder for adapters and scores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--posthoc", metavar="ARM", help="then equalise, retrofit and align heads of this arm's adapters"
-    )
+    parser.add_argument("--posthoc", metavar="ARM", help="then treat this arm's adapters in the ways tried")
     parser.add_argument("--tasks", default="sst2,qqp,stsb,qnli", help="separated by commas (default: %(default)s)")
     parser.add_argument("--targets", default="query,value", help="layers trained, or all-linear (default: %(default)s)")
     numbers = {
