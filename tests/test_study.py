@@ -102,6 +102,18 @@ def test_epochs_of_one_task_retrain_that_task_alone(finished: Path, copy: Path) 
     assert not {"task", "statistics", "init"} & set(counts)
 
 
+def test_a_task_named_atlas_does_not_hide_the_atlas(finished: Path, tmp_path: Path) -> None:
+    tasks = tiny_study.recipe()["tasks"]
+    tasks = {"atlas": tasks["mood"], "tone": tasks["tone"]}
+    statistics = tiny_study.recipe()["statistics"]
+    common = {"tasks": tasks, "inits": {"apart": {"rule": "apart"}}, "training": train_section(epochs=1)}
+    starts = []
+    for count in (20, 30):
+        recipe = changed(finished, **common, statistics={**statistics, "atlas_texts": count})
+        starts.append(Study(recipe, tmp_path, Reporter(quiet=True)).trained[0].starts["atlas"])
+    assert starts[0].stage.key != starts[1].stage.key
+
+
 def test_an_adapter_stage_that_was_harmed_is_made_again(finished: Path, copy: Path) -> None:
     folders = sorted((copy / "stages" / "train").iterdir())
     shutil.rmtree(folders[0])

@@ -240,8 +240,8 @@ class Study:
             others = {other: output for other, output in self.statistics["train"].items() if other != name}
         seed = one.seed if settings.rule == "shared" else self._seed(one, name)
         options = {**settings.model_dump(exclude={"description", "seed"}), "lora": lora.model_dump()}
-        inputs = {other: output.stage for other, output in (others | {name: own}).items()}
-        stage = self._stage("init", f"{one.label}.{name}", {**options, "own": name, "seed": seed}, inputs)
+        inputs = {"own": own.stage, **{f"off {other}": output.stage for other, output in others.items()}}
+        stage = self._stage("init", f"{one.label}.{name}", {**options, "seed": seed}, inputs)
 
         def make(folder: Path, _: Path) -> None:
             read = {other: stages.read_statistics(output.path) for other, output in others.items()}
