@@ -209,6 +209,7 @@ class Study:
     @cached_property
     def atlas(self) -> Output:
         """The statistics of generic text, for inits that stay off its loud directions."""
+        self.reporter.begin("atlas", 1)
         settings, targets = self.recipe.statistics, self.targets
         rows = stages.generic_rows(settings.atlas_texts)
         options = {**settings.model_dump(exclude={"texts"}), "targets": targets, "base": self.base_sha256}
@@ -217,7 +218,7 @@ class Study:
         def make(folder: Path, _: Path) -> None:
             stages.make_statistics(folder, self.evaluator, rows, settings, targets)
 
-        return Output(stage, self.store.get(stage, make))
+        return self._get("atlas", stage, make)
 
     def _statistics(self, name: str, split: str) -> Output:
         settings, targets = self.recipe.statistics, self.targets
