@@ -69,7 +69,7 @@ class Arm:
     start: str = "random"
     response: bool = True
     avoid: tuple[str, float] | None = None
-    off: str = "others"
+    off: Literal["others", "all", "atlas", "few", "foreign"] = "others"
     keep: Literal["free", "projected", "frozen", "gradient", "tighten"] = "free"
     special: bool = True
     shared: bool = False
@@ -306,10 +306,11 @@ def starts_of(
     drawn = "x" if arm.shared else task
     for name, own in ground.seen(task, arm.special).items():
         rows = [h.double() for h in off[name]]
-        avoid = loud(rows, arm.avoid, own.double())
+        exact = own.double()
+        avoid = loud(rows, arm.avoid, exact)
         draw, common = generator(seed, drawn, name), generator(seed, name)
         position, count = list(ground.tasks).index(task), len(ground.tasks)
-        A = STARTS[arm.start](Layer(own.double(), rows, avoid, ground.settings.rank, draw, common, position, count))
+        A = STARTS[arm.start](Layer(exact, rows, avoid, ground.settings.rank, draw, common, position, count))
         A = project_out(A, avoid)
         if arm.response:
             A = A * response_scale(Moment.of_rows(own), A)

@@ -15,7 +15,7 @@ from loraloom.heads import Head, align_head
 from loraloom.interference import ratio, response
 from loraloom.merging.activation import regmean
 from loraloom.merging.core import concatenate
-from loraloom.merging.regression import iteris, reading_groups
+from loraloom.merging.regression import iteris, reading_groups, rows_read
 from loraloom.merging.spectral import tsv
 from loraloom.moments import Moment
 from loraloom.probe import TaskProbe
@@ -173,16 +173,16 @@ def corrected(adapters: Adapters) -> None:
     """
     layers, probe = by_layer(adapters.updates), adapters.probe()
     modules = adapters.ground.settings.layers(adapters.ground.evaluator.model)
+    merged: dict[float, dict[str, Update]] = {share: {} for share in (0.0, 0.5, 1.0)}
+    for group in reading_groups(layers, probe):
+        own = [_read(probe, task, updates, group[0]) for task, updates in enumerate(adapters.updates.values())]
+        for share, done in merged.items():
+            inside = [{**updates, **done} for updates in adapters.updates.values()]
+            pairs = [(X, _read(probe, task, inside[task], group[0])) for task, X in enumerate(own)]
+            for one in group:
+                done[one] = _with_base(layers[one], pairs, share * modules[one].weight.double().cpu())
     print("\n| base's term | merged |\n|---|---|")
-    for share in (0.0, 0.5, 1.0):
-        done: dict[str, Update] = {}
-        for group in reading_groups(layers, probe):
-            pairs = []
-            for task, own in enumerate(adapters.updates.values()):
-                X = _read(probe, task, own, group[0])
-                pairs.append((X, _read(probe, task, {**own, **done}, group[0])))
-            solved = {one: _with_base(layers[one], pairs, share * modules[one].weight.double().cpu()) for one in group}
-            done |= solved
+    for share, done in merged.items():
         print(f"| {share:g} | {best(adapters.at_scales(done, (1.0,)))} |", flush=True)
 
 
@@ -201,16 +201,7 @@ def _with_base(updates: Sequence[Update], pairs: Sequence[tuple[Tensor, Tensor]]
 
 def _read(probe: TaskProbe, task: int, inside: Mapping[str, Update], wanted: str) -> Tensor:
     """Return the rows (k, n) float64 that a layer reads of a task's texts with the updates `inside`."""
-    seen: list[Tensor] = []
-
-    def see(layer: str, rows: Tensor) -> None:
-        if layer == wanted:
-            seen.append(rows.double())
-
-    with torch.no_grad():
-        for batch in probe.batches[task]:
-            probe.run(task, batch, inside, see)
-    return torch.cat(seen)
+    return torch.cat([rows_read(probe, task, batch, inside, wanted) for batch in probe.batches[task]]).double()
 
 
 def _merged(adapters: Adapters, updates: Updates, *scales: Sequence[float]) -> str:

@@ -12,12 +12,12 @@ cosine. Nothing is trained; query and value of the base, 48 tokens a text.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from datasets import Dataset
+from study_tables import row, table
 from torch import Tensor
 
 from loraloom.base import base_folder
@@ -27,6 +27,7 @@ from loraloom.stages import collect, generic_rows
 from loraloom.statistics import Statistics
 from loraloom.subspace import loud_directions
 from loraloom.tasks.glue import GLUE
+from loraloom.tasks.sources import read_table
 
 BUILT_IN, COUNTS, TASK_TEXTS, SHARE = "docstrings", (3, 10, 30, 100, 300, 1000), 200, 0.5
 Loud = Mapping[str, Tensor]  # by layer's input
@@ -45,34 +46,34 @@ def main() -> None:
     def statistics(rows: Dataset) -> Statistics:
         return collect(evaluator, rows, given.targets.split(","), "token", 48, 32)
 
-    tasks = {name: statistics(rows_of(given.data / name, TASK_TEXTS)) for name in GLUE}
-    print("| text | texts | tokens | directions | held | most | agrees |\n|---|---|---|---|---|---|---|")
+    tasks = {name: statistics(texts_of(given.data, name, TASK_TEXTS)) for name in GLUE}
+    table("text", "texts", "tokens", "directions", "held", "most", "agrees")
     for text in given.texts.split(","):
+        most = generic_rows(COUNTS[-1]) if text == BUILT_IN else texts_of(given.data, text, COUNTS[-1])
         found: dict[int, tuple[Statistics, Loud]] = {}
         for count in COUNTS:
-            rows = generic_rows(count) if text == BUILT_IN else rows_of(given.data / text, count)
-            seen = statistics(rows)
+            seen = statistics(most.select(range(count)))
             found[count] = (seen, {name: loud_directions([one], SHARE) for name, one in seen.moments.items()})
         seen_by = [one for name, one in tasks.items() if name != text]
         for count, (seen, loud) in found.items():
-            print(row(text, count, seen, loud, found[COUNTS[-1]][1], seen_by), flush=True)
+            row(text, count, seen.tokens, *figures(loud, found[COUNTS[-1]][1], seen_by))
 
 
-def rows_of(folder: Path, count: int) -> Dataset:
+def texts_of(data: Path, task: str, count: int) -> Dataset:
     """Return the texts of the first rows of a task's training file."""
-    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    rows = [json.loads(line) for line in lines]
-    return Dataset.from_dict({key: [row[key] for row in rows] for key in ("text_a", "text_b") if key in rows[0]})
+    columns = ("text_a", "text_b")[: len(GLUE[task].text)]
+    rows = read_table(str(data / task / "train.jsonl"), "train", columns).rows[:count]
+    return Dataset.from_list([{name: one[name] for name in columns} for one in rows])
 
 
-def row(text: str, count: int, seen: Statistics, loud: Loud, full: Loud, tasks: Sequence[Statistics]) -> str:
-    """Return one row of the table."""
+def figures(loud: Loud, full: Loud, tasks: Sequence[Statistics]) -> tuple[str, str, str, str]:
+    """Return directions, held, most and agrees, as the table tells them."""
     pairs = [(task.moments[name], V) for task in tasks for name, V in loud.items()]
     held = mean(share_seen(moment, V.T) for moment, V in pairs)
     most = mean(share_seen(moment, top_directions(moment, V.shape[1])[1].T) for moment, V in pairs)
     agrees = mean(float((full[name].T @ V).square().sum()) / V.shape[1] for name, V in loud.items())
     directions = mean(V.shape[1] for V in loud.values())
-    return f"| {text} | {count} | {seen.tokens} | {directions:.1f} | {held:.2f} | {most:.2f} | {agrees:.2f} |"
+    return f"{directions:.1f}", f"{held:.2f}", f"{most:.2f}", f"{agrees:.2f}"
 
 
 if __name__ == "__main__":

@@ -137,8 +137,8 @@ def _reading(layers: Layers, probe: Probe, done: Mapping[str, Update], task: int
     cross = {module: torch.zeros(own[module].A.shape, dtype=torch.float64) for module in group}
     inner = {module: torch.zeros(own[module].rank, own[module].rank, dtype=torch.float64) for module in group}
     for batch in probe.batches[task]:
-        X = _rows(probe, task, batch, own, group[0])
-        Y = _rows(probe, task, batch, {**own, **done}, group[0]) if done else X
+        X = rows_read(probe, task, batch, own, group[0])
+        Y = rows_read(probe, task, batch, {**own, **done}, group[0]) if done else X
         moments.append(Moment.of_rows(Y))
         X, Y = X.double(), Y.double()
         for module in group:
@@ -187,10 +187,10 @@ def _shares(updates: Sequence[Update], inner: Sequence[Tensor]) -> list[float]:
 def _moment(layers: Layers, probe: Probe, done: Mapping[str, Update], task: int, wanted: str) -> Moment:
     """Return the moment of what `wanted` reads of the task's texts with the layers `done` merged, others the task's."""
     inside = {name: done.get(name, updates[task]) for name, updates in layers.items()}
-    return pooled([Moment.of_rows(_rows(probe, task, batch, inside, wanted)) for batch in probe.batches[task]])
+    return pooled([Moment.of_rows(rows_read(probe, task, batch, inside, wanted)) for batch in probe.batches[task]])
 
 
-def _rows(probe: Probe, task: int, batch: Batch, inside: Mapping[str, Update], wanted: str) -> Tensor:
+def rows_read(probe: Probe, task: int, batch: Batch, inside: Mapping[str, Update], wanted: str) -> Tensor:
     """Return the rows (k, n) that `wanted` reads of a batch with the updates `inside`, of all its calls."""
     seen: list[Tensor] = []
 
