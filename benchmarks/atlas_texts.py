@@ -22,8 +22,10 @@ from torch import Tensor
 
 from loraloom.base import base_folder
 from loraloom.evaluation import Evaluator
+from loraloom.merging.needs import collect
+from loraloom.recipe import StatisticsSettings
 from loraloom.spectra import share_seen, top_directions
-from loraloom.stages import collect, generic_rows
+from loraloom.stages import generic_rows
 from loraloom.statistics import Statistics
 from loraloom.subspace import loud_directions
 from loraloom.tasks.glue import GLUE
@@ -44,7 +46,7 @@ def main() -> None:
     evaluator = Evaluator(base_folder(given.base), max_length=48)
 
     def statistics(rows: Dataset) -> Statistics:
-        return collect(evaluator, rows, given.targets.split(","), "token", 48, 32)
+        return collect(evaluator, rows, given.targets.split(","), StatisticsSettings(max_length=48))
 
     tasks = {name: statistics(texts_of(given.data, name, TASK_TEXTS)) for name in GLUE}
     table("text", "texts", "tokens", "directions", "held", "most", "agrees")

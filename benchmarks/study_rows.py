@@ -32,11 +32,12 @@ from loraloom.atomic import staged_file
 from loraloom.base import base_folder
 from loraloom.evaluation import Evaluator, labels
 from loraloom.heads import Head, align_heads
+from loraloom.merging.needs import alignment_rows
 from loraloom.metrics import metric_value
 from loraloom.peft_folder import read_adapter
 from loraloom.recipe import Recipe
 from loraloom.results import StudyResult
-from loraloom.stages import alignment_rows, build_task, merged_adapters
+from loraloom.stages import build_task, merged_adapters
 from loraloom.tasks.task import Task
 
 RESAMPLES = 200
@@ -126,7 +127,7 @@ class Part:
                 if split == "test":
                     texts = self.evaluator.encode(task, split)
                 else:
-                    texts = alignment_rows(self.evaluator, task, self.recipe.alignment)
+                    texts = alignment_rows(self.evaluator, task, self.recipe.alignment.texts)
                 found[name] = self.evaluator.features(adapters[name].updates, heads[name], texts)
             self._features[key, split] = found
         return self._features[key, split]

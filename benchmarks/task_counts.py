@@ -24,8 +24,9 @@ from loraloom.adapter import Adapter
 from loraloom.evaluation import scored
 from loraloom.heads import Head, align_heads
 from loraloom.merging import merge
+from loraloom.merging.needs import alignment_rows
 from loraloom.peft_folder import read_adapter
-from loraloom.stages import alignment_rows, build_task
+from loraloom.stages import build_task
 
 COUNTS, SCALES = (2, 4, 6), (0.3, 0.5, 0.75, 1.0)
 
@@ -39,7 +40,8 @@ class Run:
         self.adapters = {name: read_adapter(part.stage("train", f"{self.label}.{name}")) for name in self.tasks}
         self.heads = {name: Head.of(adapter.head, name) for name, adapter in self.adapters.items()}
         evaluator = part.evaluator
-        self.texts = {name: alignment_rows(evaluator, task, part.recipe.alignment) for name, task in self.tasks.items()}
+        count = part.recipe.alignment.texts
+        self.texts = {name: alignment_rows(evaluator, task, count) for name, task in self.tasks.items()}
         self.own = {
             name: evaluator.features(adapter.updates, self.heads[name], self.texts[name])
             for name, adapter in self.adapters.items()

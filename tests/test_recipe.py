@@ -239,3 +239,15 @@ def test_glue8_reads_its_rows() -> None:
         task = build_task(name, settings)
         assert (len(task.train), len(task.heldout)) == (settings.train_rows, settings.heldout_rows)
         assert sample_problems(task, recipe.statistics, recipe.alignment) == []
+
+
+def test_the_texts_of_a_rule_are_those_of_its_entry() -> None:
+    merging = [
+        {"rule": "iteris", "scales": [1.0], "texts": 7},
+        {"rule": "iteris", "scales": [1.0], "texts": 9, "options": {"ridge": 0.5}},
+    ]
+    recipe = Recipe.parse(tiny_study.recipe(merging=merging), "r")
+    assert recipe.probe_texts("iteris", {}) == 7
+    assert recipe.probe_texts("iteris", {"ridge": 0.5}) == 9
+    assert recipe.probe_texts("iteris", {"no": "such option"}) == 7
+    assert recipe.probe_texts("regmean_pp", {}) == 100

@@ -45,7 +45,9 @@ def merge(
     tasks: Annotated[
         Path | None, typer.Option("--tasks", help="Recipe with base and tasks, for rules that look at texts.")
     ] = None,
-    texts: Annotated[int, typer.Option(min=1, help="Training texts a task that such a rule may look at.")] = 100,
+    texts: Annotated[
+        int | None, typer.Option(min=1, help="Texts a task that its probe has; the recipe's for the rule without.")
+    ] = None,
     base: Base = None,
     fuse_into: Annotated[
         Path | None, typer.Option("--fuse-into", help="Checkpoint folder: write it with the result in its weights.")
@@ -69,7 +71,8 @@ def merge(
         if tasks:
             from loraloom.workflow import looker
 
-            look = looker(read_recipe(tasks, base), texts, shown)
+            recipe = read_recipe(tasks, base)
+            look = looker(recipe, texts or recipe.probe_texts(rule, options), shown)
         plan = folders.plan_folders(
             paths,
             rule,

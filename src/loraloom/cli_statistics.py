@@ -60,7 +60,7 @@ def statistics(
     ] = None,
     delta: Annotated[float, typer.Option(help="Delta of the noise, far below 1 / texts.")] = 1e-6,
     clip: Annotated[float | None, typer.Option(help="Norm to which rows are cut for the noise.")] = None,
-    max_length: Annotated[int, typer.Option(help="Word pieces kept of a text.")] = 128,
+    max_length: Annotated[int, typer.Option(min=2, help="Word pieces kept of a text.")] = 128,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -104,7 +104,7 @@ def atlas(
     column: Annotated[list[str] | None, typer.Option("--column", help="Text column of that file.")] = None,
     count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 300,
     rank: Rank = None,
-    max_length: Annotated[int, typer.Option(help="Word pieces kept of a text.")] = 128,
+    max_length: Annotated[int, typer.Option(min=2, help="Word pieces kept of a text.")] = 128,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

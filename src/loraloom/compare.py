@@ -31,9 +31,10 @@ def compare(
     """Merge finished adapters, by task, by each of `rules` (all without) at each scale, and return what was measured.
 
     Without `scales`, each rule is tried at SCALES times its own default, which is what its authors' figures go by.
-    `tasks` is a recipe that has these tasks, on their base model; its inits and rules do not count. Held-out rows
-    choose the scale, test rows report. `folder` gets results.json, report.html and the merged adapters at their chosen
-    scales; what an earlier run did in it is not done again. Raises LoraloomError that tells all problems at once.
+    `tasks` is a recipe that has these tasks, on their base model; its inits do not count, of its rules only how many
+    texts each may look at. Held-out rows choose the scale, test rows report. `folder` gets results.json, report.html
+    and the merged adapters at their chosen scales; what an earlier run did in it is not done again. Raises
+    LoraloomError that tells all problems at once.
     """
     known = rule_names()
     problems = [f"no merging rule is called {r!r}; {did_you_mean(r, known)}" for r in rules if r not in known]
@@ -62,7 +63,7 @@ def compare(
             "name": f"{tasks.name}: every rule",
             "tasks": {name: tasks.tasks[name] for name in adapters},
             "adapters": {name: path.resolve() for name, path in adapters.items()},
-            "merging": [_settings(rule, scales) for rule in rules or rule_names()],
+            "merging": [_settings(rule, scales, tasks) for rule in rules or rule_names()],
         }
     )
     return run_study(recipe, folder, command=command, reporter=reporter)
@@ -79,6 +80,7 @@ def by_task(folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _settings(rule: str, scales: Sequence[float] | None) -> MergeSettings:
+def _settings(rule: str, scales: Sequence[float] | None, tasks: Recipe) -> MergeSettings:
     own = get_rule(rule).default_scale
-    return MergeSettings(rule=rule, scales=list(scales) if scales else [round(own * factor, 6) for factor in SCALES])
+    chosen = list(scales) if scales else [round(own * factor, 6) for factor in SCALES]
+    return MergeSettings(rule=rule, scales=chosen, texts=tasks.probe_texts(rule, {}))

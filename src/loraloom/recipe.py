@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,8 @@ from loraloom.merging.rules import get_rule
 from loraloom.subspace import DEFAULT, Keep, Scale, meant_scale
 from loraloom.subspace import RULES as SUBSPACE_RULES
 from loraloom.tasks.sources import SUFFIXES
+
+PROBE_TEXTS = 100  # a task, for a rule that looks at texts
 
 
 class Settings(BaseModel):
@@ -112,7 +114,7 @@ class MergeSettings(Settings):
     rule: str
     scales: list[float] = Field(min_length=1)
     options: dict[str, Any] = {}
-    texts: int = Field(100, ge=1, description="training texts a task for a rule that looks at texts")
+    texts: int = Field(PROBE_TEXTS, ge=1, description="training texts a task for a rule that looks at texts")
 
     @field_validator("rule")
     @classmethod
@@ -270,6 +272,12 @@ class Recipe(Settings):
         problems = [] if self.inits or self.adapters else ["inits: none, and no adapters: there is nothing to merge"]
         problems += [] if self.merging else ["merging: no rule"]
         raise_problems(self.name, problems, "see recipes/ for examples")
+
+    def probe_texts(self, rule: str, options: Mapping[str, Any]) -> int:
+        """Return how many texts a task `rule` may look at: as `merging` has it, best with these options."""
+        entries = [entry for entry in self.merging if entry.rule == rule]
+        alike = [entry for entry in entries if entry.filled() == get_rule(rule).check(options)[0]]
+        return next((entry.texts for entry in [*alike, *entries]), PROBE_TEXTS)
 
     def training_of(self, task: str) -> TrainingSettings:
         """Return how one task is trained: `training`, with the task's own epochs where it has them."""

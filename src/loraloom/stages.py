@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.adapter import Adapter
-from loraloom.evaluation import Evaluator, label_tensor, scored
+from loraloom.evaluation import Evaluator, scored
 from loraloom.heads import Head, align_heads
-from loraloom.hooks import Kind
 from loraloom.initialise import initialise
 from loraloom.interference import interference, ratio
 from loraloom.merging import read_readout
+from loraloom.merging.needs import alignment_rows, collect
 from loraloom.merging.readout import READOUTS
 from loraloom.peft_folder import CONFIG, PROVENANCE, WEIGHTS, read_adapter
-from loraloom.probe import TaskProbe
 from loraloom.recipe import (
     AlignmentSettings,
     BuiltinTask,
@@ -33,10 +32,9 @@ from loraloom.recipe import (
     TaskSettings,
 )
 from loraloom.results import Score
-from loraloom.statistics import Statistics, collect_statistics
+from loraloom.statistics import Statistics
 from loraloom.tasks.builtin import builtin_task, source_versions
 from loraloom.tasks.builtin_text import generic_texts
-from loraloom.tasks.encoding import Encoded, batches, encode
 from loraloom.tasks.files import file_task
 from loraloom.tasks.glue import glue_task
 from loraloom.tasks.task import Task
@@ -81,25 +79,6 @@ def sample_problems(task: Task, statistics: StatisticsSettings, alignment: Align
     ]
 
 
-def task_probe(
-    evaluator: Evaluator,
-    tasks: Mapping[str, Task],
-    heads: Mapping[str, Head],
-    texts: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> TaskProbe:
-    """Return what a merging rule may look at: `texts` training rows a task, with labels for the rules that use them."""
-    rows = {name: sample(task, "train", texts) for name, task in tasks.items()}
-    return TaskProbe(
-        evaluator,
-        [heads[name] for name in tasks],
-        [encode(found, evaluator.tokenizer, evaluator.max_length) for found in rows.values()],
-        [label_tensor(tasks[name], found) for name, found in rows.items()],
-        [task.labels is None for task in tasks.values()],
-        progress=progress,
-    )
-
-
 def copy_adapter(source: Path, folder: Path) -> None:
     """Copy the files of an adapter folder that count: config, weights, provenance."""
     (folder / "adapter").mkdir()
@@ -119,25 +98,7 @@ def make_statistics(
     folder: Path, evaluator: Evaluator, rows: Dataset, settings: StatisticsSettings, targets: list[str] | str
 ) -> None:
     """Collect what the base model's layers see of the texts in `rows`."""
-    statistics = collect(evaluator, rows, targets, settings.rows, settings.max_length, settings.batch_size)
-    statistics.save(folder / "statistics.safetensors")
-
-
-def collect(
-    evaluator: Evaluator,
-    rows: Dataset,
-    targets: list[str] | str,
-    kind: Kind,
-    max_length: int,
-    batch_size: int,
-    *,
-    bound: int | None = None,
-    clip: float | None = None,
-) -> Statistics:
-    """Return the statistics of the texts in `rows`, as the evaluator's base model reads them."""
-    encoded = encode(rows, evaluator.tokenizer, max_length)
-    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, batch_size))
-    return collect_statistics(evaluator.model, fed, targets, rows=kind, bound=bound, clip=clip)
+    collect(evaluator, rows, targets, settings).save(folder / "statistics.safetensors")
 
 
 def generic_rows(count: int) -> Dataset:
@@ -184,7 +145,7 @@ def make_init(
 def make_single(folder: Path, evaluator: Evaluator, adapter: Adapter, task: Task, alignment: AlignmentSettings) -> None:
     """Evaluate a task's own adapter on held-out and test rows; keep its features of the unlabelled texts."""
     head = Head.of(adapter.head, adapter.name)
-    unlabelled = alignment_rows(evaluator, task, alignment)
+    unlabelled = alignment_rows(evaluator, task, alignment.texts)
     features = {
         "unlabelled": evaluator.features(adapter.updates, head, unlabelled),
         "heldout": evaluator.features(adapter.updates, head, evaluator.encode(task, "heldout")),
@@ -215,7 +176,7 @@ def make_heldout_evaluation(
     """
     unlabelled, heldout = {}, {}
     for name, task in tasks.items():
-        first = alignment_rows(evaluator, task, alignment)
+        first = alignment_rows(evaluator, task, alignment.texts)
         features = evaluator.features(merged[name].updates, heads[name], first + evaluator.encode(task, "heldout"))
         unlabelled[name], heldout[name] = features[: len(first)], features[len(first) :]
     aligned = align_heads(heads, own, unlabelled, ridge=alignment.ridge)
@@ -272,17 +233,6 @@ def make_interference(
         for when, quantity, values in tables
     ]
     _write_json(folder / RESPONSES, {"tasks": after.tasks, "layers": after.layers, "tables": rows})
-
-
-def sample(task: Task, split: str, count: int) -> Any:
-    """Return `count` rows of a split, or all where there are fewer, the same at every call."""
-    rows = getattr(task, split)
-    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
-
-
-def alignment_rows(evaluator: Evaluator, task: Task, alignment: AlignmentSettings) -> Encoded:
-    """Return the unlabelled training texts that heads are aligned on, as token ids."""
-    return encode(sample(task, "train", alignment.texts), evaluator.tokenizer, evaluator.max_length)
 
 
 def _both(

@@ -17,6 +17,7 @@ from loraloom.evaluation import Evaluator
 from loraloom.heads import Head
 from loraloom.initialise import task_seed
 from loraloom.merging import get_rule, make_plan, write_merged
+from loraloom.merging.needs import sample, supply
 from loraloom.metrics import average
 from loraloom.peft_folder import adapter_sha256, read_adapter, read_provenance
 from loraloom.progress import Reporter
@@ -227,7 +228,7 @@ class Study:
         stage = self._stage("statistics", f"{name}.{split}", {**chosen, **options})
 
         def make(folder: Path, _: Path) -> None:
-            rows = stages.sample(self.tasks[name], split, settings.texts)
+            rows = sample(self.tasks[name], split, settings.texts)
             stages.make_statistics(folder, self.evaluator, rows, settings, targets)
 
         return self._get("statistics", stage, make)
@@ -308,10 +309,16 @@ class Study:
             def step(done: int, total: int) -> None:
                 self.reporter.detail("merging", f"{label} step {done}/{total}")
 
-            statistics = {name: stages.read_statistics(output.path) for name, output in seen.items()}
-            probe = None
-            if rule.whole:
-                probe = stages.task_probe(self.evaluator, self.tasks, one.heads, settings.texts, step)
+            statistics, probe = supply(
+                rule,
+                one.adapters,
+                self.tasks,
+                lambda: self.evaluator,
+                self.recipe.statistics,
+                settings.texts,
+                known={name: stages.read_statistics(output.path) for name, output in seen.items()},
+                progress=step,
+            )
             plan = make_plan(
                 one.adapters,
                 settings.rule,

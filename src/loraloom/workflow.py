@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -22,15 +23,15 @@ from loraloom.heads import Head, align_heads
 from loraloom.hooks import Kind
 from loraloom.initialise import Initialisation, initialise, initialise_all, task_seed
 from loraloom.merging import Rule
-from loraloom.merging.folders import Look, names_of
+from loraloom.merging.folders import Look, Supplied, names_of
+from loraloom.merging.needs import alignment_rows, collect, supply
 from loraloom.peft_folder import PROVENANCE, read_adapter, read_provenance, task_of
 from loraloom.privacy import Noise, add_noise, noise_scale
-from loraloom.probe import TaskProbe
 from loraloom.progress import Reporter
 from loraloom.ranks import rank_and_size
-from loraloom.recipe import Recipe
+from loraloom.recipe import Recipe, StatisticsSettings
 from loraloom.results import Score
-from loraloom.stages import alignment_rows, build_task, collect, generic_rows, merged_adapters, sample, task_probe
+from loraloom.stages import build_task, generic_rows, merged_adapters
 from loraloom.statistics import Statistics
 from loraloom.store import Store
 from loraloom.tasks.sources import read_table
@@ -82,7 +83,8 @@ def collect_from_file(
     names = ("text_a", "text_b")[: len(columns)]
     kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
     bound, clip = (None, noise.clip) if noise else (rank, None)
-    return _collected(base, datasets.Dataset.from_list(kept), targets, cast(Kind, kind), max_length, bound, clip)
+    reading = StatisticsSettings(rows=cast(Kind, kind), max_length=max_length)
+    return _collected(base, datasets.Dataset.from_list(kept), targets, reading, bound, clip)
 
 
 def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: str) -> Noise | None:
@@ -120,23 +122,22 @@ def make_atlas(
     if texts:
         return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, rank)
     raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
-    return _collected(base, generic_rows(count), targets, "token", max_length, rank)
+    return _collected(base, generic_rows(count), targets, StatisticsSettings(max_length=max_length), rank)
 
 
 def _collected(
     base: str,
     rows: datasets.Dataset,
     targets: Sequence[str],
-    kind: Kind,
-    max_length: int,
+    reading: StatisticsSettings,
     bound: int | None,
     clip: float | None = None,
 ) -> Statistics:
     """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
     process, size = rank_and_size()
-    evaluator = Evaluator(base_folder(base), max_length=max_length)
+    evaluator = Evaluator(base_folder(base))
     part = rows.select(range(process, len(rows), size))
-    return collect(evaluator, part, list(targets), kind, max_length, 32, bound=bound, clip=clip)
+    return collect(evaluator, part, list(targets), reading, bound=bound, clip=clip)
 
 
 def initialise_from_files(
@@ -202,30 +203,24 @@ def train_from_recipe(
 
 
 def looker(recipe: Recipe, texts: int, reporter: Reporter) -> Look:
-    """Return what lets a merging rule look at `texts` training texts of each adapter's task, and at the base model.
+    """Return what supplies a merging rule from the recipe's base model, tasks and statistics; see `needs.supply`.
 
-    An adapter's task is the one it was trained on, or the one its folder is named for. The function raises
-    LoraloomError for an adapter without a task in the recipe, or without a head where the rule needs one.
+    A probe has `texts` training texts a task. An adapter's task is the one it was trained on, or the one its folder is
+    named for. The function raises LoraloomError for an adapter without a task in the recipe, or without a head where
+    the rule needs one.
     """
 
-    def look(rule: Rule, members: Sequence[Adapter]) -> tuple[Sequence[Statistics], TaskProbe | None]:
-        names = _tasks_of([member.path for member in members if member.path], recipe)
-        training = recipe.training
-        evaluator = Evaluator(base_folder(recipe.base), max_length=training.max_length)
-        tasks = {name: _task(recipe, name) for name in names}
-        seen: list[Statistics] = []
-        if "moments" in rule.supplied:
-            targets = sorted(members[0].shapes)
-            for task in tasks.values():
-                rows = sample(task, "train", texts)
-                seen.append(collect(evaluator, rows, targets, "token", training.max_length, 32))
-        if not rule.whole:
-            return seen, None
-        heads = {name: Head.of(member.head, member.name) for name, member in zip(names, members, strict=True)}
-        reporter.begin(rule.name, 1)
-        return seen, task_probe(
-            evaluator, tasks, heads, texts, lambda done, total: reporter.detail(rule.name, f"step {done}/{total}")
-        )
+    def look(rule: Rule, members: Mapping[str, Adapter], known: Sequence[Statistics]) -> Supplied:
+        names = _tasks_of([member.path for member in members.values() if member.path], recipe)
+        tasks = {member: _task(recipe, name) for member, name in zip(members, names, strict=True)}
+        if rule.whole:
+            reporter.begin(rule.name, 1)
+
+        def step(done: int, total: int) -> None:
+            reporter.detail(rule.name, f"step {done}/{total}")
+
+        load = partial(_evaluator, recipe)
+        return supply(rule, members, tasks, load, recipe.statistics, texts, known=known, progress=step)
 
     return look
 
@@ -250,11 +245,11 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
         raise_problems("cannot align", compatibility_problems([adapter, *members.values()]), "merge these adapters")
     raise_together(errors)
     reporter.begin("aligning", len(files))
-    evaluator = Evaluator(base_folder(recipe.base), max_length=recipe.training.max_length)
+    evaluator = _evaluator(recipe)
     read = merged_adapters(merged, 1.0, files)
     own, together = {}, {}
     for file, name in zip(files, names, strict=True):
-        rows = alignment_rows(evaluator, _task(recipe, name), recipe.alignment)
+        rows = alignment_rows(evaluator, _task(recipe, name), recipe.alignment.texts)
         own[file] = evaluator.features(members[file].updates, heads[file], rows)
         together[file] = evaluator.features(read[file].updates, heads[file], rows)
         reporter.advance("aligning")
@@ -284,11 +279,7 @@ def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: s
         which = f"task {', '.join(missing)}" if missing else f"any task of the recipe ({', '.join(recipe.tasks)})"
         raise LoraloomError(f"{folder}: no head for {which}", f"it has heads for: {', '.join(heads) or 'none'}")
     tasks = {name: _task(recipe, name) for name in wanted}
-    evaluator = Evaluator(
-        base_folder(recipe.base),
-        max_length=recipe.training.max_length,
-        batch_size=recipe.training.eval_batch_size,
-    )
+    evaluator = _evaluator(recipe)
     scores: dict[str, tuple[str, Score]] = {}
     read = merged_adapters(folder, 1.0, tasks)
     for name, task in tasks.items():
@@ -301,6 +292,11 @@ def study_store(folder: Path) -> Store:
     if not (folder / "stages").is_dir():
         raise LoraloomError(f"{folder}: not a study folder: it has no stages/", "name the folder of `loraloom run`")
     return Store(folder / "stages")
+
+
+def _evaluator(recipe: Recipe) -> Evaluator:
+    training = recipe.training
+    return Evaluator(base_folder(recipe.base), max_length=training.max_length, batch_size=training.eval_batch_size)
 
 
 def _tasks_of(folders: Sequence[Path], recipe: Recipe) -> list[str]:

@@ -139,7 +139,7 @@ def test_unknown_options_of_the_command(place: Path) -> None:
 
 
 def test_the_rule_is_checked_before_a_base_is_loaded(place: Path) -> None:
-    def look(rule: Any, members: Any) -> Any:
+    def look(rule: Any, members: Any, known: Any) -> Any:
         raise AssertionError("the base model must not be loaded")
 
     write_adapter(adapter(5, 2), place / "other", provenance={})

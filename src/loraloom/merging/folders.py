@@ -23,8 +23,9 @@ from loraloom.peft_folder import read_adapter, read_provenance
 from loraloom.progress import Reporter
 from loraloom.statistics import Statistics
 
-# what a rule that looks at texts is given: each adapter's statistics, and the probe
-Look = Callable[[Rule, Sequence[Adapter]], tuple[Sequence[Statistics], Probe | None]]
+Supplied = tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]
+# makes what a rule needs of named adapters, beside the statistics that were given: see `needs.supply`
+Look = Callable[[Rule, Mapping[str, Adapter], Sequence[Statistics]], Supplied]
 
 _CROP = 512  # rows and columns of the layer that the estimate runs on
 
@@ -59,15 +60,14 @@ def plan_folders(
         with collecting(errors):  # where all can be read, `make_plan` tells what is wrong with the rest
             raise_problems("the rule", get_rule(rule).check(options)[1])
     raise_together(errors)
-    probe = None
+    named = dict(zip(names_of(folders), members, strict=True))
+    supplied: Supplied = (seen, None)
     if look is not None:
         found = get_rule(rule)
         problems = compatibility_problems(members) + found.check(options)[1]
         raise_problems(f"cannot merge by {rule}", problems, "nothing was merged or written")  # before a base is loaded
-        looked, probe = look(found, members)
-        seen = seen or list(looked)
-    named = dict(zip(names_of(folders), members, strict=True))
-    return make_plan(named, rule, statistics=seen or None, probe=probe, **settings, **options)
+        supplied = look(found, named, seen)
+    return make_plan(named, rule, statistics=supplied[0], probe=supplied[1], **settings, **options)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -1,0 +1,116 @@
+"""What a merging rule needs beside the adapters, made of each task's texts: all who merge ask here, and get the same.
+
+It loads transformers, so `loraloom.merging` does not import it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from datasets import Dataset
+
+from loraloom.adapter import Adapter
+from loraloom.evaluation import Evaluator, label_tensor
+from loraloom.heads import Head
+from loraloom.hooks import Kind
+from loraloom.merging.rules import Rule
+from loraloom.probe import TaskProbe
+from loraloom.statistics import Statistics, collect_statistics
+from loraloom.tasks.encoding import Encoded, batches, encode
+from loraloom.tasks.task import Task
+
+
+class Reading(Protocol):
+    """How texts are read for statistics; a recipe's section `statistics` is one."""
+
+    @property
+    def texts(self) -> int:
+        """Return how many of a task's texts are read."""
+
+    @property
+    def rows(self) -> Kind:
+        """Return what makes a row: a token, or the mean of a sample's."""
+
+    @property
+    def max_length(self) -> int:
+        """Return how many tokens of a text are kept."""
+
+    @property
+    def batch_size(self) -> int:
+        """Return how many texts are read at once."""
+
+
+def supply(
+    rule: Rule,
+    adapters: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
+    evaluator: Callable[[], Evaluator],
+    reading: Reading,
+    texts: int,
+    *,
+    known: Mapping[str, Statistics] | Sequence[Statistics] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Mapping[str, Statistics] | Sequence[Statistics], TaskProbe | None]:
+    """Return the statistics and the probe that `rule` needs to merge `adapters`; none, and None, where it needs none.
+
+    `tasks` go by adapter's name. `evaluator` loads the base model; it is called once, or never where nothing is to be
+    read. Statistics are of `reading.texts` training texts a task, unless they are `known`, which are returned as they
+    are. The probe has `texts` training texts a task, with their labels; `progress` is told of the rule's steps.
+    Raises LoraloomError for an adapter without a head where the rule needs a probe.
+    """
+    load = functools.cache(evaluator)
+    if "moments" in rule.supplied and not known:
+        targets = sorted(next(iter(adapters.values())).shapes)
+        known = {
+            name: collect(load(), sample(tasks[name], "train", reading.texts), targets, reading) for name in adapters
+        }
+    if not rule.whole:
+        return known, None
+    heads = [Head.of(adapter.head, adapter.name) for adapter in adapters.values()]
+    return known, _probe(load(), [tasks[name] for name in adapters], heads, texts, progress)
+
+
+def collect(
+    evaluator: Evaluator,
+    rows: Dataset,
+    targets: list[str] | str,
+    reading: Reading,
+    *,
+    bound: int | None = None,
+    clip: float | None = None,
+) -> Statistics:
+    """Return the statistics of all texts in `rows`, as the evaluator's base model reads them; see `Statistics`."""
+    encoded = encode(rows, evaluator.tokenizer, reading.max_length)
+    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, reading.batch_size))
+    return collect_statistics(evaluator.model, fed, targets, rows=reading.rows, bound=bound, clip=clip)
+
+
+def sample(task: Task, split: str, count: int) -> Dataset:
+    """Return `count` rows of a split, or all where there are fewer, the same at every call."""
+    rows = getattr(task, split)
+    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
+def alignment_rows(evaluator: Evaluator, task: Task, texts: int) -> Encoded:
+    """Return the `texts` unlabelled training texts that heads are aligned on, as token ids."""
+    return encode(sample(task, "train", texts), evaluator.tokenizer, evaluator.max_length)
+
+
+def _probe(
+    evaluator: Evaluator,
+    tasks: Sequence[Task],
+    heads: Sequence[Head],
+    texts: int,
+    progress: Callable[[int, int], None] | None,
+) -> TaskProbe:
+    rows = [sample(task, "train", texts) for task in tasks]
+    return TaskProbe(
+        evaluator,
+        heads,
+        [encode(found, evaluator.tokenizer, evaluator.max_length) for found in rows],
+        [label_tensor(task, found) for task, found in zip(tasks, rows, strict=True)],
+        [task.labels is None for task in tasks],
+        progress=progress,
+    )
