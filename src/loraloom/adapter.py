@@ -58,7 +58,8 @@ class Adapter:
 
     `updates` maps a module path of the base model to its Update, from memory or, where a folder was read, from the
     file at each access; `head` holds the tensors PEFT saves whole (`modules_to_save`), by parameter path; `config` is
-    adapter_config.json as read; `dtype` is the files' own; `fingerprint` that of the base weights, where it is known.
+    adapter_config.json as read; `dtype` is the files' own; `fingerprint` that of the base weights and `task` the name
+    of the task it was trained on, where they are known.
     """
 
     updates: Mapping[str, Update]
@@ -67,6 +68,7 @@ class Adapter:
     dtype: torch.dtype = torch.float32
     path: Path | None = None
     fingerprint: str = ""
+    task: str = ""
 
     @property
     def name(self) -> str:

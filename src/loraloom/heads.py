@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraloom.errors import LoraloomError
+from loraloom.peft_folder import files_by_task, read_adapter
+from loraloom.tensor_file import read_tensors
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Head:
     def of(cls, tensors: Mapping[str, Tensor], name: str = "head") -> Head:
         """Return the head in `tensors`, as PEFT saves `modules_to_save`.
 
-        Raises LoraloomError where there is no weight matrix.
+        Raises LoraloomError where there is no weight matrix, or a bias that does not fit it.
         """
         matrices = [path for path, tensor in tensors.items() if path.endswith(".weight") and tensor.ndim == 2]
         if not matrices:
@@ -31,7 +35,11 @@ class Head:
             )
         # where a head has two layers (RoBERTa, T5, DistilBERT) the last is the one with as many rows as labels
         last = min(matrices, key=lambda path: (tensors[path].shape[0], not path.endswith("out_proj.weight")))
-        return cls({path: tensor.float() for path, tensor in tensors.items()}, last.removesuffix(".weight"))
+        head = cls({path: tensor.float() for path, tensor in tensors.items()}, last.removesuffix(".weight"))
+        if head.bias.shape != head.weight.shape[:1]:
+            shapes = f"{tuple(head.bias.shape)}, its weight {tuple(head.weight.shape)}"
+            raise LoraloomError(f"{name}: the bias of {head.last} is {shapes}", "is it a head of this model?")
+        return head
 
     @property
     def weight(self) -> Tensor:
@@ -46,6 +54,27 @@ class Head:
     def logits(self, features: Tensor) -> Tensor:
         """Return (k, outputs) for `features` (k, d), the inputs of the last layer."""
         return features @ self.weight.T + self.bias
+
+
+class TaskHead(NamedTuple):
+    """A head and the name of the task that it is for."""
+
+    task: str
+    head: Head
+
+
+def heads_by_task(folder: Path) -> dict[str, TaskHead]:
+    """Return the heads beside a merged adapter, or the one inside a task's own, by task.
+
+    Where several inputs of a merge share a task, each goes by its own name. Raises LoraloomError that names the folder
+    or file which cannot be read or holds no head.
+    """
+    beside = files_by_task(folder, "heads")
+    found = {key: TaskHead(task, Head.of(read_tensors(path), str(path))) for key, (task, path) in beside.items()}
+    adapter = read_adapter(folder)
+    if adapter.head:
+        found[adapter.task] = TaskHead(adapter.task, Head.of(adapter.head, adapter.name))
+    return found
 
 
 def align_head(head: Head, own: Tensor, merged: Tensor, *, ridge: float = 1.0) -> Head:

@@ -17,7 +17,7 @@ from loraloom.errors import LoraloomError
 from loraloom.interference import response
 from loraloom.outlook import Outlook, outlook
 from loraloom.overlap import Overlaps, overlaps
-from loraloom.peft_folder import read_adapter, read_provenance, task_of
+from loraloom.peft_folder import files_by_task, read_adapter, read_provenance, task_of
 from loraloom.prediction import Prediction, predict
 from loraloom.statistics import Statistics
 
@@ -118,9 +118,7 @@ def _names(path: Path) -> set[str]:
 
 def _adapter_facts(adapter: Adapter, path: Path) -> dict[str, Any]:
     provenance = read_provenance(path)
-    heads = {file.stem for file in (path / "heads").glob("*.safetensors")} | (
-        {task_of(path)} if adapter.head else set()
-    )
+    heads = {*files_by_task(path, "heads"), *([adapter.task] if adapter.head else [])}
     return {
         "base": adapter.base,
         "layers": len(adapter.updates),

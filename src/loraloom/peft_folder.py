@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,7 +66,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             problems.append(f"{WEIGHTS} cannot be read ({error}): half-written?")
     raise_problems(str(folder), problems, "train the adapter again or convert it with the tool that made it")
     fingerprint = str(read_provenance(folder).get("base_fingerprint") or "")
-    return Adapter(StoredUpdates(path, config, shapes), config, head, dtype, folder, fingerprint)
+    return Adapter(StoredUpdates(path, config, shapes), config, head, dtype, folder, fingerprint, task_of(folder))
 
 
 class AdapterWriter:
@@ -199,6 +200,34 @@ def task_of(folder: str | Path) -> str:
     """Return the task that an adapter was trained on, by its loraloom.json, or else the name of its folder."""
     task = read_provenance(folder).get("task")
     return str(task["name"]) if isinstance(task, dict) and "name" in task else Path(folder).resolve().name
+
+
+class Input(NamedTuple):
+    """One adapter that was merged: its name, after which the files kept of it are called, and its task."""
+
+    name: str
+    task: str
+
+
+def inputs_by_task(folder: Path, names: Iterable[str] = ()) -> dict[str, Input]:
+    """Return the adapters merged into `folder`, each by its task, or by its own name where several share a task.
+
+    loraloom.json tells them. An input without a task there, and what else is in `names`, is named for its task.
+    """
+    recorded = read_provenance(folder).get("inputs", [])
+    tasks = {one["name"]: one.get("task", one["name"]) for one in recorded}
+    tasks |= {name: name for name in names if name not in tasks}
+    count = Counter(tasks.values())
+    shared = {name: Input(name, task) for name, task in tasks.items() if count[task] > 1}
+    # where one input has the name of another's task, the task is meant
+    return shared | {task: Input(name, task) for name, task in tasks.items() if count[task] == 1}
+
+
+def files_by_task(folder: Path, place: str) -> dict[str, tuple[str, Path]]:
+    """Return task and path of what a merged adapter keeps of its inputs in `place`; see `inputs_by_task`."""
+    files = {path.stem: path for path in sorted((folder / place).glob("*.safetensors"))}
+    inputs = inputs_by_task(folder, files)
+    return {key: (one.task, files[one.name]) for key, one in inputs.items() if one.name in files}
 
 
 def adapter_sha256(folder: str | Path) -> str:

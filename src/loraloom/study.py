@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +66,9 @@ class Trained:
 
     @cached_property
     def adapters(self) -> dict[str, Adapter]:
-        """The trained adapters, read once."""
-        return {task: read_adapter(output.path / "adapter") for task, output in self.trained.items()}
+        """The trained adapters, read once; each is of the recipe's task, whatever a given one was trained on."""
+        read = {task: read_adapter(output.path / "adapter") for task, output in self.trained.items()}
+        return {task: replace(adapter, task=task) for task, adapter in read.items()}
 
     @cached_property
     def heads(self) -> dict[str, Head]:

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from loraloom.errors import LoraloomError
 
 # as the format names them: https://github.com/huggingface/safetensors
 _DTYPES = {
@@ -85,3 +88,11 @@ def write_files(folder: Path, texts: Mapping[str, str], tensors: Mapping[str, Ma
     for name, content in tensors.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         save_tensors(content, folder / name)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a small safetensors file by name. Raises LoraloomError where it cannot be read."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", "write it again") from error

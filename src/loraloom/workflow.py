@@ -10,22 +10,19 @@ from typing import Any, cast, get_args
 
 import datasets
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from loraloom.adapter import Adapter, compatibility_problems
 from loraloom.atomic import check_folder, staged_file, write_text
 from loraloom.base import base_folder
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.evaluation import Evaluator, evaluate
-from loraloom.heads import Head, align_heads
+from loraloom.heads import Head, align_heads, heads_by_task
 from loraloom.hooks import Kind
 from loraloom.initialise import Initialisation, initialise, initialise_all, task_seed
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, Supplied, names_of
 from loraloom.merging.needs import alignment_rows, collect, supply
-from loraloom.peft_folder import PROVENANCE, read_adapter, read_provenance, task_of
+from loraloom.peft_folder import PROVENANCE, Input, inputs_by_task, read_adapter, read_provenance, task_of
 from loraloom.privacy import Noise, add_noise, noise_scale
 from loraloom.progress import Reporter
 from loraloom.ranks import rank_and_size
@@ -228,62 +225,61 @@ def looker(recipe: Recipe, texts: int, reporter: Reporter) -> Look:
 def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter: Reporter) -> dict[str, str]:
     """Align the heads beside a merged adapter to its features, in place, and return the head's file by task.
 
-    `folders` are the adapters that were merged. Of each task of the recipe `alignment.texts` training texts are read,
-    no labels. Raises LoraloomError for a folder without a head or a task in the recipe, told together.
+    `folders` are the adapters that were merged; those that share a task go by their names. Of each task of the recipe
+    `alignment.texts` training texts are read, no labels. Raises LoraloomError for a folder without a head or a task in
+    the recipe, told together, and for one that was not merged.
     """
-    adapter, files = read_adapter(merged), names_of(folders)
+    adapter = read_adapter(merged)
     errors: list[LoraloomError] = []
-    members: dict[str, Adapter] = {}
-    heads: dict[str, Head] = {}
-    for file, folder in zip(files, folders, strict=True):
+    given: list[tuple[Adapter, Head]] = []
+    for folder in folders:
         with collecting(errors):
-            members[file] = read_adapter(folder)
-            heads[file] = Head.of(members[file].head, str(folder))
+            member = read_adapter(folder)
+            given.append((member, Head.of(member.head, str(folder))))
     with collecting(errors):
         names = _tasks_of(folders, recipe)
     with collecting(errors):
-        raise_problems("cannot align", compatibility_problems([adapter, *members.values()]), "merge these adapters")
+        problems = compatibility_problems([adapter, *(member for member, _ in given)])
+        raise_problems("cannot align", problems, "merge these adapters")
     raise_together(errors)
+    files = _head_files(merged, folders, names)
     reporter.begin("aligning", len(files))
-    evaluator = _evaluator(recipe)
+    evaluator, texts = _evaluator(recipe), recipe.alignment.texts
     read = merged_adapters(merged, 1.0, files)
-    own, together = {}, {}
-    for file, name in zip(files, names, strict=True):
-        rows = alignment_rows(evaluator, _task(recipe, name), recipe.alignment.texts)
-        own[file] = evaluator.features(members[file].updates, heads[file], rows)
-        together[file] = evaluator.features(read[file].updates, heads[file], rows)
+    heads, own, together = {}, {}, {}
+    for key, name, (member, head) in zip(files, names, given, strict=True):
+        rows = alignment_rows(evaluator, _task(recipe, name), texts)
+        heads[key], own[key] = head, evaluator.features(member.updates, head, rows)
+        together[key] = evaluator.features(read[key].updates, head, rows)
         reporter.advance("aligning")
-    for file, head in align_heads(heads, own, together, ridge=recipe.alignment.ridge).items():
-        with staged_file(merged / "heads" / f"{file}.safetensors") as place:
+    for key, head in align_heads(heads, own, together, ridge=recipe.alignment.ridge).items():
+        with staged_file(merged / files[key]) as place:
             save_tensors(head.tensors, place)
-    note = f"heads: aligned to the merged features on {recipe.alignment.texts} unlabelled training texts a task"
-    known = read_provenance(merged)
-    # aligning again replaces its own note; what others noted stays
-    notes = [other for other in known.get("notes", []) if not other.startswith("heads: aligned")]
-    write_text(merged / PROVENANCE, json.dumps({**known, "notes": [*notes, note]}, indent=2) + "\n")
-    return {name: f"heads/{file}.safetensors" for file, name in zip(files, names, strict=True)}
+    _note_alignment(merged, f"on {texts} unlabelled training texts a task")
+    return files
 
 
 def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: str) -> dict[str, tuple[str, Score]]:
     """Return (metric, score) by task of an adapter folder with its head, or of a merged one with its heads.
 
-    Raises LoraloomError for an unknown task or split, and a task without a head.
+    Where several inputs of a merge share a task, each goes by its own name, in `names` too. Raises LoraloomError for
+    an unknown task or split, and a task without a head.
     """
     if split not in ("test", "heldout"):
         raise LoraloomError(f"split {split!r} is unknown", "use test or heldout")
-    adapter = read_adapter(folder)
-    heads = _heads(adapter, folder)
-    wanted = list(names) or [name for name in recipe.tasks if name in heads]
+    heads = heads_by_task(folder)
+    wanted = list(names) or [key for name in recipe.tasks for key, one in heads.items() if one.task == name]
     missing = [name for name in wanted if name not in heads]
     if missing or not wanted:
         which = f"task {', '.join(missing)}" if missing else f"any task of the recipe ({', '.join(recipe.tasks)})"
-        raise LoraloomError(f"{folder}: no head for {which}", f"it has heads for: {', '.join(heads) or 'none'}")
-    tasks = {name: _task(recipe, name) for name in wanted}
+        known = [key if key == one.task else f"{key} (task {one.task})" for key, one in heads.items()]
+        raise LoraloomError(f"{folder}: no head for {which}", f"it has heads for: {', '.join(known) or 'none'}")
+    tasks = {key: _task(recipe, heads[key].task) for key in wanted}
     evaluator = _evaluator(recipe)
     scores: dict[str, tuple[str, Score]] = {}
     read = merged_adapters(folder, 1.0, tasks)
-    for name, task in tasks.items():
-        scores[name] = task.metric, evaluate(evaluator, read[name].updates, heads[name], task, split=split)
+    for key, task in tasks.items():
+        scores[key] = task.metric, evaluate(evaluator, read[key].updates, heads[key].head, task, split=split)
     return scores
 
 
@@ -311,20 +307,38 @@ def _tasks_of(folders: Sequence[Path], recipe: Recipe) -> list[str]:
     return names
 
 
+def _note_alignment(merged: Path, how: str) -> None:
+    known, start = read_provenance(merged), "heads: aligned"
+    # aligning again replaces its own note; what others noted stays
+    notes = [note for note in known.get("notes", []) if not note.startswith(start)]
+    told = {**known, "notes": [*notes, f"{start} to the merged features {how}"]}
+    write_text(merged / PROVENANCE, json.dumps(told, indent=2) + "\n")
+
+
+def _head_files(merged: Path, folders: Sequence[Path], tasks: Sequence[str]) -> dict[str, str]:
+    """Return the head's file in `merged` of each of `folders`, by task, or by name where inputs share a task.
+
+    Where a merged adapter tells no inputs, the file is called after the task. Raises LoraloomError for a folder that
+    is not an input, and for two that are one.
+    """
+    known = inputs_by_task(merged) or {task: Input(task, task) for task in tasks}
+    found: dict[str, Path] = {}
+    problems = []
+    for folder, task, name in zip(folders, tasks, names_of(folders), strict=True):
+        alike = [key for key, one in known.items() if one.task == task]
+        if len(alike) != 1:  # of several, or where no task was recorded, the one of this name
+            alike = [key for key in alike or known if known[key].name == name]
+        if not alike:
+            problems.append(f"{folder}: was not merged into it; these were: {', '.join(known)}")
+        elif alike[0] in found:
+            problems.append(f"{found[alike[0]]} and {folder} are both {alike[0]!r}")
+        else:
+            found[alike[0]] = folder
+    raise_problems(f"{merged}: cannot align", problems, "name the adapters that were merged, each once")
+    return {key: f"heads/{known[key].name}.safetensors" for key in found}
+
+
 def _task(recipe: Recipe, name: str) -> Task:
     if name not in recipe.tasks:
         raise LoraloomError(f"the recipe has no task {name!r}", did_you_mean(name, recipe.tasks))
     return build_task(name, recipe.tasks[name])
-
-
-def _heads(adapter: Adapter, folder: Path) -> dict[str, Head]:
-    """Return heads by task: those beside a merged adapter, or the one inside a task's own."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for path in sorted((folder / "heads").glob("*.safetensors")):
-        try:
-            found[path.stem] = load_file(path)
-        except SafetensorError as error:
-            raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", "merge again") from error
-    if adapter.head:
-        found[task_of(folder)] = adapter.head
-    return {name: Head.of(tensors, name) for name, tensors in found.items()}

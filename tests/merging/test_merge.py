@@ -132,6 +132,7 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
     assert facts["inputs"] == [
         {
             "name": f"task{i}",
+            "task": f"task{i}",
             "path": str(tmp_path / f"task{i}"),
             "sha256": adapter_sha256(tmp_path / f"task{i}"),
             "weight": 0.5,

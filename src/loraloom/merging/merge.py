@@ -121,12 +121,13 @@ def write_merged(
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
-    """Return inputs with their hashes, rule, options, scale, weights, seed and versions."""
+    """Return inputs with their tasks and hashes, rule, options, scale, weights, seed and versions."""
     return {
         "kind": "merged adapter",
         "inputs": [
             {
                 "name": name,
+                "task": member.task or name,
                 "path": str(member.path) if member.path else None,
                 "sha256": adapter_sha256(member.path) if member.path else None,
                 "weight": plan.weights[name],

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from loraloom.adapter import Adapter, Update
 from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.merging.core import Shared
-from loraloom.peft_folder import read_adapter
+from loraloom.peft_folder import files_by_task, read_adapter
+from loraloom.tensor_file import read_tensors
 
 READOUTS = "readouts"
 _SHARED = "shared"  # the factors that all tasks read; the gates lie in tasks/<task>
@@ -41,7 +41,7 @@ def readout_tensors(module: str, shared: Shared, tasks: Sequence[str]) -> dict[s
 def scaled_readouts(folder: Path, scale: float) -> dict[str, dict[str, Tensor]]:
     """Return the readout files of a merged adapter's folder by their paths in it, what is read times `scale`."""
     paths = sorted((folder / READOUTS).glob("**/*.safetensors"))
-    files = {path.relative_to(folder).as_posix(): load_file(path) for path in paths}
+    files = {path.relative_to(folder).as_posix(): read_tensors(path) for path in paths}
     for tensors in files.values():
         tensors |= {name: scale * tensor for name, tensor in tensors.items() if name.endswith(".left")}
     return files
@@ -50,18 +50,21 @@ def scaled_readouts(folder: Path, scale: float) -> dict[str, dict[str, Tensor]]:
 def read_readout(folder: str | Path, task: str) -> Adapter:
     """Return what `task` reads of the merged adapter in `folder`, as an ordinary adapter in memory.
 
-    Raises LoraloomError where the folder tells no tasks apart, or not this one.
+    An input that shares its task with another goes by its own name. Raises LoraloomError where the folder tells no
+    tasks apart, or not this one.
     """
     folder = Path(folder)
-    places = {path.stem: path for path in sorted((folder / READOUTS / "tasks").glob("*.safetensors"))}
+    places = files_by_task(folder, f"{READOUTS}/tasks")
     if not places:
         raise LoraloomError(
             f"{folder}: one adapter for all tasks: it holds no {READOUTS}/", "merge by emr, or cp per task"
         )
     if task not in places:
-        raise LoraloomError(f"{folder}: nothing is read for task {task!r}", did_you_mean(task, places))
+        shared = [name for name, (of, _) in places.items() if of == task]
+        hint = f"several are of it: {', '.join(shared)}" if shared else did_you_mean(task, places)
+        raise LoraloomError(f"{folder}: nothing is read for task {task!r}", hint)
     merged = read_adapter(folder)
-    factors, gates = load_file(folder / READOUTS / f"{_SHARED}.safetensors"), load_file(places[task])
+    factors, gates = read_tensors(folder / READOUTS / f"{_SHARED}.safetensors"), read_tensors(places[task][1])
     updates = {}
     for module in merged.shapes:
         core = factors[f"{module}.core"]
