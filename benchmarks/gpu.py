@@ -28,12 +28,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from loraloom.adapter import Adapter, Update
-from loraloom.atomic import write_text
+from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
-from loraloom.initialise import initialise
+from loraloom.files.atomic import write_text
 from loraloom.merging import merge
-from loraloom.statistics import Statistics, collect_statistics
+from loraloom.starts.initialise import initialise
+from loraloom.statistics.collect import Statistics, collect_statistics
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/gpu.py -->", "<!-- end of benchmarks/gpu.py -->"

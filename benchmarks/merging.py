@@ -28,10 +28,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loraloom.adapter import Adapter, Update
+from loraloom.adapters.peft import adapter_writer
+from loraloom.adapters.update import Adapter, Update
 from loraloom.merging import merge, rule_names
-from loraloom.merging.rules import get_rule
-from loraloom.peft_folder import adapter_writer
+from loraloom.merging.registry import get_rule
 
 TASKS, RANK, LAYERS = 8, 16, 32
 KINDS = {

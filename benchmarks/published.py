@@ -38,8 +38,8 @@ import torch
 from torch import Tensor, nn
 
 import loraloom.merging  # noqa: F401 (registers the rules)
-from loraloom.adapter import Update
-from loraloom.merging.rules import get_rule
+from loraloom.adapters.update import Update
+from loraloom.merging.registry import get_rule
 
 TASKS, RANK, DENSITY = 8, 16, 0.2
 COMMITS = {

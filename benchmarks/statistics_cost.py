@@ -23,8 +23,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from loraloom.base import demo_base
-from loraloom.statistics import collect_statistics
+from loraloom.model.load import demo_base
+from loraloom.statistics.collect import collect_statistics
 
 BATCH, LENGTH = 32, 64
 LONG = 350  # characters that fill 64 tokens, nearly always

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraloom.hooks import RowSum
-from loraloom.moments import pooled
-from loraloom.statistics import Layer, Statistics, collect_statistics
+from loraloom.model.layers import RowSum
+from loraloom.statistics.collect import Layer, Statistics, collect_statistics
+from loraloom.statistics.moments import pooled
 
 T = TypeVar("T")
 LAYERS, HIDDEN, WIDE, BATCH = 32, 4096, 14336, 512

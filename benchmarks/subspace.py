@@ -24,8 +24,8 @@ import scipy
 import torch
 from torch import Tensor
 
-from loraloom.moments import Moment, pooled
-from loraloom.subspace import osrm_subspace, osrm_subspaces
+from loraloom.starts.subspace import osrm_subspace, osrm_subspaces
+from loraloom.statistics.moments import Moment, pooled
 
 TASKS, ROWS, RANK = 8, 100, 8
 RULES = ("osrm", "apart")

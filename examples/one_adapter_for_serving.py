@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from loraloom import make_plan, read_adapter, read_provenance, write_merged
-from loraloom.merging.merge import energy_lost
+from loraloom.merging.merger import energy_lost
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapters", nargs="+", help="adapter folders, of any ranks")

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from loraloom.compare import by_task, compare
 from loraloom.progress import Reporter
-from loraloom.recipe import Recipe
 from loraloom.report import markdown_tables
+from loraloom.study.compare import by_task, compare
+from loraloom.study.recipe import Recipe
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapters", nargs="+", type=Path)

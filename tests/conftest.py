@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with recipe.yaml and, in `study`, what a run of it left; read it, change nothing."""
-    from loraloom.outcome import run_study
-    from loraloom.recipe import Recipe
+    from loraloom.study.export import run_study
+    from loraloom.study.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("finished")
     run_study(Recipe.load(tiny_study.write_study(folder)), folder / "study")

@@ -41,8 +41,8 @@ def test_types_are_shipped() -> None:
 
 def test_import_and_help_load_nothing_heavy() -> None:
     script = (
-        "import sys, loraloom.cli\n"
-        "try: loraloom.cli.app(['--help'])\n"
+        "import sys, loraloom.cli.main\n"
+        "try: loraloom.cli.main.app(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = [name for name in ('torch', 'transformers', 'peft', 'datasets', 'numpy') if name in sys.modules]\n"
         "assert not heavy, heavy\n"
@@ -52,7 +52,7 @@ def test_import_and_help_load_nothing_heavy() -> None:
 
 def test_merging_and_subspaces_stand_without_transformers() -> None:
     script = (
-        "import sys, loraloom.merging, loraloom.subspace\n"
+        "import sys, loraloom.merging, loraloom.starts.subspace\n"
         "heavy = [name for name in ('transformers', 'peft', 'datasets') if name in sys.modules]\n"
         "assert not heavy, heavy\n"
     )

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraloom.adapter import Adapter, Update
-from loraloom.peft_folder import read_adapter, write_adapter
+from loraloom.adapters.peft import read_adapter, write_adapter
+from loraloom.adapters.update import Adapter, Update
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

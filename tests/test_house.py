@@ -12,7 +12,7 @@ import click
 import pytest
 import typer
 
-from loraloom.cli import app
+from loraloom.cli.main import app
 from loraloom.merging import get_rule, rule_names
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def test_the_report_never_needs_a_model(name: str) -> None:
 
 
 def test_nothing_imports_the_command_line() -> None:
-    importers = [name for name, path in MODULES.items() if "loraloom.cli" in _imports(path, lazy=True)]
+    importers = [name for name, path in MODULES.items() if "loraloom.cli.main" in _imports(path, lazy=True)]
     assert importers == ["loraloom.__main__"]
 
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import Trainer
 
 import tiny
-from loraloom.base import load_classifier, load_tokenizer
+from loraloom.adapters.heads import Head
+from loraloom.adapters.peft import CONFIG, WEIGHTS, read_adapter, read_provenance
 from loraloom.errors import LoraloomError
-from loraloom.evaluation import Evaluator, evaluate
-from loraloom.heads import Head
-from loraloom.initialise import initialise
-from loraloom.peft_folder import CONFIG, WEIGHTS, read_adapter, read_provenance
-from loraloom.recipe import LoraSettings, TrainingSettings
-from loraloom.statistics import Statistics, collect_statistics
+from loraloom.model.load import load_classifier, load_tokenizer
+from loraloom.model.runner import Evaluator, evaluate
+from loraloom.starts.initialise import initialise
+from loraloom.statistics.collect import Statistics, collect_statistics
+from loraloom.study.recipe import LoraSettings, TrainingSettings
 from loraloom.tasks.task import Task
 from loraloom.training import lora_config, train_adapter
 
@@ -377,7 +377,7 @@ def test_a_full_disk_at_the_end(bert: str, undisturbed: Path, tmp_path: Path, mo
 
     options: dict[str, Any] = {"lora": LORA, "settings": SETTINGS, "seed": 5}
     with monkeypatch.context() as patch:
-        patch.setattr("loraloom.atomic._flush", full)
+        patch.setattr("loraloom.files.atomic._flush", full)
         with pytest.raises(LoraloomError, match="out: cannot be written: No space"):
             train_adapter(bert, TASK, tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == [".out.checkpoints"]

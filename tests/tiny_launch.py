@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-multiprocessing.set_forkserver_preload(["loraloom.workflow", "loraloom.cli", "transformers.models.bert.modeling_bert"])
+HEAVY = ["loraloom.study.workflow", "loraloom.cli.main", "transformers.models.bert.modeling_bert"]
+multiprocessing.set_forkserver_preload(HEAVY)
 
 
 def two_processes(work: Callable[..., None], place: object, *given: Any) -> None:

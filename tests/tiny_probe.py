@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Update
+from loraloom.adapters.update import Update
 
 WIDTHS = {"first": (26, 17), "second": (15, 26)}  # (m, n); "second" reads tanh of what "first" returns
 

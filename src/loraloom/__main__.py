@@ -1,5 +1,5 @@
 """`python -m loraloom` is the command line."""
 
-from loraloom.cli import main
+from loraloom.cli.main import main
 
 main()

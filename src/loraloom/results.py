@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loraloom.atomic import write_text
 from loraloom.errors import LoraloomError, raise_problems
+from loraloom.files.atomic import write_text
 
 
 class _Record(BaseModel):

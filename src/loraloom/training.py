@@ -31,17 +31,17 @@ from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import loraloom
-from loraloom.atomic import staged_folder, write_text
-from loraloom.base import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
+from loraloom.adapters.heads import Head
+from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems
-from loraloom.heads import Head
-from loraloom.keeping import keep_callback
-from loraloom.launch import by_first, check_training, on_cpu
-from loraloom.metrics import metric_value
-from loraloom.peft_folder import PROVENANCE, adapter_sha256, read_adapter, read_provenance
-from loraloom.ranks import raise_of_all, rank_and_size, started
-from loraloom.recipe import LoraSettings, TrainingSettings
-from loraloom.tasks.encoding import encode
+from loraloom.files.atomic import staged_folder, write_text
+from loraloom.model.launch import by_first, check_training, on_cpu
+from loraloom.model.load import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
+from loraloom.model.processes import raise_of_all, rank_and_size, started
+from loraloom.model.tokens import encode
+from loraloom.starts.keep import keep_callback
+from loraloom.study.recipe import LoraSettings, TrainingSettings
+from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import Task
 
 Progress = Callable[[int, int], None]

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import tiny
-from loraloom.initialise import Keep, Scale, initialise
-from loraloom.peft_folder import read_adapter
-from loraloom.statistics import Statistics, collect_statistics
-from loraloom.subspace import RULES
+from loraloom.adapters.peft import read_adapter
+from loraloom.starts.initialise import Keep, Scale, initialise
+from loraloom.starts.subspace import RULES
+from loraloom.statistics.collect import Statistics, collect_statistics
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 EVERY = [(rule, keep, scale) for rule in RULES for keep in get_args(Keep) for scale in get_args(Scale)]

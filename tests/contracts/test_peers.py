@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import tiny
+from loraloom.adapters.peft import CONFIG, WEIGHTS, read_adapter
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, merge, write_merged
 from loraloom.merging.plan import make_plan
-from loraloom.peft_folder import CONFIG, WEIGHTS, read_adapter
 
 TOKENS = torch.randint(5, len(tiny.WORDS), (4, 9), generator=torch.Generator().manual_seed(0))
 REFERENCES = references.linear.REFERENCES | references.entrywise.REFERENCES | references.spectral.REFERENCES

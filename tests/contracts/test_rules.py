@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import tiny_probe
-from loraloom.adapter import Adapter, Update
+from loraloom.adapters.update import Adapter, Update
 from loraloom.merging import Merged, get_rule, merge, rule_names
 from loraloom.merging.plan import layer_seed
-from loraloom.moments import Moment
-from loraloom.statistics import Layer, Statistics
+from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.moments import Moment
 
 SHAPES = {"first": (26, 17), "second": (15, 26)}  # tall and wide; the tiny model's layers
 EVERYTHING = 1000  # a rank above every layer's: nothing is truncated

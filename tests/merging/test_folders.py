@@ -18,17 +18,17 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import tiny
-from loraloom.adapter import Adapter, Update
-from loraloom.cli import app
+from loraloom.adapters.lowrank import Shared
+from loraloom.adapters.peft import WEIGHTS, read_adapter, read_provenance, write_adapter
+from loraloom.adapters.update import Adapter, Update
+from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge
-from loraloom.merging.core import Shared
 from loraloom.merging.folders import dry_run, estimate, fuse_folders, merge_folders, plan_folders
 from loraloom.merging.readout import read_readout
-from loraloom.moments import Moment
-from loraloom.peft_folder import WEIGHTS, read_adapter, read_provenance, write_adapter
 from loraloom.progress import Reporter
-from loraloom.statistics import Layer, Statistics
+from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.moments import Moment
 
 SHAPES = {"layer.0.q": (6, 5), "layer.0.v": (7, 5), "layer.1.up": (9, 6)}
 QUIET = Reporter(quiet=True)

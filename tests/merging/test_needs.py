@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import tiny_study
-from loraloom.cli import app
-from loraloom.compare import compare
-from loraloom.outcome import run_study
-from loraloom.peft_folder import WEIGHTS
-from loraloom.recipe import Recipe
+from loraloom.adapters.peft import WEIGHTS
+from loraloom.cli.main import app
+from loraloom.study.compare import compare
+from loraloom.study.export import run_study
+from loraloom.study.recipe import Recipe
 
 # by the rule's need: statistics, and a probe; no number is a default or that of another section
 STATISTICS = {"rows": "sample", "texts": 7, "max_length": 5, "batch_size": 3}

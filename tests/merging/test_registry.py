@@ -9,10 +9,11 @@ import pytest
 import torch
 from pydantic import Field
 
-from loraloom.adapter import Adapter, Update
+from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
-from loraloom.merging import get_rule, merge, rule, rule_names, rules
-from loraloom.merging.linear import task_arithmetic
+from loraloom.merging import get_rule, merge, rule, rule_names
+from loraloom.merging import registry as rules
+from loraloom.merging.rules.linear import task_arithmetic
 
 FACTS = {"paper": "none", "summary": "a test", "exact": True}
 
@@ -41,7 +42,7 @@ def test_the_function_is_returned_untouched() -> None:
 
 
 def test_a_duplicate_name_is_refused() -> None:
-    with pytest.raises(LoraloomError, match=r"'ties' exists: loraloom.merging.entrywise.ties"):
+    with pytest.raises(LoraloomError, match=r"'ties' exists: loraloom.merging.rules.entrywise.ties"):
         rule("ties", **FACTS)(lambda updates: updates[0])
     assert get_rule("ties").function.__name__ == "ties"
 
@@ -124,7 +125,7 @@ def test_a_stochastic_rule_draws_from_the_seed_and_the_layer_alone() -> None:
 
 
 PLUGIN = """
-from loraloom.adapter import Update
+from loraloom.adapters.update import Update
 from loraloom.merging import rule
 
 @rule("first_only", paper="none", summary="the first update", exact=True)

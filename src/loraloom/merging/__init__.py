@@ -1,8 +1,11 @@
 """Merging: rules over low-rank updates, and `merge` which turns adapters into one adapter."""
 
-from loraloom.merging import (  # noqa: F401 (importing a family registers its rules)
+from loraloom.merging.merger import Merged, merge, write_merged
+from loraloom.merging.plan import Plan, make_plan
+from loraloom.merging.readout import read_readout
+from loraloom.merging.registry import Rule, get_rule, rule, rule_names
+from loraloom.merging.rules import (  # noqa: F401 (importing a family registers its rules)
     activation,
-    consensus,
     entrywise,
     factors,
     learned,
@@ -10,11 +13,8 @@ from loraloom.merging import (  # noqa: F401 (importing a family registers its r
     regression,
     spectral,
     tensor,
+    votes,
 )
-from loraloom.merging.merge import Merged, merge, write_merged
-from loraloom.merging.plan import Plan, make_plan
-from loraloom.merging.readout import read_readout
-from loraloom.merging.rules import Rule, get_rule, rule, rule_names
 
 __all__ = [
     "Merged",

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from loraloom.adapter import Adapter, Update, compatibility_problems
-from loraloom.atomic import check_folder
-from loraloom.checkpoint import fuse
+from loraloom.adapters.lowrank import Shared
+from loraloom.adapters.peft import read_adapter, read_provenance
+from loraloom.adapters.update import Adapter, Update, compatibility_problems
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
-from loraloom.merging.core import Shared
-from loraloom.merging.merge import energy_lost, fused_card, plan_facts, write_merged
+from loraloom.files.atomic import check_folder
+from loraloom.merging.fuse import fuse
+from loraloom.merging.merger import energy_lost, fused_card, plan_facts, write_merged
 from loraloom.merging.plan import Plan, make_plan
 from loraloom.merging.probe import Probe
-from loraloom.merging.rules import Rule, get_rule
-from loraloom.peft_folder import read_adapter, read_provenance
+from loraloom.merging.registry import Rule, get_rule
 from loraloom.progress import Reporter
-from loraloom.statistics import Statistics
+from loraloom.statistics.collect import Statistics
 
 Supplied = tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]
 # makes what a rule needs of named adapters, beside the statistics that were given: see `needs.supply`

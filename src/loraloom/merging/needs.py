@@ -11,14 +11,14 @@ from typing import Protocol
 
 from datasets import Dataset
 
-from loraloom.adapter import Adapter
-from loraloom.evaluation import Evaluator, label_tensor
-from loraloom.heads import Head
-from loraloom.hooks import Kind
-from loraloom.merging.rules import Rule
-from loraloom.probe import TaskProbe
-from loraloom.statistics import Statistics, collect_statistics
-from loraloom.tasks.encoding import Encoded, batches, encode
+from loraloom.adapters.heads import Head
+from loraloom.adapters.update import Adapter
+from loraloom.merging.registry import Rule
+from loraloom.model.layers import Kind
+from loraloom.model.probe import TaskProbe
+from loraloom.model.runner import Evaluator, label_tensor
+from loraloom.model.tokens import Encoded, batches, encode
+from loraloom.statistics.collect import Statistics, collect_statistics
 from loraloom.tasks.task import Task
 
 

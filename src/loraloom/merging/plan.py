@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, Shape, Update, compatibility_problems, headless_config
+from loraloom.adapters.lowrank import Shared, truncate, truncate_dense
+from loraloom.adapters.update import Adapter, Shape, Update, compatibility_problems, headless_config
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
-from loraloom.merging.core import Shared, truncate, truncate_dense
 from loraloom.merging.probe import Probe
-from loraloom.merging.rules import Result, Rule, get_rule
-from loraloom.statistics import Statistics
+from loraloom.merging.registry import Result, Rule, get_rule
+from loraloom.statistics.collect import Statistics
 
 Heads = Literal["keep", "average"]
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from loraloom.adapter import Update
+from loraloom.adapters.update import Update
 
 Batch = Mapping[str, Tensor]
 
@@ -15,7 +15,7 @@ Batch = Mapping[str, Tensor]
 class Probe(Protocol):
     """A frozen base model with each task's texts, heads and, where they are at hand, labels.
 
-    Tasks are numbered as the adapters are. The implementation for Hugging Face models is `loraloom.probe.TaskProbe`.
+    Tasks are numbered as the adapters are. `loraloom.model.probe.TaskProbe` is one for Hugging Face models.
     """
 
     @property

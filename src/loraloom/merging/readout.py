@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, Update
+from loraloom.adapters.lowrank import Shared
+from loraloom.adapters.peft import files_by_task, read_adapter
+from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError, did_you_mean
-from loraloom.merging.core import Shared
-from loraloom.peft_folder import files_by_task, read_adapter
-from loraloom.tensor_file import read_tensors
+from loraloom.files.tensors import read_tensors
 
 READOUTS = "readouts"
 _SHARED = "shared"  # the factors that all tasks read; the gates lie in tasks/<task>

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraloom.adapter import Update
-from loraloom.merging.core import canonical, from_core, norm, shared_core
+from loraloom.adapters.lowrank import canonical, from_core, norm, shared_core
+from loraloom.adapters.update import Update
 
 SPACES: tuple[Literal["full", "core", "knots"], ...] = ("full", "core", "knots")
 SpaceOption = Annotated[Literal["full", "core", "knots"], Field(description="where entries are compared")]

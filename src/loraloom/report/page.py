@@ -11,7 +11,7 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from loraloom.atomic import write_text
+from loraloom.files.atomic import write_text
 from loraloom.report.aggregate import HEADS, Figures
 from loraloom.report.charts import charts
 from loraloom.report.figure import Chart, color_of, symbol_of

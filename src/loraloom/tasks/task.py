@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import datasets
 
-from loraloom.atomic import staged_folder
 from loraloom.errors import LoraloomError
+from loraloom.files.atomic import staged_folder
 
 Metric = Literal["accuracy", "matthews", "accuracy_f1", "pearson_spearman"]
 SPLITS = ("train", "heldout", "test")

@@ -1,0 +1,1 @@
+"""Low-rank updates and their algebra; PEFT's adapter folders; heads beside them."""

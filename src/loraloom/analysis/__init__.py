@@ -1,0 +1,1 @@
+"""What adapters and statistics foretell, and what they do to each other."""

@@ -1,0 +1,105 @@
+"""What each adapter does to every task's inputs, layer by layer: |A_i h_j| and |B_i A_i h_j|."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraloom.adapters.update import Adapter, Update
+from loraloom.analysis.overlap import update_bases
+from loraloom.errors import raise_problems
+from loraloom.statistics.collect import Statistics
+from loraloom.statistics.moments import Moment
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Root-mean-square responses of every task's adapter to every task's inputs.
+
+    A, BA: (layers, T, T) float64, [layer, adapter i, task j], of |A_i h_j| and |B_i A_i h_j| a row h_j; the diagonal
+    is the response to the task's own inputs.
+    """
+
+    tasks: list[str]
+    layers: list[str]
+    A: Tensor
+    BA: Tensor
+
+
+def interference(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> Responses:
+    """Return the responses of `adapters`, by task, to the inputs in `statistics`, by task, of the same names.
+
+    Use statistics of held-out texts: those that chose a subspace flatter it. Raises LoraloomError naming the tasks or
+    layers that are missing.
+    """
+    tasks, layers = list(adapters), list(next(iter(adapters.values())).updates)
+    check_cover("interference cannot be measured", adapters, statistics)
+    A = torch.zeros(len(layers), len(tasks), len(tasks), dtype=torch.float64)
+    BA = torch.zeros_like(A)
+    for index, layer in enumerate(layers):
+        for i, adapter in enumerate(adapters.values()):
+            for j, task in enumerate(tasks):
+                update, moment = adapter.updates[layer], statistics[task].moment(layer)
+                A[index, i, j], BA[index, i, j] = response(update, moment)
+    return Responses(tasks, layers, A, BA)
+
+
+def response(update: Update, moment: Moment) -> tuple[float, float]:
+    """Return the root mean square over rows h of |A h| and of |B A h|, from r x r matrices."""
+    K = moment.seen_by(update.A.double())
+    B = update.B.double()
+    rows = max(moment.count, 1)
+    seen, through = float(K.trace()), float(((B.T @ B) * K).sum())
+    # where a sum is 0, rounding may leave it below
+    return (max(seen, 0.0) / rows) ** 0.5, (max(through, 0.0) / rows) ** 0.5
+
+
+def products(updates: Sequence[Update], moment: Moment, *, onto: Update | None = None, centred: bool = False) -> Tensor:
+    """Return tr(P dW_a S dW_b^T) for every two of p updates of one layer, (p, p) float64: their outputs' mean products.
+
+    S = H^T H / k is the mean second moment of the inputs in `moment`; `centred`, that of the inputs less their mean. P
+    projects onto the column space of `onto`, the directions in which that update writes; without it P = I. From
+    (sum r) x (sum r) matrices alone: the sum of the entries of (B_a^T P B_b) * (A_a S A_b^T). The mean squared error of
+    an update m in place of j, |P (dW_m - dW_j) h|^2, is [m, m] - 2 [m, j] + [j, j].
+    """
+    A = torch.cat([update.A.double() for update in updates])
+    B = torch.cat([update.B.double() for update in updates], dim=1)
+    if onto is not None:
+        B = update_bases(onto)[1].T @ B
+    seen = moment.seen_by(A) / max(moment.count, 1)
+    if centred:
+        mean = A @ moment.mean()
+        seen = seen - torch.outer(mean, mean)
+    member = torch.repeat_interleave(torch.tensor([update.rank for update in updates]))
+    inside = torch.nn.functional.one_hot(member, len(updates)).double()
+    found: Tensor = inside.T @ ((B.T @ B) * seen) @ inside
+    return found
+
+
+def ratio(values: Tensor) -> float:
+    """Return the mean over layers and pairs i != j of [l, i, j] / [l, i, i]: response to others against to own."""
+    return float(ratios(values).nanmean())
+
+
+def ratios(values: Tensor) -> Tensor:
+    """Return [l, i, j] / [l, i, i], (layers, T, T): NaN where i = j, and 0 where the response to the own is 0."""
+    own = values.diagonal(dim1=1, dim2=2)[:, :, None]
+    relative = torch.where(own > 0, values / own.clamp_min(1e-300), torch.zeros_like(values))
+    return relative.masked_fill(torch.eye(values.shape[1], dtype=torch.bool), torch.nan)
+
+
+def check_cover(what: str, adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> None:
+    """Raise LoraloomError, `what` first, where adapters cover unequal layers or statistics by their names lack any."""
+    layers = set(next(iter(adapters.values())).shapes)
+    problems = [f"no statistics for task {task!r}" for task in adapters if task not in statistics]
+    for task, adapter in adapters.items():
+        if set(adapter.shapes) != layers:
+            problems.append(f"the adapter of {task!r} covers other layers than the first")
+        if task in statistics:
+            missing = sorted(layers - set(statistics[task].layers))
+            if missing:
+                problems.append(f"statistics of {task!r} lack {missing[0]} and {len(missing) - 1} more layers")
+    raise_problems(what, problems, "collect statistics on the adapters' target modules")

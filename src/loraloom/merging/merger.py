@@ -1,0 +1,216 @@
+"""Adapters in, one adapter out: in memory, or layer by layer into a folder with its provenance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.adapters.peft import adapter_sha256, adapter_writer
+from loraloom.adapters.update import Adapter
+from loraloom.merging.plan import Heads, Layer, Plan, make_plan
+from loraloom.merging.probe import Probe
+from loraloom.merging.readout import READOUTS, readout_tensors
+from loraloom.statistics.collect import Statistics
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged adapter in memory: the plan it follows, and every layer by module path."""
+
+    plan: Plan
+    merged: dict[str, Layer]
+
+    @property
+    def adapter(self) -> Adapter:
+        """Return the merged adapter."""
+        updates = {module: layer.update for module, layer in self.merged.items()}
+        return Adapter(updates, self.plan.config, self.plan.head, self.plan.dtype)
+
+    @property
+    def energy_lost(self) -> dict[str, float]:
+        """Return the share of |dW|_F^2 that truncation took, by module path; 0.0 where nothing was cut off."""
+        return {module: layer.energy_lost for module, layer in self.merged.items()}
+
+    def readout(self, task: str) -> Adapter:
+        """Return what one input's task reads of a rule that tells tasks apart (see `Shared`), as an adapter.
+
+        Raises KeyError for another rule or an input that took no part.
+        """
+        index = self.plan.used.index(task)
+        updates = {module: layer.shared.readouts()[index] for module, layer in self.merged.items() if layer.shared}
+        return Adapter(updates, self.plan.config, {}, self.plan.dtype)
+
+    def layers(self) -> Iterable[Layer]:
+        """Return the merged layers."""
+        return self.merged.values()
+
+
+def merge(
+    adapters: Mapping[str, Adapter] | Sequence[Adapter],
+    rule: str = "tsv",
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    statistics: Mapping[str, Statistics] | Sequence[Statistics] | None = None,
+    probe: Probe | None = None,
+    heads: Heads = "keep",
+    **options: Any,
+) -> Merged:
+    """Merge `adapters` by `rule` into one; their order does not matter. No base model is loaded.
+
+    Adapters given as a sequence are named by their folders. `weights` go to each update before the rule, `scale` to
+    its result; None takes the rule's own. `rank` truncates the result of any rule. `statistics`, one for each adapter,
+    and a `probe` are for the rules that need them. `heads` "average" puts the weighted mean of the inputs' heads into
+    the merged adapter. Raises LoraloomError that tells all problems at once; see `make_plan`.
+    """
+    plan = make_plan(
+        adapters,
+        rule,
+        weights=weights,
+        scale=scale,
+        rank=rank,
+        seed=seed,
+        statistics=statistics,
+        probe=probe,
+        heads=heads,
+        **options,
+    )
+    return Merged(plan, {layer.module: layer for layer in plan.layers()})
+
+
+def write_merged(
+    merged: Merged | Plan,
+    folder: str | Path,
+    *,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a PEFT folder with heads/<input>.safetensors, a model card and loraloom.json; return the folder.
+
+    A Plan is computed while it is written, so that no more than one layer is in memory. `progress` is called after
+    each layer with the layers done and all. The folder appears whole or not at all.
+    """
+    plan = merged if isinstance(merged, Plan) else merged.plan
+    head, layers = plan.head, {}
+    readouts: dict[str, dict[str, Tensor]] = {}
+    with adapter_writer(folder, plan.config, plan.dtype, plan.modules, head) as out:
+        out.add_head(head)
+        for layer in merged.layers():
+            out.add(layer.module, layer.update)
+            layers[layer.module] = _layer_facts(layer)
+            if layer.shared:
+                for file, tensors in readout_tensors(layer.module, layer.shared, plan.used).items():
+                    readouts.setdefault(file, {}).update(tensors)
+            if progress:
+                progress(len(layers), len(plan.modules))
+        provenance = {**plan_facts(plan), "command": command, "layers": layers}
+        extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
+        extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
+        base = str(plan.config.get("base_model_name_or_path") or "")
+        out.finish(provenance, {"README.md": merged_card(base, provenance)}, extra)
+    return Path(folder)
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """Return inputs with their tasks and hashes, rule, options, scale, weights, seed and versions."""
+    return {
+        "kind": "merged adapter",
+        "inputs": [
+            {
+                "name": name,
+                "task": member.task or name,
+                "path": str(member.path) if member.path else None,
+                "sha256": adapter_sha256(member.path) if member.path else None,
+                "weight": plan.weights[name],
+            }
+            for name, member in plan.members.items()
+        ],
+        "rule": plan.rule.name,
+        "space": plan.space,
+        "options": plan.options,
+        "scale": plan.scale,
+        "rank": plan.rank,
+        "seed": plan.seed,
+        "heads": sorted(plan.task_heads),
+        "base_fingerprint": next((a.fingerprint for a in plan.members.values() if a.fingerprint), ""),
+        "versions": {"loraloom": version("loraloom"), "torch": torch.__version__},
+    }
+
+
+def energy_lost(layers: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the share of the whole adapter's |dW|_F^2 that truncation took, of the layers of a loraloom.json."""
+    kept = sum(layer["energy"] for layer in layers.values())
+    whole = sum(layer["energy"] / (1 - layer["energy_lost"]) for layer in layers.values() if layer["energy_lost"] < 1)
+    return 1 - kept / whole if whole else 0.0
+
+
+def _layer_facts(layer: Layer) -> dict[str, Any]:
+    update = layer.update
+    return {"rank": update.rank, "energy": update.energy(), "energy_lost": layer.energy_lost}
+
+
+def merged_card(base: str, provenance: Mapping[str, Any]) -> str:
+    """Return the model card that `provenance` (a merged adapter's loraloom.json) tells: of what, how, how to load it.
+
+    `provenance["notes"]`, where present, is a list of further lines.
+    """
+    front = ["library_name: peft", "tags:", "- lora", "- merge", "- loraloom"]
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not base.startswith("."):
+        front.insert(0, f"base_model: {base}")  # a name on the Hub; the Hub refuses a folder here
+    layers = provenance["layers"].values()
+    facts = [
+        f"output rank {max(layer['rank'] for layer in layers)}",
+        f"energy lost by truncation in the worst layer {max(layer['energy_lost'] for layer in layers):.3g}",
+        f"task heads, kept apart and never merged {_heads_listed(provenance)}",
+        *provenance.get("notes", ()),
+    ]
+    loading = [
+        *("An ordinary PEFT adapter, with the scaling folded in:", ""),
+        *("```python", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""),
+        "Everything needed to make it again is in `loraloom.json`.",
+    ]
+    return _card(front, "Merged LoRA adapter", "", provenance, facts, loading)
+
+
+def fused_card(provenance: Mapping[str, Any]) -> str:
+    """Return the model card of a checkpoint with a merge in its weights."""
+    heads = f"task heads {_heads_listed(provenance)}"
+    ending = ["`sha256sum -c SHA256SUMS` checks the files; `loraloom.json` holds what made them."]
+    front, title = ["tags:", "- merge", "- loraloom"], "Checkpoint with merged LoRA adapters"
+    return _card(front, title, ", in a base model's weights", provenance, [heads], ending)
+
+
+def _card(
+    front: Sequence[str],
+    title: str,
+    where: str,
+    provenance: Mapping[str, Any],
+    facts: Sequence[str],
+    ending: Sequence[str],
+) -> str:
+    """Return a model card: front matter, the inputs as a table, how they were merged with further `facts`, an end."""
+    options = ", ".join(f"{key} {value}" for key, value in provenance["options"].items()) or "none"
+    rows = [f"| {one['name']} | {one['weight']:g} | {one['sha256'] or 'unknown'} |" for one in provenance["inputs"]]
+    how = [f"space {provenance['space']}", f"options {options}", f"scale {provenance['scale']:g}", *facts]
+    return "\n".join(
+        [
+            *("---", *front, "---", "", f"# {title}", ""),
+            f"{len(rows)} adapters merged by the rule `{provenance['rule']}` of loraloom{where}.",
+            *("", "| input | weight | sha256 |", "|---|---|---|", *rows, ""),
+            *(f"- {fact}" for fact in how),
+            *("", *ending, ""),
+        ]
+    )
+
+
+def _heads_listed(provenance: Mapping[str, Any]) -> str:
+    return "; ".join(f"`heads/{name}.safetensors`" for name in provenance["heads"]) or "none"

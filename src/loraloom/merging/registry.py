@@ -1,0 +1,286 @@
+"""The registry of merging rules: a rule is one decorated function, and its signature is its option schema."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from torch import Tensor
+
+from loraloom.adapters.lowrank import Shared
+from loraloom.adapters.update import Update
+from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.merging.probe import Probe
+from loraloom.statistics.moments import Moment
+
+GROUP = "loraloom.rules"
+Space = Literal["full", "core", "knots"]
+Need = Literal["statistics", "base and texts", "labels", "seed"]
+Result = Update | Tensor | Shared  # of one layer
+Function = TypeVar("Function", bound=Callable[..., "Result | dict[str, Result]"])
+
+_PLAIN = (int, float, bool, str, type(None))
+_TAKEN = ("adapters", "rule", "weights", "scale", "seed", "statistics", "heads", "progress")  # arguments of merge()
+_SUPPLIED = ("generator", "moments", "probe", "rank")  # keyword-only, without a default: given to the rule by `merge`
+_HELP = (
+    "write it as `def f(updates, *, option: float = 0.2)`: keyword-only, each int, float, bool, str, Literal or None"
+)
+_RULES: dict[str, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered function with its facts.
+
+    `function(updates, *, options...)` merges ONE layer; the weights are folded into each B already and the scale is
+    applied afterwards. It returns an Update; or the dense (m, n) dW where the rule has no low-rank form, which `merge`
+    truncates to rank sum r_i and reports the energy lost; or a `Shared`, which also tells what each task reads of it.
+    What else it wants it names in its signature, keyword-only and without a default: `generator: torch.Generator`;
+    `moments: Sequence[Moment]`, of each task's inputs to the layer; `rank: int | None`, the one that the caller asked
+    for; `probe: Probe`, the base model with each task's texts. With a probe the rule merges ALL layers:
+    `function(layers: Mapping[str, Sequence[Update]], *, probe, ...)` returns its result by module path.
+
+    `exact` tells whether an Update equals the dense rule; `factorwise`, whether the result depends on how dW is split
+    into B and A; `labelled`, whether the probe must hold labels. `output_rank` is the rank that `merge` truncates to
+    where the caller names none: sum r_i or max r_i.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    summary: str
+    exact: bool
+    spaces: tuple[Space, ...]
+    default_scale: float
+    default_weights: Literal["one", "mean"]
+    output_rank: Literal["sum", "max"]
+    factorwise: bool
+    labelled: bool
+    supplied: frozenset[str]
+    options: type[BaseModel]
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Return what the rule needs beyond the adapters."""
+        found: list[Need] = []
+        if "moments" in self.supplied:
+            found.append("statistics")
+        if "probe" in self.supplied:
+            found.append("base and texts")
+        if self.labelled:
+            found.append("labels")
+        if "generator" in self.supplied:
+            found.append("seed")
+        return tuple(found)
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether the rule merges all layers at once, with a probe."""
+        return "probe" in self.supplied
+
+    def check(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return all options with their defaults filled in, and what is wrong with those given."""
+        known = self.options.model_fields
+        problems = [
+            f"rule {self.name!r} has no option {name!r}: {did_you_mean(name, known) if known else 'it takes none'}"
+            for name in options
+            if name not in known
+        ]
+        try:
+            given = {name: value for name, value in options.items() if name in known}
+            return self.options(**given).model_dump(), problems
+        except ValidationError as error:
+            problems += [f"option {e['loc'][0]!r}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
+            return {}, problems
+
+    def layer(
+        self,
+        updates: Sequence[Update],
+        options: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        rank: int | None = None,
+        moments: Sequence[Moment] = (),
+    ) -> Result:
+        """Merge the updates of one layer; `seed` feeds the generator of a rule that draws at random."""
+        result: Result = self.function(updates, **options, **self._given(seed, rank=rank, moments=moments))
+        return result
+
+    def model(
+        self,
+        layers: Mapping[str, Sequence[Update]],
+        options: Mapping[str, Any],
+        *,
+        probe: Probe,
+        seed: int = 0,
+        rank: int | None = None,
+    ) -> dict[str, Result]:
+        """Merge all layers, by module path, with a rule that is `whole`."""
+        result: dict[str, Result] = self.function(layers, **options, **self._given(seed, rank=rank, probe=probe))
+        return result
+
+    def _given(self, seed: int, **more: Any) -> dict[str, Any]:
+        everything = {"generator": torch.Generator().manual_seed(seed), **more}
+        return {name: everything[name] for name in self.supplied}
+
+    def help(self) -> str:
+        """Return the rule in words: formula, paper, needs, defaults, and one line an option."""
+        lines = [f"{self.name}: {self.summary}", f"  paper: {self.paper}", f"  space: {', '.join(self.spaces)}"]
+        lines.append(f"  needs: {', '.join(self.needs) or 'nothing'}")
+        lines.append(f"  exact in factors: {'yes' if self.exact else 'no'}")
+        lines.append(f"  output rank: {self._rank_in_words()}")
+        lines.append(f"  default scale: {self.default_scale:g}; default weight: {self.default_weights}")
+        lines += [f"  {name}{text}" for name, text in self.option_help().items()]
+        return "\n".join(lines)
+
+    def option_help(self) -> dict[str, str]:
+        """Return type, default, bounds and meaning of every option, by name."""
+        found = {}
+        for name, field in self.options.model_fields.items():
+            bounds = "".join(_in_words(bound) for bound in field.metadata)
+            about = f": {field.description}" if field.description else ""
+            found[name] = f" ({_type_name(field.annotation)}, default {field.default!r}{bounds}){about}"
+        return found
+
+    def _rank_in_words(self) -> str:
+        if self.output_rank == "max":
+            return "the largest of the inputs unless asked otherwise"
+        return "up to the sum of the inputs'" + ("" if self.exact else ", by truncation of a dense result")
+
+
+def rule(
+    name: str,
+    *,
+    paper: str,
+    summary: str,
+    exact: bool,
+    spaces: tuple[Space, ...] = ("full",),
+    default_scale: float = 1.0,
+    default_weights: Literal["one", "mean"] = "one",
+    output_rank: Literal["sum", "max"] = "sum",
+    factorwise: bool = False,
+    labelled: bool = False,
+) -> Callable[[Function], Function]:
+    """Register a function as a merging rule and return it untouched; see `Rule` for the arguments.
+
+    Raises LoraloomError where the name is taken or an option of the function is not keyword-only and plainly typed.
+    """
+
+    def register(function: Function) -> Function:
+        if name in _RULES:
+            other = _RULES[name].function
+            raise LoraloomError(f"rule {name!r} exists: {other.__module__}.{other.__qualname__}", "choose another name")
+        supplied, options = _signature(name, function, spaces)
+        if labelled and "probe" not in supplied:
+            raise LoraloomError(f"rule {name!r}: labels come with a probe", "give it a parameter `probe: Probe`")
+        _RULES[name] = Rule(
+            name=name,
+            function=function,
+            paper=paper,
+            summary=summary,
+            exact=exact,
+            spaces=spaces,
+            default_scale=default_scale,
+            default_weights=default_weights,
+            output_rank=output_rank,
+            factorwise=factorwise,
+            labelled=labelled,
+            supplied=supplied,
+            options=options,
+        )
+        return function
+
+    return register
+
+
+def get_rule(name: str) -> Rule:
+    """Return the rule called `name`. Raises LoraloomError with the nearest names where there is none."""
+    _load_plugins()
+    if name not in _RULES:
+        raise LoraloomError(f"no merging rule is called {name!r}", did_you_mean(name, _RULES))
+    return _RULES[name]
+
+
+def rule_names() -> tuple[str, ...]:
+    """Return the names of all rules, those of installed plugins included, in alphabetical order."""
+    _load_plugins()
+    return tuple(sorted(_RULES))
+
+
+@functools.cache
+def _load_plugins() -> None:
+    """Load each entry point of the group once; importing it runs its decorator. A broken one is named, not fatal."""
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a plugin raises: the other rules must still work
+            source = f" of {entry.dist.name}" if entry.dist else ""
+            warnings.warn(f"rule plugin {entry.name!r}{source} ({entry.value}) is left out: {error!r}", stacklevel=3)
+
+
+def _signature(
+    name: str, function: Callable[..., Any], spaces: Sequence[str]
+) -> tuple[frozenset[str], type[BaseModel]]:
+    """Return what `merge` supplies to `function`, and the pydantic model of its options; raise where one cannot be."""
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise LoraloomError(f"rule {name!r}: the first parameter must be the updates", _HELP)
+    fields: dict[str, Any] = {}
+    supplied = set()
+    for parameter in parameters[1:]:
+        if parameter.name in _SUPPLIED and parameter.default is inspect.Parameter.empty:
+            supplied.add(parameter.name)
+            continue
+        fault = _option_fault(parameter)
+        if fault:
+            raise LoraloomError(f"rule {name!r}: option {parameter.name!r} {fault}", _HELP)
+        fields[parameter.name] = (parameter.annotation, parameter.default)
+    config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model: type[BaseModel] = create_model(f"{name}_options", __config__=config, **fields)
+    space = model.model_fields.get("space")
+    if len(spaces) > 1 and (space is None or set(typing.get_args(space.annotation)) != set(spaces)):
+        raise LoraloomError(f"rule {name!r} has several spaces", f"give it `space: Literal[{str(spaces)[1:-1]}]`")
+    return frozenset(supplied), model
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(repr(value) for value in typing.get_args(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _in_words(bound: Any) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return "".join(f", {sign} {getattr(bound, key):g}" for key, sign in signs.items() if hasattr(bound, key))
+
+
+def _option_fault(parameter: inspect.Parameter) -> str:
+    if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        return "is not keyword-only"
+    if parameter.name in (*_TAKEN, *_SUPPLIED):
+        return "has the name of an argument of merge()"
+    if parameter.annotation is inspect.Parameter.empty:
+        return "has no type annotation"
+    if not _is_plain(parameter.annotation):
+        return f"has the unsupported type {parameter.annotation}"
+    if parameter.default is inspect.Parameter.empty:
+        return "has no default"
+    return ""
+
+
+def _is_plain(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _is_plain(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return all(_is_plain(part) for part in typing.get_args(annotation))
+    return origin is Literal or annotation in _PLAIN

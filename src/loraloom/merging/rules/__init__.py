@@ -1,0 +1,1 @@
+"""The merging rules, one family a file; importing a family registers its rules."""

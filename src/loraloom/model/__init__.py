@@ -1,0 +1,1 @@
+"""The base model: loaded, hooked, run with updates switched in and out."""

@@ -1,0 +1,381 @@
+"""What the linear layers of a base model read: which layers, which of their rows count, and sums over those rows."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapters.update import matches_target
+from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.model.wrappers import eager, is_sharded, peeled, plain_path, reshard
+from loraloom.statistics.moments import Moment
+from loraloom.statistics.sketch import FrequentDirections
+
+Kind = Literal["token", "sample"]
+IGNORED = -100  # the label of a token that no loss sees
+_BLOCK = 2048  # rows that wait for one float64 product, once there is a Gram matrix
+_STRIPS = 4  # column strips of a Gram matrix: 5/8 of the products of the whole
+
+
+class RowSum:
+    """Sums rows (k, n) of one input: the rows themselves while they are fewer than n, their Gram matrix after that.
+
+    With a `bound` below n no more than so many rows are left: the rows themselves while they are no more, frequent
+    directions after that (`FrequentDirections`). Products and sums are float64: the quiet directions are many powers of
+    ten below the loud ones. All is kept on the rows' device, and nothing is read from it while rows are added.
+    """
+
+    def __init__(self, width: int, bound: int | None = None) -> None:
+        self.width = width
+        self.count = 0
+        self.total: Tensor | None = None
+        self._bad: Tensor | None = None  # the first batch that was not finite
+        self._sketch = FrequentDirections(width, bound) if bound is not None and bound < width else None
+        self._gram: Tensor | None = None
+        self._waiting: list[Tensor] = []
+        self._held = 0
+
+    def add(self, rows: Tensor, batch: int = 1) -> None:
+        """Add `rows` (k, n) float32 of the batch of this number, from 1."""
+        total = rows.sum(dim=0, dtype=torch.float64)
+        bad = torch.where(total.isfinite().all(), 0, batch)
+        self._bad = bad if self._bad is None else torch.where(self._bad == 0, bad, self._bad)
+        self.total = total if self.total is None else self.total + total
+        self.count += rows.shape[0]
+        if self._sketch is not None:
+            self._sketch.add(rows)
+            return
+        self._waiting.append(rows)
+        self._held += rows.shape[0]
+        if self._held >= (self.width if self._gram is None else min(self.width, _BLOCK)):
+            self._fold()
+
+    def bad_batch(self) -> int:
+        """Return the number of the first batch with rows that are not finite, or 0. Waits for the device."""
+        return 0 if self._bad is None else int(self._bad)
+
+    def moment(self) -> Moment:
+        """Return the moment of all rows so far, on the CPU."""
+        if self._sketch is not None and self.total is not None:
+            factor, as_they_came = self._sketch.result()
+            if as_they_came:
+                return Moment.of_rows(factor)
+            return Moment(self.count, self.total.cpu(), factor=factor.cpu(), lost=float(self._sketch.lost))
+        if self._gram is None:
+            return Moment.of_rows(torch.cat(self._waiting) if self._waiting else torch.zeros(0, self.width))
+        if self._waiting:
+            self._fold()
+        assert self.total is not None
+        half = self._gram.cpu().triu()
+        return Moment(self.count, self.total.cpu(), gram=half + half.triu(1).T)
+
+    def _fold(self) -> None:
+        block = torch.cat(self._waiting).double()
+        self._waiting, self._held = [], 0
+        if self._gram is None:
+            self._gram = block.new_zeros(self.width, self.width)
+        step = -(-self.width // _STRIPS)
+        for start in range(0, self.width, step):  # on and above the diagonal alone: the rest is its mirror image
+            end = min(start + step, self.width)
+            self._gram[:end, start:end].addmm_(block[:, :end].T, block[:, start:end])
+
+
+@dataclass(frozen=True)
+class Side:
+    """The counted tokens of one side of a batch: `mask` (samples, length) bool, with the indices that follow from it.
+
+    `tokens` are the true places of the flattened mask, `samples` their rows in it, `counts` the true places a sample,
+    `present` the samples that have any. To find them waits for the device, twice a batch; `rows` does not.
+    """
+
+    mask: Tensor
+    tokens: Tensor
+    samples: Tensor
+    counts: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Side:
+        """Return the side with this bool mask (samples, length)."""
+        tokens, counts = mask.flatten().nonzero().squeeze(1), mask.sum(dim=1)
+        return cls(mask, tokens, tokens // mask.shape[1], counts, counts.nonzero().squeeze(1))
+
+    def rows(self, x: Tensor, kind: Kind) -> Tensor:
+        """Return the counted rows of a layer's input `x` (..., n), float32: one a token, or its mean one a sample.
+
+        An input (samples, n), as of a pooler, has one row a sample in both kinds. Raises ValueError where `x` does
+        not fit the mask.
+        """
+        shape, flat = tuple(x.shape[:-1]), x.reshape(-1, x.shape[-1])
+        samples, length = self.mask.shape
+        if shape == (samples,):
+            return _picked(flat, self.present).float()
+        if shape not in ((samples, length), (samples * length,)):
+            raise ValueError(f"an input of shape {tuple(x.shape)}, which does not fit a mask {tuple(self.mask.shape)}")
+        picked = _picked(flat, self.tokens)
+        if kind == "token":
+            return picked.float()
+        owner, counts = self.samples.to(picked.device), self.counts.to(picked.device)
+        sums = torch.zeros(samples, x.shape[-1], dtype=torch.float64, device=picked.device)
+        sums.index_add_(0, owner, picked.double())
+        return (sums / counts[:, None]).index_select(0, self.present.to(sums.device)).float()
+
+
+def _picked(flat: Tensor, index: Tensor) -> Tensor:
+    rows = flat.index_select(0, index.to(flat.device))
+    return rows.cpu() if rows.device.type == "mps" else rows  # mps has no float64
+
+
+def batch_sides(
+    batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None, labelled_only: bool
+) -> tuple[Side, Side]:
+    """Return which tokens of `batch` count on the encoder's and on the decoder's side: the same for a single stack.
+
+    `pad` is the padding token of decoder_input_ids. Raises ValueError telling what is missing or does not fit.
+    """
+    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
+    if inputs is None:
+        raise ValueError("neither input_ids nor inputs_embeds is given")
+    mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    if "attention_mask" in batch:
+        if batch["attention_mask"].shape != mask.shape:
+            shape = tuple(batch["attention_mask"].shape)
+            raise ValueError(f"attention_mask is {shape}, not (samples, length) = {tuple(mask.shape)}")
+        mask = batch["attention_mask"] != 0
+    decoder = _decoder_mask(batch, mask, pad) if two_sided else mask
+    if labelled_only:
+        labels = token_labels(batch)
+        if labels is None or labels.shape != decoder.shape:
+            raise ValueError("labelled_only needs labels of whole numbers, one a token")
+        decoder = decoder & (labels != IGNORED)
+    side = Side.of(decoder)
+    return (Side.of(mask) if two_sided else side), side
+
+
+def token_labels(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return labels (samples, length) of whole numbers, or None: labels of a class, a score or several classes."""
+    labels = batch.get("labels")
+    return labels if labels is not None and labels.ndim == 2 and not labels.is_floating_point() else None
+
+
+def _decoder_mask(batch: Mapping[str, Tensor], mask: Tensor, pad: int | None) -> Tensor:
+    if "decoder_attention_mask" in batch:
+        return batch["decoder_attention_mask"] != 0
+    labels = token_labels(batch)
+    if labels is not None:
+        return labels != IGNORED
+    if "decoder_input_ids" in batch:
+        ids = batch["decoder_input_ids"]
+        given = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
+        given[:, 0] = True  # T5 starts its decoder with the padding token
+        return given
+    # T5 and BART as classifiers read the input shifted right: the start, then every token but the last one, whose
+    # successor no head reads (with padding it stands there, without it does not)
+    start = torch.ones_like(mask[:, :1])
+    still_to_come = mask.flip(1).cumsum(1).flip(1) > 0
+    return torch.cat([start, mask[:, :-1]], dim=1) & still_to_come
+
+
+@contextmanager
+def base_running(model: nn.Module) -> Iterator[None]:
+    """Have `model` in eval mode, without gradients and with its adapters off; restore every flag after that."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapted = peeled(model)
+    adapters_off = adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext()  # type: ignore[operator]
+    try:
+        # no_grad, not inference_mode: buffers that the model caches here must serve training afterwards
+        with adapters_off, torch.no_grad(), eager():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        reshard(model)
+        for parameter, needed in grads:
+            parameter.requires_grad_(needed)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the base model inside a PeftModel and whatever wraps it, or `model` itself.
+
+    Raises LoraloomError where adapters cannot be taken off: merged into the weights, or injected without a PeftModel.
+    """
+    adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if adapted and not hasattr(peeled(model), "disable_adapter"):
+        raise LoraloomError(
+            f"{adapted[0][0]}: has an adapter that cannot be turned off", "give a PeftModel or the base"
+        )
+    merged = [name for name, module in adapted if getattr(module, "merged", False)]
+    if merged:
+        raise LoraloomError(f"{merged[0]}: its adapter is merged into the weights", "call unmerge_adapter() first")
+    return unwrapped(model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside a PeftModel and whatever wraps either, or `model` itself."""
+    model = peeled(model)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    assert isinstance(inner, nn.Module)
+    return peeled(inner)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a base model by path, as if nothing wrapped or adapted them."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) or ".modules_to_save." in name:
+            continue
+        layer = peeled(module)
+        while isinstance(inner := getattr(layer, "base_layer", None), nn.Module):
+            layer, inside = peeled(inner), (*inside, f"{name}.")
+        if isinstance(layer, nn.Linear) or _is_conv1d(layer):
+            found[plain_path(name.replace(".original_module", ""))] = layer
+    return found
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return the in and out features of a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    assert isinstance(layer.nx, int)
+    assert isinstance(layer.nf, int)  # the weight itself may be a shard
+    return layer.nx, layer.nf
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Tell whether this is GPT-2's linear layer, whose weight stands transposed (in, out)."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and getattr(layer, "weight", None) is not None
+
+
+def target_layers(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Return the linear layers that `targets` names, as PEFT matches them; "all-linear" leaves the heads out.
+
+    Raises LoraloomError with the nearest names where none matches.
+    """
+    layers = linear_layers(model)
+    if targets == "all-linear":
+        inside, head = set(backbone(model).modules()), _output_embeddings(model)
+        return {name: layer for name, layer in layers.items() if layer in inside and layer is not head}
+    found = {name: layer for name, layer in layers.items() if matches_target(name, targets)}
+    if not found:
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        endings = {name.rsplit(".", 1)[-1] for name in layers}
+        near = "; ".join(dict.fromkeys(did_you_mean(target, endings) for target in wanted))
+        raise LoraloomError(f"target_modules {targets!r}: no linear layer of {model_name(model)} matches", near)
+    return found
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """Return the model without its heads, or `model` itself where it has none."""
+    inner = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the name or folder that `model` was loaded from, or its class."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__.removeprefix("FSDP"))  # of fully_shard
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+
+
+class LayerReader:
+    """Runs a base model and hands over what its layers read, with the side of the batch that each input belongs to.
+
+    `model` may be wrapped; where it is sharded the wrapper is run, for weights are whole inside its own calls alone.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        base, sharded = unwrapped(model), is_sharded(model)
+        self.layers = dict(layers)
+        self.encoder = _encoder(base)
+        self._in_encoder = set(self.encoder.modules()) if self.encoder else set()
+        # a head costs time (and much memory over a large vocabulary) and shows nothing
+        headless = not sharded and self.encoder is None and set(layers.values()) <= set(backbone(base).modules())
+        inner = backbone(base) if headless else base
+        self._entry = model if sharded else inner
+        self._options = inspect.signature(inner.forward).parameters
+        self._encoded: Callable[[], Tensor | None] = lambda: None
+
+    def run(self, batch: Mapping[str, Tensor], see: Callable[[str, Tensor], None], names: Sequence[str]) -> None:
+        """Run `batch`; `see` is given the path and the input of the layers `names` at each of their calls."""
+        given: dict[str, object] = {key: value for key, value in batch.items() if key in self._options}
+        if self.encoder is None or token_labels(batch) is None or "decoder_input_ids" in batch:
+            given.pop("labels", None)  # only a decoder's inputs are made of labels; a loss is of no use
+        if "use_cache" in self._options:
+            given["use_cache"] = False
+        handles = [
+            self.layers[name].register_forward_pre_hook(partial(_hand_over, see, name), with_kwargs=True)
+            for name in names
+        ]
+        if self.encoder is not None:
+            handles.append(self.encoder.register_forward_hook(self._keep_output))
+        try:
+            self._entry(**given)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def in_encoder(self, name: str, x: Tensor) -> bool:
+        """Tell whether input `x` of layer `name` has the encoder's rows: cross-attention reads the encoder's output."""
+        return self.encoder is None or self.layers[name] in self._in_encoder or x is self._encoded()
+
+    def _keep_output(self, module: nn.Module, args: object, output: Tensor | Sequence[Tensor]) -> None:
+        self._encoded = weakref.ref(output if isinstance(output, Tensor) else output[0])
+
+
+def _hand_over(
+    see: Callable[[str, Tensor], None],
+    name: str,
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+) -> None:
+    see(name, args[0] if args else next(iter(kwargs.values())))
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """Return the encoder where `model` has a decoder beside it, else None."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder, decoder = model.get_encoder(), model.get_decoder()  # type: ignore[operator]
+    return None if encoder in set(decoder.modules()) else encoder
+
+
+def shared_inputs(reader: LayerReader, batch: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each layer the first one that reads the very same tensors, found by running one sample of `batch`.
+
+    Raises LoraloomError naming the layers that the forward pass does not reach.
+    """
+    serials = itertools.count()
+    seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # an id is taken again once its tensor is gone
+    reads: dict[str, list[int]] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        known = seen.get(id(x))
+        if known is None or known[0]() is not x:
+            known = seen[id(x)] = (weakref.ref(x), next(serials))
+        reads.setdefault(name, []).append(known[1])
+
+    samples = max(value.shape[0] for value in batch.values() if value.ndim)
+    one = {key: value[:1] if value.ndim and value.shape[0] == samples else value for key, value in batch.items()}
+    reader.run(one, see, list(reader.layers))
+    unreached = [name for name in reader.layers if name not in reads]
+    if unreached:
+        raise LoraloomError(
+            f"the forward pass does not call {', '.join(unreached)}", "leave these out of target_modules"
+        )
+    leaders: dict[tuple[int, ...], str] = {}
+    return {name: leaders.setdefault(tuple(numbers), name) for name, numbers in reads.items()}

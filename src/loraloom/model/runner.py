@@ -1,0 +1,183 @@
+"""Metrics of adapters on tasks: one base model in memory, updates and heads switched in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from loraloom.adapters.heads import Head
+from loraloom.adapters.update import Update
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.model.layers import LayerReader, batch_sides, layer_shape
+from loraloom.model.load import load_classifier, load_tokenizer
+from loraloom.model.tokens import Encoded, batches, encode
+from loraloom.results import Score
+from loraloom.tasks.metrics import score
+from loraloom.tasks.task import Task
+
+
+class Evaluator:
+    """One base model that answers for any adapter and any head.
+
+    Logits are the head's last linear layer on its inputs, the features. So one forward pass gives the metric with the
+    head as trained and with any head aligned later.
+    """
+
+    def __init__(self, base: str, *, max_length: int = 128, batch_size: int = 64) -> None:
+        self.base = base
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.tokenizer = load_tokenizer(base)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: nn.Module = load_classifier(base, outputs=2)
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def encode(self, task: Task, split: str) -> Encoded:
+        """Return the token ids of one split, for `features`."""
+        return encode(getattr(task, split), self.tokenizer, self.max_length)
+
+    def features(self, updates: Mapping[str, Update], head: Head, encoded: Encoded) -> Tensor:
+        """Return (k, d) float32: what the head's last linear layer reads for every row, with `updates` in the model.
+
+        Raises LoraloomError where an update or the head does not fit the base model.
+        """
+        rows: list[Tensor] = [torch.empty(0)] * len(encoded)
+        with torch.inference_mode(), self.running(updates, head) as run:
+            for chosen, batch in batches(encoded, self.tokenizer, self.batch_size):
+                for index, feature in zip(chosen, run(batch), strict=True):
+                    rows[index] = feature
+        return torch.stack(rows)
+
+    @contextmanager
+    def running(
+        self, updates: Mapping[str, Update], head: Head, see: Callable[[str, Tensor], None] | None = None
+    ) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor]]:
+        """Yield f(batch) -> (k, d) float32 on the CPU: the `features` of one padded batch, differentiable in `updates`.
+
+        `see(path, rows)` is given what every updated layer reads, in the order in which the layers run: (tokens, n)
+        float32 on the CPU, padding left out, differentiable too. Gradients must be taken before another head runs.
+        Raises LoraloomError as `features` does.
+        """
+        device, pad = next(self.model.parameters()).device, self.tokenizer.pad_token_id
+        last = self._load_head(head)
+        with switched_in(self.model, updates):
+            watched = {path: _submodule(self.model, path, self.base) for path in updates} if see else {}
+            reader = LayerReader(self.model, {**watched, head.last: last})
+
+            def run(batch: Mapping[str, Tensor]) -> Tensor:
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                encoder, decoder = batch_sides(
+                    batch, two_sided=reader.encoder is not None, pad=pad, labelled_only=False
+                )
+                read_by_head: list[Tensor] = []
+
+                def hand_over(path: str, x: Tensor) -> None:
+                    if path == head.last:
+                        read_by_head.append(x)
+                    elif see:
+                        see(path, (encoder if reader.in_encoder(path, x) else decoder).rows(x, "token").cpu())
+
+                reader.run(batch, hand_over, list(reader.layers))
+                return _pooled(read_by_head.pop(), batch["input_ids"] != pad).float().cpu()
+
+            yield run
+
+    @torch.no_grad()
+    def _load_head(self, head: Head) -> nn.Module:
+        """Copy the head's layers before its last, which is applied outside the model, and return the model's last."""
+        parameters = dict(self.model.named_parameters())
+        before = {path: tensor for path, tensor in head.tensors.items() if not path.startswith(f"{head.last}.")}
+        problems = []
+        for path, tensor in before.items():
+            if path not in parameters:
+                problems.append(f"the model has no {path}")
+            elif parameters[path].shape != tensor.shape:
+                problems.append(f"{path} is {tuple(tensor.shape)}, the model's is {tuple(parameters[path].shape)}")
+        last = _submodule(self.model, head.last, self.base)
+        width, reads = layer_shape(last)[0], head.weight.shape[1]
+        if width != reads:
+            problems.append(f"{head.last} reads {reads} features, the model's reads {width}")
+        raise_problems(f"{self.base}: this head does not fit", problems, "use the adapter's own base model")
+        for path, tensor in before.items():
+            parameters[path].copy_(tensor)
+        return last
+
+
+def evaluate(
+    evaluator: Evaluator, updates: Mapping[str, Update], head: Head, task: Task, *, split: str = "test"
+) -> Score:
+    """Return the task's metric on one split with `updates` in the base model and `head` on top."""
+    features = evaluator.features(updates, head, evaluator.encode(task, split))
+    return scored(task, split, head, features)
+
+
+def scored(task: Task, split: str, head: Head, features: Tensor) -> Score:
+    """Return the task's metric where `head` reads `features` (k, d) of the rows of one split."""
+    return score(task.metric, head.logits(features), labels(task, split))
+
+
+def labels(task: Task, split: str) -> Tensor:
+    """Return the labels of one split: (k,) int64, or float32 for regression."""
+    return label_tensor(task, getattr(task, split))
+
+
+def label_tensor(task: Task, rows: Dataset) -> Tensor:
+    """Return the labels of some rows of a task: (k,) int64, or float32 for regression."""
+    return torch.tensor(rows["label"], dtype=torch.int64 if task.labels else torch.float32)
+
+
+@contextmanager
+def switched_in(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[None]:
+    """Add every update's B A x to its layer's output while the context lasts; the base weights stay untouched.
+
+    Works on any linear layer, GPT-2's Conv1D and quantised ones included.
+    """
+    handles = []
+    try:
+        for path, update in updates.items():
+            layer = _submodule(model, path, "base model")
+            shape, given = layer_shape(layer), (update.A.shape[1], update.B.shape[0])
+            if shape != given:
+                raise LoraloomError(
+                    f"{path}: the update is {given[1]} x {given[0]}, the base model's layer {shape[1]} x {shape[0]}",
+                    "use the adapter's own base model",
+                )
+            handles.append(layer.register_forward_hook(_adding(update)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(update: Update) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        place = (output.device, output.dtype)
+        if place not in moved:
+            moved[place] = (update.A.T.to(*place), update.B.T.to(*place))
+        A, B = moved[place]
+        return output + (inputs[0].to(A.dtype) @ A) @ B
+
+    return hook
+
+
+def _pooled(inputs: Tensor, kept: Tensor) -> Tensor:
+    """Return (b, d): decoders feed every position to the head and count the last that is `kept` (not padding)."""
+    if inputs.ndim == 2:
+        return inputs
+    last = (torch.arange(kept.shape[1], device=kept.device) * kept).argmax(dim=-1)
+    return inputs[torch.arange(len(last), device=inputs.device), last]
+
+
+def _submodule(model: nn.Module, path: str, base: str) -> nn.Module:
+    layers: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+    if path not in layers:
+        raise LoraloomError(
+            f"{base}: has no layer {path}", f"use the adapter's base model; {did_you_mean(path, layers)}"
+        )
+    return layers[path]

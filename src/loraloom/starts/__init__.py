@@ -1,0 +1,1 @@
+"""Where an adapter's A starts, and what keeps it there."""

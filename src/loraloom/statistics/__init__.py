@@ -1,0 +1,1 @@
+"""What the layers of a base model see of texts: collected, bounded, shared."""

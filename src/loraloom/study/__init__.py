@@ -1,0 +1,1 @@
+"""A recipe run to its end: stages, store, results."""

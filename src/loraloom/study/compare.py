@@ -1,0 +1,86 @@
+"""Every merging rule on the same finished adapters, in one table: rules x scales, a study without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loraloom.adapters.peft import read_adapter, task_of
+from loraloom.adapters.update import compatibility_problems
+from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
+from loraloom.merging import get_rule, rule_names
+from loraloom.progress import Reporter
+from loraloom.results import StudyResult
+from loraloom.study.export import run_study
+from loraloom.study.recipe import MergeSettings, Recipe
+
+SCALES = (0.25, 0.5, 1.0, 2.0, 3.0)  # times the rule's own scale
+
+
+def compare(
+    adapters: Mapping[str, Path],
+    tasks: Recipe,
+    folder: str | Path,
+    *,
+    rules: Sequence[str] = (),
+    scales: Sequence[float] | None = None,
+    command: str = "",
+    reporter: Reporter | None = None,
+) -> StudyResult:
+    """Merge finished adapters, by task, by each of `rules` (all without) at each scale, and return what was measured.
+
+    Without `scales`, each rule is tried at SCALES times its own default, which is what its authors' figures go by.
+    `tasks` is a recipe that has these tasks, on their base model; its inits do not count, of its rules only how many
+    texts each may look at. Held-out rows choose the scale, test rows report. `folder` gets results.json, report.html
+    and the merged adapters at their chosen scales; what an earlier run did in it is not done again. Raises
+    LoraloomError that tells all problems at once.
+    """
+    known = rule_names()
+    problems = [f"no merging rule is called {r!r}; {did_you_mean(r, known)}" for r in rules if r not in known]
+    problems += [f"scale {scale} is not finite" for scale in scales or () if not math.isfinite(scale)]
+    problems += [f"rule {rule!r} is given twice" for rule in sorted({rule for rule in rules if rules.count(rule) > 1})]
+    problems += [
+        f"the recipe has no task {name!r}: {did_you_mean(name, tasks.tasks)}"
+        for name in adapters
+        if name not in tasks.tasks
+    ]
+    if len(adapters) < 2:
+        problems.append(f"{len(adapters)} adapters: there is nothing to merge")
+    errors: list[LoraloomError] = []
+    members = []
+    for path in adapters.values():
+        with collecting(errors):
+            members.append(read_adapter(path))
+    problems += compatibility_problems(members)
+    problems += [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
+    with collecting(errors):
+        raise_problems("these adapters cannot be compared", problems, "see `loraloom rules`, and the recipe's tasks")
+    raise_together(errors)
+    recipe = Recipe.model_validate(
+        {
+            **tasks.model_dump(exclude={"inits", "merging", "tasks"}),
+            "name": f"{tasks.name}: every rule",
+            "tasks": {name: tasks.tasks[name] for name in adapters},
+            "adapters": {name: path.resolve() for name, path in adapters.items()},
+            "merging": [_settings(rule, scales, tasks) for rule in rules or rule_names()],
+        }
+    )
+    return run_study(recipe, folder, command=command, reporter=reporter)
+
+
+def by_task(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return adapter folders by the task each was trained on, or is named for. Raises LoraloomError for two of one."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        task = task_of(folder)
+        if task in found:
+            raise LoraloomError(f"{found[task]} and {folder} are both of task {task!r}", "compare one adapter a task")
+        found[task] = folder
+    return found
+
+
+def _settings(rule: str, scales: Sequence[float] | None, tasks: Recipe) -> MergeSettings:
+    own = get_rule(rule).default_scale
+    chosen = list(scales) if scales else [round(own * factor, 6) for factor in SCALES]
+    return MergeSettings(rule=rule, scales=chosen, texts=tasks.probe_texts(rule, {}))

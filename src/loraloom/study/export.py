@@ -1,0 +1,241 @@
+"""A finished study as results.json, report.html and adapter folders: read from its stages, computed nowhere else."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance, write_adapter
+from loraloom.files.atomic import remove_leftovers, staged_folder
+from loraloom.merging.merger import merged_card
+from loraloom.merging.readout import scaled_readouts
+from loraloom.model.launch import check_alone
+from loraloom.model.runner import labels
+from loraloom.progress import Reporter
+from loraloom.report import write_report
+from loraloom.results import InitFacts, Interference, MergeScore, Score, SingleScore, StudyResult, TaskFacts
+from loraloom.study import stages
+from loraloom.study.recipe import MergeSettings, Recipe, slug
+from loraloom.study.store import RECORD
+from loraloom.study.study import GIVEN, Evaluated, Output, Study, Trained, merged_facts
+from loraloom.tasks.metrics import average, metric_value
+from loraloom.tasks.task import SPLITS, Task
+
+_VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit-learn", "scipy", "numpy")
+
+
+def run_study(
+    recipe: Recipe, folder: str | Path, *, command: str = "", reporter: Reporter | None = None
+) -> StudyResult:
+    """Run a recipe in `folder` to its end and return what it measured.
+
+    Writes results.json, report.html, adapters/<init>/<task> and merged/<init>/<rule>. What an earlier run of the same
+    recipe in the same folder has done is not done again; a killed run goes on where it stood. Raises LoraloomError
+    under `accelerate launch` and its like: a study runs in one process.
+    """
+    check_alone("a study")
+    with reporter or Reporter(quiet=True) as shown:
+        study = Study(recipe, folder, shown)
+        study.store.tidy()
+        evaluated = [(one, row) for one, rows in study.evaluations() for row in rows]
+        merges = [score for one, row in evaluated for score in _merge_scores(one, row)]
+        responses = [table for one, found in study.interference() for table in _interference(one, found)]
+        result = _result(study, merges, responses, command)
+        # two runs of one study must not write their adapters over each other
+        with study.store.lock("outcome"):
+            for place in (study.folder, *study.folder.glob("adapters/*"), *study.folder.glob("merged/*")):
+                remove_leftovers(place)
+            for one in study.trained if recipe.inits else ():
+                _export_adapters(study, one)
+            for one, row in evaluated:
+                if row.chosen_aligned:
+                    _export_merged(study, one, row)
+            result.save(study.folder / "results.json")
+            write_report(result, study.folder / "report.html")
+    return result
+
+
+def _result(study: Study, merges: list[MergeScore], responses: list[Interference], command: str) -> StudyResult:
+    recipe, tasks = study.recipe, study.tasks
+    first = next(iter(study.statistics["train"].values())).path
+    return StudyResult(
+        name=recipe.name,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        base=recipe.base,
+        base_sha256=stages.read_statistics(first).fingerprint,
+        content_sha256=hashlib.sha256("".join(study.digests.values()).encode()).hexdigest(),
+        versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch on {_device()}",
+        seeds=recipe.seeds,
+        recipe=recipe.model_dump(mode="json"),
+        inits=[_init_facts(study, name) for name in recipe.inits] or [_given_facts(study)],
+        tasks=[_task_facts(task, study.digests[task.name]) for task in tasks.values()],
+        singles=[
+            SingleScore(init=one.init, seed=one.seed, task=task, score=_single(output, "test"))
+            for one in study.trained
+            for task, output in one.singles.items()
+        ],
+        merges=merges,
+        interference=responses,
+        seconds=study.store.seconds(),
+        notes=_notes(study),
+    )
+
+
+def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
+    facts, found = merged_facts(row.merged), []
+    places: list[tuple[Literal["heldout", "test"], Path, bool]] = []
+    places += [("heldout", row.heldout.path, aligned) for aligned in (False, True)]
+    if row.test is not None:
+        chosen = ((False, row.chosen_as_trained), (True, row.chosen_aligned))
+        places += [("test", row.test, aligned) for aligned, is_chosen in chosen if is_chosen]
+    for split, path, aligned in places:
+        scores = stages.read_scores(path, aligned)
+        alone = average({task: _single(output, split) for task, output in one.singles.items()})
+        together = average(scores)
+        found.append(
+            MergeScore(
+                init=one.init,
+                seed=one.seed,
+                scale=row.scale,
+                aligned=aligned,
+                split=split,
+                scale_chosen_with_labels=split == "test" and len(row.settings.scales) > 1,
+                scores=scores,
+                average=together,
+                kept=together.value / alone.value if alone.value else 0.0,
+                **facts,
+            )
+        )
+    return found
+
+
+def _interference(one: Trained, found: dict[str, Any]) -> list[Interference]:
+    return [
+        Interference(init=one.init, seed=one.seed, tasks=found["tasks"], layers=found["layers"], **table)
+        for table in found["tables"]
+    ]
+
+
+def _single(output: Output, split: str) -> Score:
+    return Score(**json.loads((output.path / stages.SCORES).read_text(encoding="utf-8"))[split])
+
+
+def _init_facts(study: Study, name: str) -> InitFacts:
+    settings = study.recipe.inits[name]
+    read = [
+        json.loads((start.path / stages.SCORES).read_text(encoding="utf-8"))
+        for one in study.trained
+        if one.init == name
+        for start in one.starts.values()
+    ]
+    rows = [one["diagnostics"] for one in read]
+    diagnostics = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    notes = sorted({note for one in read for note in one["notes"]})
+    shown = notes[:5] + ([f"and {len(notes) - 5} more such notes in the adapters' loraloom.json"] if notes[5:] else [])
+    return InitFacts(
+        name=name,
+        description=settings.description,
+        options=settings.model_dump(exclude={"description"}),
+        diagnostics=diagnostics,
+        notes=shown,
+    )
+
+
+def _given_facts(study: Study) -> InitFacts:
+    hashes = {name: adapter_sha256(path) for name, path in study.recipe.adapters.items()}
+    return InitFacts(name=GIVEN, description="adapters trained before, elsewhere", options={"sha256": hashes})
+
+
+def _task_facts(task: Task, sha256: str) -> TaskFacts:
+    text = " | ".join(str(task.train[0][column]) for column in task.text_columns)
+    return TaskFacts(
+        name=task.name,
+        description=task.description,
+        metric=task.metric,
+        labels=list(task.labels) if task.labels else None,
+        rows={split: len(getattr(task, split)) for split in SPLITS},
+        majority=_majority(task),
+        sha256=sha256,
+        example=text if len(text) <= 200 else text[:199] + "…",
+    )
+
+
+def _majority(task: Task) -> float | None:
+    if task.labels is None:
+        return None
+    commonest = int(labels(task, "train").mode().values)
+    true = labels(task, "test")
+    constant = torch.nn.functional.one_hot(torch.full_like(true, commonest), len(task.labels)).float()
+    return metric_value(task.metric, constant, true)
+
+
+def _notes(study: Study) -> list[str]:
+    notes = [
+        "Scales were chosen on held-out rows cut from the training rows, with their labels; test rows only report.",
+        "Heads were aligned on unlabelled training texts.",
+        "Held-out rows chose checkpoints as well as scales; interference was measured on their texts, without labels.",
+    ]
+    if len(study.recipe.seeds) == 1:
+        notes.append("One seed: standard errors cover the choice of rows, not the spread over seeds.")
+    return notes
+
+
+def _export_adapters(study: Study, one: Trained) -> None:
+    for task, output in one.trained.items():
+        place = study.folder / "adapters" / _place(study, one) / task
+        record = (output.path / RECORD).read_text(encoding="utf-8")
+        if not (place / RECORD).is_file() or (place / RECORD).read_text(encoding="utf-8") != record:
+            with staged_folder(place) as staged:
+                shutil.copytree(output.path / "adapter", staged, dirs_exist_ok=True)
+                shutil.copy2(output.path / RECORD, staged / RECORD)
+
+
+def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
+    """Write the merged adapter at its chosen scale with the aligned heads beside it."""
+    adapter = row.merged / "adapter"
+    place = study.folder / "merged" / _place(study, one) / _rule_name(study.recipe, row.settings)
+    chosen = "the best of several on held-out rows, with labels" if len(row.settings.scales) > 1 else "the recipe's own"
+    provenance = {
+        **read_provenance(adapter),
+        "scale": row.scale,
+        "notes": [f"scale: {chosen}", "heads: aligned to the merged features on unlabelled training texts"],
+        "evaluation": row.heldout.stage.key,
+    }
+    if place.is_dir() and read_provenance(place) == provenance:
+        return
+    merged = read_adapter(adapter).scaled(row.scale)
+    heads = stages.read_aligned(row.heldout.path, one.heads)
+    write_adapter(
+        merged,
+        place,
+        provenance=provenance,
+        files={"README.md": merged_card(merged.base, provenance)},
+        extra={f"heads/{task}.safetensors": head.tensors for task, head in heads.items()}
+        | scaled_readouts(adapter, row.scale),
+    )
+
+
+def _place(study: Study, one: Trained) -> str:
+    return slug(one.init) if len(study.recipe.seeds) == 1 else f"{slug(one.init)}-seed{one.seed}"
+
+
+def _rule_name(recipe: Recipe, settings: MergeSettings) -> str:
+    """Return the rule's name, with its options where the recipe has it more than once."""
+    if sum(other.rule == settings.rule for other in recipe.merging) == 1:
+        return settings.rule
+    return slug("-".join([settings.rule, *(f"{key}.{value}" for key, value in settings.filled().items())]))
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU with {torch.get_num_threads()} threads"

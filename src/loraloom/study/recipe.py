@@ -1,0 +1,366 @@
+"""The YAML recipe as a typed schema: every option, its default, its meaning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.merging.registry import get_rule
+from loraloom.starts.subspace import DEFAULT, Keep, Scale, meant_scale
+from loraloom.starts.subspace import RULES as SUBSPACE_RULES
+from loraloom.tasks.sources import SUFFIXES
+
+PROBE_TEXTS = 100  # a task, for a rule that looks at texts
+
+
+class Settings(BaseModel):
+    """Options that refuse unknown names and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class LoraSettings(Settings):
+    """The shape of every adapter, in PEFT's terms."""
+
+    rank: int = Field(8, ge=1, description="r of every target layer")
+    alpha: float = Field(16, gt=0, description="lora_alpha: the update is alpha / r times B A")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | str = Field(
+        ["query", "value"], min_length=1, description="path endings, or one regular expression"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+
+
+class StatisticsSettings(Settings):
+    """What is seen of each task's unlabelled training texts before training."""
+
+    texts: int = Field(100, ge=1, description="unlabelled training texts a task")
+    rows: Literal["token", "sample"] = Field("token", description="a row a token, or a row the mean of a text's tokens")
+    max_length: int = Field(128, ge=2)
+    batch_size: int = Field(32, ge=1)
+    atlas_texts: int = Field(300, ge=1, description="texts of generic English, for inits that stay off an atlas")
+
+
+class TrainingSettings(Settings):
+    """How one adapter is trained; the paper's settings are the defaults but for the epochs' early stopping."""
+
+    epochs: int = Field(3, ge=1)
+    learning_rate: float = Field(4e-4, gt=0)
+    batch_size: int = Field(32, ge=1, description="rows of a batch, shared out where several processes train")
+    accumulate: int = Field(1, ge=1, description="batches an optimiser step")
+    max_length: int = Field(128, ge=2, description="word pieces kept of a text")
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    patience: int | None = Field(None, ge=1, description="epochs without a better held-out metric before it stops")
+    eval_batch_size: int = Field(64, ge=1, description="rows that a process measures at once")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where a GPU has it")
+    gradient_checkpointing: bool = False
+
+
+class InitSettings(Settings):
+    """How A starts and how it is kept. The defaults are those of docs/study-subspaces.md."""
+
+    rule: str = Field(DEFAULT, description="apart, osrm (the paper), mean, random, shared or default")
+    off: Literal["atlas", "others"] = Field(
+        "atlas", description="whose loud directions to stay off: those of generic text, or of the other tasks"
+    )
+    keep: Keep = Field(
+        "free", description="let A go, fix it, or keep it off the loud directions after every optimiser step"
+    )
+    scale: Scale = Field(
+        description="leave A as the rule gives it, or match the response of PEFT's default A; by rule without"
+    )
+    energy_share: float = Field(0.5, ge=0, lt=1, description="share of the energy that the loud directions hold")
+    seed: Literal["task", "shared"] = Field("task", description="a seed of its own for every task, or one for all")
+    description: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_meant(cls, given: Any) -> Any:
+        """Fill in how the rule is meant, so that the results file tells it; published rules look at the others."""
+        if not isinstance(given, dict):
+            return given
+        rule = str(given.get("rule", DEFAULT))
+        return {"scale": meant_scale(rule), "off": "atlas" if rule == "apart" else "others", **given}
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str) -> str:
+        if rule not in SUBSPACE_RULES:
+            raise ValueError(f"subspace rule {rule!r} is unknown; {did_you_mean(rule, SUBSPACE_RULES)}")
+        return rule
+
+
+class MergeSettings(Settings):
+    """One merging rule over a few scales."""
+
+    rule: str
+    scales: list[float] = Field(min_length=1)
+    options: dict[str, Any] = {}
+    texts: int = Field(PROBE_TEXTS, ge=1, description="training texts a task for a rule that looks at texts")
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str) -> str:
+        try:
+            get_rule(rule)
+        except LoraloomError as error:
+            raise ValueError(f"{error.message}; {error.hint}") from error
+        return rule
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        # a rule that is unknown has been told already
+        problems = get_rule(info.data["rule"]).check(options)[1] if "rule" in info.data else []
+        if problems:
+            raise ValueError("; ".join(problems))
+        return options
+
+    def filled(self) -> dict[str, Any]:
+        """Return the rule's options with its defaults filled in."""
+        return get_rule(self.rule).check(self.options)[0]
+
+
+class AlignmentSettings(Settings):
+    """Label-free alignment of the heads to the merged features."""
+
+    texts: int = Field(200, ge=2, description="unlabelled training texts a task")
+    ridge: float = Field(1.0, gt=0, description="e as a share of the mean diagonal of C")
+
+
+class _TaskOptions(Settings):
+    """What a task of any source takes."""
+
+    train_rows: int | None = Field(None, ge=2, description="so many, drawn at random; all without")
+    heldout_rows: int = Field(200, ge=2, description="cut from the training rows")
+    test_rows: int | None = Field(None, ge=2)
+    epochs: int | None = Field(None, ge=1, description="in place of training.epochs")
+
+
+class BuiltinTask(_TaskOptions):
+    """A task of the embedded default, made from the documentation of installed packages."""
+
+    source: Literal["builtin"]
+    train_rows: int = Field(600, ge=2)
+    heldout_rows: int = Field(150, ge=2)
+    test_rows: int = Field(300, ge=2)
+
+
+class GlueTask(_TaskOptions):
+    """One of the eight GLUE tasks, from a folder of JSONL or from the hub."""
+
+    source: Literal["glue"]
+    path: Path | None = Field(None, description="folder with <task>/{train,dev}.jsonl; the hub's nyu-mll/glue without")
+
+
+class FileTask(_TaskOptions):
+    """A task from JSONL, CSV, TSV or Parquet files, or `org/name` on the hub."""
+
+    source: Literal["files"]
+    train: str
+    test: str
+    heldout: str | None = Field(None, description="cut from the training rows where absent")
+    text: list[str] = Field(min_length=1, max_length=2, description="one or two text columns")
+    label: str = Field("label", description="label column")
+    labels: list[str] | None = Field(None, description="label values in order; sorted where absent")
+    metric: Literal["accuracy", "matthews", "accuracy_f1", "pearson_spearman"] | None = None
+    regression: bool = False
+    description: str = ""
+
+
+TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask, Field(discriminator="source")]
+_SOURCES: dict[str, type[_TaskOptions]] = {"builtin": BuiltinTask, "glue": GlueTask, "files": FileTask}
+
+
+def slug(name: str) -> str:
+    """Return `name` as one file name: letters, digits, `_`, `.`, `+` and `-` stay, anything else becomes `-`."""
+    return re.sub(r"[^\w.+]+", "-", name).strip(".-") or "-"
+
+
+def _task_name(name: str) -> str:
+    # heads and rows are files of this name, and error messages of the tasks say it
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"a task's name is letters, digits, `_`, `.`, `+` and `-`, not {name!r}")
+    return name
+
+
+class Recipe(Settings):
+    """tasks x inits x seeds x rules x scales on one base model; or finished adapters in place of the inits."""
+
+    name: str
+    base: str = Field(description="hub name or local folder of the base model; `demo` is the embedded default")
+    seeds: list[int] = Field([0], min_length=1)
+    tasks: dict[Annotated[str, AfterValidator(_task_name)], TaskSettings] = Field(min_length=2)
+    lora: LoraSettings = LoraSettings()
+    statistics: StatisticsSettings = StatisticsSettings()
+    training: TrainingSettings = TrainingSettings()
+    inits: dict[str, InitSettings] = {}
+    adapters: dict[str, Path] = Field({}, description="finished adapter folders by task, in place of inits")
+    merging: list[MergeSettings] = []
+    alignment: AlignmentSettings = AlignmentSettings()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Recipe:
+        problems = [
+            f"{what}: {names} would share one folder"
+            for what, names in (
+                ("tasks", _same_folder(self.tasks)),
+                ("inits", _same_folder(self.inits)),
+            )
+            if names
+        ]
+        if len(set(self.seeds)) < len(self.seeds):
+            problems.append("seeds: the same seed twice")
+        if self.adapters and self.inits:
+            problems.append("adapters are finished and inits are trained: give one of the two")
+        if self.adapters and set(self.adapters) != set(self.tasks):
+            odd = sorted(set(self.adapters) ^ set(self.tasks))
+            problems.append(f"adapters: one for each task, no other; look at {', '.join(odd)}")
+        rules = [(entry.rule, entry.filled()) for entry in self.merging]
+        if any(one in rules[:index] for index, one in enumerate(rules)):
+            problems.append("merging: the same rule with the same options twice: give one entry all scales")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML recipe; relative paths in it start at its folder.
+
+        Raises LoraloomError that names every wrong key and value, with the nearest known key.
+        """
+        path = Path(path)
+        try:
+            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        except OSError as error:
+            raise LoraloomError(f"{path}: cannot be read: {error.strerror}", "name a recipe, as in recipes/") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise LoraloomError(f"{path}: not valid YAML: {error}", "mend the line that it names") from error
+        return cls.parse(raw, str(path)).resolved(path.parent)
+
+    @classmethod
+    def parse(cls, raw: Any, origin: str) -> Recipe:
+        """Return the recipe in `raw`, a mapping; `origin` is named in errors."""
+        if not isinstance(raw, dict):
+            raise LoraloomError(f"{origin}: a recipe is a mapping of options", "see recipes/ for examples")
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise_problems(origin, [_describe(cls, dict(fault)) for fault in error.errors()])
+            raise
+
+    def check_complete(self) -> None:
+        """Raise LoraloomError where this is no whole study: tasks and base alone are enough to look at texts."""
+        problems = [] if self.inits or self.adapters else ["inits: none, and no adapters: there is nothing to merge"]
+        problems += [] if self.merging else ["merging: no rule"]
+        raise_problems(self.name, problems, "see recipes/ for examples")
+
+    def probe_texts(self, rule: str, options: Mapping[str, Any]) -> int:
+        """Return how many texts a task `rule` may look at: as `merging` has it, best with these options."""
+        entries = [entry for entry in self.merging if entry.rule == rule]
+        alike = [entry for entry in entries if entry.filled() == get_rule(rule).check(options)[0]]
+        return next((entry.texts for entry in [*alike, *entries]), PROBE_TEXTS)
+
+    def training_of(self, task: str) -> TrainingSettings:
+        """Return how one task is trained: `training`, with the task's own epochs where it has them."""
+        epochs = self.tasks[task].epochs
+        return self.training.model_copy(update={"epochs": epochs} if epochs else {})
+
+    def resolved(self, folder: Path) -> Recipe:
+        """Return the recipe with its relative local paths taken from `folder`.
+
+        A data source is a path where it ends like a data file or lies in `folder`, else a name on the hub. The base is
+        a path where it starts with `.` or `~`, or is a folder in `folder`.
+        """
+        tasks: dict[str, Any] = {}
+        for name, task in self.tasks.items():
+            changes: dict[str, Any] = {}
+            if isinstance(task, GlueTask) and task.path is not None:
+                changes["path"] = _from(folder, task.path)
+            if isinstance(task, FileTask):
+                for key in ("train", "test", "heldout"):
+                    value = getattr(task, key)
+                    if value is not None and (value.lower().endswith(SUFFIXES) or _from(folder, value).exists()):
+                        changes[key] = str(_from(folder, value))
+            tasks[name] = task.model_copy(update=changes)
+        base = self.base
+        if base.startswith((".", "~")) or (base != "demo" and (folder / base).is_dir()):
+            base = str(_from(folder, base))
+        adapters = {name: _from(folder, path) for name, path in self.adapters.items()}
+        return self.model_copy(update={"tasks": tasks, "base": base, "adapters": adapters})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping in `node`. Raises yaml.YAMLError naming the line of a repeated key."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value in keys[:index] and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _from(folder: Path, path: str | Path) -> Path:
+    return (folder / Path(path).expanduser()).resolve()
+
+
+def _same_folder(names: Iterable[str]) -> str:
+    """Return the names of which two make one file name, on a disk that ignores case."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(slug(name).casefold(), []).append(repr(name))
+    return "; ".join(" and ".join(same) for same in folders.values() if len(same) > 1)
+
+
+def _describe(schema: type[BaseModel], fault: dict[str, Any]) -> str:
+    """Return one line for a pydantic fault: where, what, and the nearest known key for an unknown one."""
+    loc, kind = list(fault["loc"]), str(fault["type"])
+    options: type[BaseModel] = schema
+    if loc and loc[0] == "tasks" and len(loc) > 2 and loc[2] in _SOURCES:
+        options = _SOURCES[str(loc.pop(2))]
+    elif len(loc) > 1 and loc[0] in _SECTIONS:
+        options = _SECTIONS[str(loc[0])]
+    where = ".".join(str(part) for part in loc if part != "[key]")
+    if kind == "extra_forbidden":
+        return f"{where}: unknown option; {did_you_mean(str(loc[-1]), options.model_fields)}"
+    if kind == "union_tag_not_found":
+        return f"{where}: needs `source`: {', '.join(_SOURCES)}"
+    if kind == "union_tag_invalid":
+        source = str(fault["ctx"]["tag"])
+        return f"{where}.source: {source!r} is unknown; {did_you_mean(source, _SOURCES)}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    given = fault.get("input")
+    if kind == "string_type" and isinstance(given, bool):
+        message += "; put it in quotes: YAML reads yes, no, on and off as true and false"
+    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) and given != "" else ""
+    return f"{where}: {message}{shown}".removeprefix(": ")
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "lora": LoraSettings,
+    "statistics": StatisticsSettings,
+    "training": TrainingSettings,
+    "inits": InitSettings,
+    "merging": MergeSettings,
+    "alignment": AlignmentSettings,
+}

@@ -1,0 +1,207 @@
+"""Stage outputs keyed by what they depend on: staged, renamed into place, locked, never half-written.
+
+A stage is done when its folder is in its place: the folder is renamed there last, whole. The key is the sha256 of the
+canonical JSON of everything the output depends on: options with their defaults, the stage's version, the keys of the
+stages before it, hashes of data and base model. Device, workers, paths and the readable label are no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.files.atomic import staged_folder, write_text
+
+RECORD = "stage.json"
+_SHORT = 12  # characters of the key in names
+_UNFINISHED, _FAILURES, _LOCKS = "unfinished", "failures", "locks"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work: `kind` (statistics, train ...), a readable `label`, and what the output depends on.
+
+    `options` are plain values, `inputs` the stages whose outputs it reads.
+    """
+
+    kind: str
+    label: str
+    options: Mapping[str, Any]
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """Return the sha256 over kind, options and inputs. Raises TypeError for a value that JSON cannot hold."""
+        inputs = {name: stage.key for name, stage in self.inputs.items()}
+        content = [self.kind, dict(self.options), inputs]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Return what people call the output: kind/label-key."""
+        return f"{self.kind}/{self.label}-{self.key[:_SHORT]}"
+
+
+class Store:
+    """A folder of stage outputs: <root>/<kind>/<label>-<key>/, each with stage.json.
+
+    `computed` lists the stages that this store made, `used` the records of all that it was asked for.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.computed: list[Stage] = []
+        self.used: dict[str, dict[str, Any]] = {}
+
+    def get(self, stage: Stage, make: Callable[[Path, Path], None]) -> Path:
+        """Return the folder of the stage's output; where it is absent or was tampered with, make it first.
+
+        `make(folder, scratch)` writes into `folder`, which is renamed into place when it returns; `scratch` outlives a
+        kill, for work that can be resumed, and is removed at the end. Two processes never make one stage at a time.
+        A failure is recorded in <root>/failures and raised, never served as a result.
+        """
+        path = self._found(stage.kind, stage.key)
+        if path is None:
+            with self._lock(stage.key):
+                # another process may have made it while this one waited
+                path = self._found(stage.kind, stage.key) or self._make(stage, make)
+        self.used[stage.key] = _read_record(path)
+        return path
+
+    def tidy(self) -> None:
+        """Remove what killed runs left half-written, but for scratch that can be resumed and stages now in work."""
+        for folder in [*self.root.glob("*/.*.part"), *(self.root / _UNFINISHED).glob("*")]:
+            key = folder.name if folder.parent.name == _UNFINISHED else folder.name.split(".")[-3][-_SHORT:]
+            with suppress(filelock.Timeout), self._lock(key, timeout=0):
+                if folder.parent.name != _UNFINISHED or any(self.root.glob(f"*/*-{key}/{RECORD}")):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds that the stages asked for took when they were computed, by kind."""
+        total: dict[str, float] = {}
+        for record in self.used.values():
+            total[record["kind"]] = round(total.get(record["kind"], 0.0) + record["seconds"], 3)
+        return total
+
+    def outputs(self) -> dict[str, dict[str, Any]]:
+        """Return the stage.json of every whole output, by its name (kind/label-key)."""
+        found = {}
+        for path in sorted(self.root.glob(f"*/*/{RECORD}")):
+            folder = path.parent
+            if not folder.name.startswith(".") and _is_whole(folder):
+                found[f"{folder.parent.name}/{folder.name}"] = _read_record(folder)
+        return found
+
+    def failures(self) -> dict[str, str]:
+        """Return the message of every stage that failed last time, by its name."""
+        paths = sorted((self.root / _FAILURES).glob("*/*.txt"))
+        return {f"{path.parent.name}/{path.stem}": path.read_text(encoding="utf-8").strip() for path in paths}
+
+    def explain(self, name: str) -> dict[str, Any]:
+        """Return what the output `name` depends on: options, and inputs by name, each with `present` and its own.
+
+        Raises LoraloomError where there is no such output.
+        """
+        record = self._known(name)
+        inputs = {}
+        for key, upstream in record["inputs"].items():
+            path = self._found(upstream.split("/")[0], upstream[-_SHORT:])
+            found = f"{path.parent.name}/{path.name}" if path else upstream
+            inputs[key] = {"output": found, "present": path is not None}
+            if path is not None:
+                inputs[key]["inputs"] = self.explain(found)["inputs"]
+        return {"output": name, "options": record["options"], "inputs": inputs}
+
+    def remove(self, name: str) -> None:
+        """Remove one output by its name. Raises LoraloomError where it is absent."""
+        key = self._known(name)["key"]
+        with self._lock(key):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def lock(self, name: str) -> filelock.BaseFileLock:
+        """Return the lock of `name`, which one process holds at a time; it falls open when its holder dies."""
+        folder = self.root / _LOCKS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LoraloomError(
+                f"{self.root}: cannot be written: {error.strerror}", "choose another folder (--output)"
+            ) from error
+        return filelock.FileLock(folder / f"{name}.lock")
+
+    def _make(self, stage: Stage, make: Callable[[Path, Path], None]) -> Path:
+        path = self.root / stage.name
+        scratch = self.root / _UNFINISHED / stage.key[:_SHORT]
+        failure = self.root / _FAILURES / f"{stage.name}.txt"
+        # tampered with, or it would have been found
+        shutil.rmtree(path, ignore_errors=True)
+        started = time.monotonic()
+        try:
+            with staged_folder(path) as folder:
+                make(folder, scratch)
+                record = {
+                    "kind": stage.kind,
+                    "label": stage.label,
+                    "key": stage.key,
+                    "options": dict(stage.options),
+                    "inputs": {name: upstream.name for name, upstream in stage.inputs.items()},
+                    "seconds": round(time.monotonic() - started, 3),
+                    "files": _sizes(folder),
+                }
+                (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        except Exception as error:
+            # a full disk must not hide the fault that filled it
+            with suppress(LoraloomError):
+                write_text(failure, f"{type(error).__name__}: {error}\n")
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
+        failure.unlink(missing_ok=True)
+        self.computed.append(stage)
+        return path
+
+    def _found(self, kind: str, key: str) -> Path | None:
+        """Return the folder of a whole output, whatever it is labelled."""
+        for path in (self.root / kind).glob(f"*-{key[:_SHORT]}"):
+            if _is_whole(path):
+                return path
+        return None
+
+    def _known(self, name: str) -> dict[str, Any]:
+        known = self.outputs()
+        if name not in known:
+            raise LoraloomError(f"{self.root}: no whole output {name!r}", did_you_mean(name, known) if known else "")
+        return known[name]
+
+    def _lock(self, key: str, timeout: float = -1) -> filelock.BaseFileLock:
+        lock = self.lock(key[:_SHORT])
+        lock.timeout = timeout
+        return lock
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether every file of an output is there with the size it was written with."""
+    try:
+        return bool(_sizes(folder) == _read_record(folder)["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

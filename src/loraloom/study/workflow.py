@@ -1,0 +1,344 @@
+"""Single stages by hand: files in, files out. What the commands init, train, merge and evaluate call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import datasets
+from peft import LoraConfig
+
+from loraloom.adapters.heads import Head, align_heads, heads_by_task
+from loraloom.adapters.peft import PROVENANCE, Input, inputs_by_task, read_adapter, read_provenance, task_of
+from loraloom.adapters.update import Adapter, compatibility_problems
+from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
+from loraloom.files.atomic import check_folder, staged_file, write_text
+from loraloom.files.tensors import save_tensors
+from loraloom.merging import Rule
+from loraloom.merging.folders import Look, Supplied, names_of
+from loraloom.merging.needs import alignment_rows, collect, supply
+from loraloom.model.layers import Kind
+from loraloom.model.load import base_folder
+from loraloom.model.processes import rank_and_size
+from loraloom.model.runner import Evaluator, evaluate
+from loraloom.progress import Reporter
+from loraloom.results import Score
+from loraloom.starts.initialise import Initialisation, initialise, initialise_all, task_seed
+from loraloom.statistics.collect import Statistics
+from loraloom.statistics.privacy import Noise, add_noise, noise_scale
+from loraloom.study.recipe import Recipe, StatisticsSettings
+from loraloom.study.stages import build_task, generic_rows, merged_adapters
+from loraloom.study.store import Store
+from loraloom.tasks.sources import read_table
+from loraloom.tasks.task import Task
+from loraloom.training import Trained, train_adapter
+
+
+def collect_from_file(
+    texts: str,
+    columns: Sequence[str],
+    base: str,
+    targets: Sequence[str],
+    count: int,
+    kind: str,
+    max_length: int,
+    rank: int | None = None,
+    noise: Noise | None = None,
+) -> Statistics:
+    """Return the statistics of the first `count` texts of a file or hub data set; labels are not read.
+
+    `rank` bounds the directions of an input. For `noise`, which `shared_alone` adds, rows are clipped and the bound is
+    left to come after it. Each process of a group reads its part of the texts, and all return the
+    statistics of all. Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an
+    unknown `kind`.
+    """
+    if kind not in get_args(Kind):
+        raise LoraloomError(f"kind {kind!r} is unknown", did_you_mean(kind, get_args(Kind)))
+    try:
+        table = read_table(texts, "train", columns)
+    except ValueError as error:
+        raise LoraloomError(f"{texts}: {error}", "name a JSONL, CSV, TSV or Parquet file, or org/name") from error
+    problems = [] if len(columns) <= 2 else [f"{len(columns)} columns were named, a text or a pair is read"]
+    problems += [
+        f"no column {column!r}: {did_you_mean(column, table.columns)}"
+        for column in columns
+        if column not in table.columns
+    ]
+    if len(table.rows) < count:
+        problems.append(f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts")
+    if not problems:
+        faulty = [
+            str(number)
+            for number, row in enumerate(table.rows[:count], start=1)
+            if not all(isinstance(row.get(column), str) and row[column].strip() for column in columns)
+        ]
+        problems += [f"no text in row {', '.join(faulty[:5])}"] if faulty else []
+    raise_problems(texts, problems)
+    names = ("text_a", "text_b")[: len(columns)]
+    kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
+    bound, clip = (None, noise.clip) if noise else (rank, None)
+    reading = StatisticsSettings(rows=cast(Kind, kind), max_length=max_length)
+    return _collected(base, datasets.Dataset.from_list(kept), targets, reading, bound, clip)
+
+
+def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: str) -> Noise | None:
+    """Return the noise that was asked for. Raises LoraloomError for options that do not go together or fit."""
+    if epsilon is None:
+        raise_problems("--clip", [] if clip is None else ["it is for --noise, which is not given"])
+        return None
+    problems = [] if kind == "sample" else ["it needs --kind sample: a text's tokens are too many rows to hide"]
+    if clip is None:
+        raise_problems("--noise", [*problems, "it needs --clip"], "docs/sharing.md tells how to choose it")
+        return None
+    raise_problems("--noise", problems)
+    noise_scale(epsilon, delta, 1.0)  # for its checks, before anything is collected
+    return Noise(epsilon, delta, clip)
+
+
+def shared_alone(found: Statistics, rows: int | None, rank: int | None, noise: Noise | None) -> Statistics:
+    """Return what may be handed on: with noise, of limited rank, of so many rows at most; None for no such limit."""
+    if noise:
+        found = add_noise(found, *noise)
+        found = found.limit_rank(rank) if rank else found
+    return found if rows is None else found.limit_rows(rows)
+
+
+def make_atlas(
+    base: str,
+    targets: Sequence[str],
+    texts: str | None,
+    columns: Sequence[str],
+    count: int,
+    max_length: int,
+    rank: int | None = None,
+) -> Statistics:
+    """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
+    if texts:
+        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, rank)
+    raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
+    return _collected(base, generic_rows(count), targets, StatisticsSettings(max_length=max_length), rank)
+
+
+def _collected(
+    base: str,
+    rows: datasets.Dataset,
+    targets: Sequence[str],
+    reading: StatisticsSettings,
+    bound: int | None,
+    clip: float | None = None,
+) -> Statistics:
+    """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
+    process, size = rank_and_size()
+    evaluator = Evaluator(base_folder(base))
+    part = rows.select(range(process, len(rows), size))
+    return collect(evaluator, part, list(targets), reading, bound=bound, clip=clip)
+
+
+def initialise_from_files(
+    output: Path,
+    tasks: Sequence[Path],
+    own: Path | None,
+    others: Sequence[Path],
+    after: Sequence[Path],
+    lora: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[Path, Initialisation]:
+    """Write adapter folders from statistics files, and return by folder what was written.
+
+    Of `tasks`, one folder each in `output`, by the file's name: see `initialise_all`. Without them the folder `output`,
+    of the task `own` off `others`: see `initialise`. Others and earlier adapters go by path. Without a seed it is drawn
+    from the folder's name: teams that share an atlas must not start at the same A.
+    """
+    mixed = [f"{path} is given with the files of all tasks" for path in [*([own] if own else []), *others] if tasks]
+    raise_problems("init", mixed, "give the files of all tasks, or --own, --other and --atlas for one of them")
+    names = [path.stem for path in tasks]
+    twice = [f"two files are named {name}" for name in sorted(set(names)) if names.count(name) > 1]
+    raise_problems("init", twice, "name each file after its task")
+    config = LoraConfig(
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], use_rslora=lora["rslora"]
+    )
+    errors: list[LoraloomError] = []
+    read: dict[Path, Statistics] = {}
+    for folder in [output / name for name in names] or [output]:
+        with collecting(errors):
+            check_folder(folder)
+    for path in [*tasks, *([own] if own else []), *others]:
+        with collecting(errors):
+            read[path] = Statistics.load(path)
+    raise_together(errors)
+    earlier = {str(path): read_adapter(path) for path in after}
+    if tasks:
+        every = {name: read[path] for name, path in zip(names, tasks, strict=True)}
+        done = initialise_all(output, every, config, after=earlier, **{**options, "seed": options["seed"] or 0})
+        return {output / name: one for name, one in done.items()}
+    if options["seed"] is None:
+        options = {**options, "seed": task_seed(0, output.resolve().name)}
+    known = {str(path): read[path] for path in others}
+    return {output: initialise(output, read[own] if own else None, known, config, after=earlier, **options)}
+
+
+def train_from_recipe(
+    recipe: Recipe, task: str, output: Path, init: Path | None, seed: int, reporter: Reporter
+) -> Trained:
+    """Train one task of a recipe as a study with this seed would; see `train_adapter`."""
+    check_folder(output)
+    built = _task(recipe, task)
+    reporter.begin("training", 1)
+    return train_adapter(
+        recipe.base,
+        built,
+        output,
+        init=init,
+        lora=recipe.lora,
+        settings=recipe.training_of(task),
+        seed=task_seed(seed, task),
+        progress=lambda done, total: reporter.detail("training", f"{task} step {done}/{total}"),
+    )
+
+
+def looker(recipe: Recipe, texts: int, reporter: Reporter) -> Look:
+    """Return what supplies a merging rule from the recipe's base model, tasks and statistics; see `needs.supply`.
+
+    A probe has `texts` training texts a task. An adapter's task is the one it was trained on, or the one its folder is
+    named for. The function raises LoraloomError for an adapter without a task in the recipe, or without a head where
+    the rule needs one.
+    """
+
+    def look(rule: Rule, members: Mapping[str, Adapter], known: Sequence[Statistics]) -> Supplied:
+        names = _tasks_of([member.path for member in members.values() if member.path], recipe)
+        tasks = {member: _task(recipe, name) for member, name in zip(members, names, strict=True)}
+        if rule.whole:
+            reporter.begin(rule.name, 1)
+
+        def step(done: int, total: int) -> None:
+            reporter.detail(rule.name, f"step {done}/{total}")
+
+        load = partial(_evaluator, recipe)
+        return supply(rule, members, tasks, load, recipe.statistics, texts, known=known, progress=step)
+
+    return look
+
+
+def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter: Reporter) -> dict[str, str]:
+    """Align the heads beside a merged adapter to its features, in place, and return the head's file by task.
+
+    `folders` are the adapters that were merged; those that share a task go by their names. Of each task of the recipe
+    `alignment.texts` training texts are read, no labels. Raises LoraloomError for a folder without a head or a task in
+    the recipe, told together, and for one that was not merged.
+    """
+    adapter = read_adapter(merged)
+    errors: list[LoraloomError] = []
+    given: list[tuple[Adapter, Head]] = []
+    for folder in folders:
+        with collecting(errors):
+            member = read_adapter(folder)
+            given.append((member, Head.of(member.head, str(folder))))
+    with collecting(errors):
+        names = _tasks_of(folders, recipe)
+    with collecting(errors):
+        problems = compatibility_problems([adapter, *(member for member, _ in given)])
+        raise_problems("cannot align", problems, "merge these adapters")
+    raise_together(errors)
+    files = _head_files(merged, folders, names)
+    reporter.begin("aligning", len(files))
+    evaluator, texts = _evaluator(recipe), recipe.alignment.texts
+    read = merged_adapters(merged, 1.0, files)
+    heads, own, together = {}, {}, {}
+    for key, name, (member, head) in zip(files, names, given, strict=True):
+        rows = alignment_rows(evaluator, _task(recipe, name), texts)
+        heads[key], own[key] = head, evaluator.features(member.updates, head, rows)
+        together[key] = evaluator.features(read[key].updates, head, rows)
+        reporter.advance("aligning")
+    for key, head in align_heads(heads, own, together, ridge=recipe.alignment.ridge).items():
+        with staged_file(merged / files[key]) as place:
+            save_tensors(head.tensors, place)
+    _note_alignment(merged, f"on {texts} unlabelled training texts a task")
+    return files
+
+
+def evaluate_folder(recipe: Recipe, folder: Path, names: Sequence[str], split: str) -> dict[str, tuple[str, Score]]:
+    """Return (metric, score) by task of an adapter folder with its head, or of a merged one with its heads.
+
+    Where several inputs of a merge share a task, each goes by its own name, in `names` too. Raises LoraloomError for
+    an unknown task or split, and a task without a head.
+    """
+    if split not in ("test", "heldout"):
+        raise LoraloomError(f"split {split!r} is unknown", "use test or heldout")
+    heads = heads_by_task(folder)
+    wanted = list(names) or [key for name in recipe.tasks for key, one in heads.items() if one.task == name]
+    missing = [name for name in wanted if name not in heads]
+    if missing or not wanted:
+        which = f"task {', '.join(missing)}" if missing else f"any task of the recipe ({', '.join(recipe.tasks)})"
+        known = [key if key == one.task else f"{key} (task {one.task})" for key, one in heads.items()]
+        raise LoraloomError(f"{folder}: no head for {which}", f"it has heads for: {', '.join(known) or 'none'}")
+    tasks = {key: _task(recipe, heads[key].task) for key in wanted}
+    evaluator = _evaluator(recipe)
+    scores: dict[str, tuple[str, Score]] = {}
+    read = merged_adapters(folder, 1.0, tasks)
+    for key, task in tasks.items():
+        scores[key] = task.metric, evaluate(evaluator, read[key].updates, heads[key].head, task, split=split)
+    return scores
+
+
+def study_store(folder: Path) -> Store:
+    """Return the store of a study folder. Raises LoraloomError where there is none."""
+    if not (folder / "stages").is_dir():
+        raise LoraloomError(f"{folder}: not a study folder: it has no stages/", "name the folder of `loraloom run`")
+    return Store(folder / "stages")
+
+
+def _evaluator(recipe: Recipe) -> Evaluator:
+    training = recipe.training
+    return Evaluator(base_folder(recipe.base), max_length=training.max_length, batch_size=training.eval_batch_size)
+
+
+def _tasks_of(folders: Sequence[Path], recipe: Recipe) -> list[str]:
+    """Return the task of each adapter folder. Raises LoraloomError that tells every one that the recipe lacks."""
+    names = [task_of(folder) for folder in folders]
+    problems = [
+        f"{folder}: the recipe has no task {name!r}: {did_you_mean(name, recipe.tasks)}"
+        for name, folder in zip(names, folders, strict=True)
+        if name not in recipe.tasks
+    ]
+    raise_problems("tasks of the adapters", problems, "name folders or tasks alike")
+    return names
+
+
+def _note_alignment(merged: Path, how: str) -> None:
+    known, start = read_provenance(merged), "heads: aligned"
+    # aligning again replaces its own note; what others noted stays
+    notes = [note for note in known.get("notes", []) if not note.startswith(start)]
+    told = {**known, "notes": [*notes, f"{start} to the merged features {how}"]}
+    write_text(merged / PROVENANCE, json.dumps(told, indent=2) + "\n")
+
+
+def _head_files(merged: Path, folders: Sequence[Path], tasks: Sequence[str]) -> dict[str, str]:
+    """Return the head's file in `merged` of each of `folders`, by task, or by name where inputs share a task.
+
+    Where a merged adapter tells no inputs, the file is called after the task. Raises LoraloomError for a folder that
+    is not an input, and for two that are one.
+    """
+    known = inputs_by_task(merged) or {task: Input(task, task) for task in tasks}
+    found: dict[str, Path] = {}
+    problems = []
+    for folder, task, name in zip(folders, tasks, names_of(folders), strict=True):
+        alike = [key for key, one in known.items() if one.task == task]
+        if len(alike) != 1:  # of several, or where no task was recorded, the one of this name
+            alike = [key for key in alike or known if known[key].name == name]
+        if not alike:
+            problems.append(f"{folder}: was not merged into it; these were: {', '.join(known)}")
+        elif alike[0] in found:
+            problems.append(f"{found[alike[0]]} and {folder} are both {alike[0]!r}")
+        else:
+            found[alike[0]] = folder
+    raise_problems(f"{merged}: cannot align", problems, "name the adapters that were merged, each once")
+    return {key: f"heads/{known[key].name}.safetensors" for key in found}
+
+
+def _task(recipe: Recipe, name: str) -> Task:
+    if name not in recipe.tasks:
+        raise LoraloomError(f"the recipe has no task {name!r}", did_you_mean(name, recipe.tasks))
+    return build_task(name, recipe.tasks[name])

@@ -1,0 +1,90 @@
+"""Responses against a dense float64 recomputation, row by row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraloom.adapters.update import Adapter, Update
+from loraloom.analysis.interference import interference, ratio, response
+from loraloom.errors import LoraloomError
+from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.moments import Moment
+
+TASKS, LAYERS, N, M, R = ["one", "two", "three"], ["a.query", "a.value"], 10, 7, 3
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adapter(seed: int, layers: list[str] = LAYERS) -> Adapter:
+    made = {name: Update(normal(seed + i, M, R), normal(seed + 50 + i, R, N)) for i, name in enumerate(layers)}
+    return Adapter(made, {}, path=Path(f"adapter{seed}"))
+
+
+def statistics(rows: Tensor, layers: list[str] = LAYERS) -> Statistics:
+    """Both layers read the same tensor."""
+    found = {name: Layer(LAYERS[0], N, M) for name in layers}
+    return Statistics("base", "f", {LAYERS[0]: Moment.of_rows(rows)}, found, 1, len(rows), "token")
+
+
+@pytest.mark.parametrize("count", [4, 200])
+def test_against_dense(count: int) -> None:
+    rows = {name: normal(100 + i, count + i, N) for i, name in enumerate(TASKS)}
+    adapters = {name: adapter(10 * i) for i, name in enumerate(TASKS)}
+    found = interference(adapters, {name: statistics(h) for name, h in rows.items()})
+    assert (found.tasks, found.layers) == (TASKS, LAYERS)
+    relative: dict[str, list[float]] = {"A": [], "BA": []}
+    for index, layer in enumerate(LAYERS):
+        for i, one in enumerate(TASKS):
+            update = adapters[one].updates[layer]
+            A, dW = update.A.double(), update.B.double() @ update.A.double()
+            for j, two in enumerate(TASKS):
+                h = rows[two].double()
+                seen = (h @ A.T).square().sum(1).mean().sqrt()
+                through = (h @ dW.T).square().sum(1).mean().sqrt()
+                assert float(found.A[index, i, j]) == pytest.approx(float(seen), rel=1e-9)
+                assert float(found.BA[index, i, j]) == pytest.approx(float(through), rel=1e-9)
+                if i != j:
+                    own = rows[one].double()
+                    relative["A"].append(float(seen / (own @ A.T).square().sum(1).mean().sqrt()))
+                    relative["BA"].append(float(through / (own @ dW.T).square().sum(1).mean().sqrt()))
+    for name, values in relative.items():
+        assert ratio(getattr(found, name)) == pytest.approx(sum(values) / len(values), rel=1e-9)
+
+
+def test_a_start_is_seen_by_its_first_factor_alone_and_nothing_turns_negative() -> None:
+    rows = normal(0, 200, N)
+    A = torch.linalg.svd(normal(1, N, N))[2][:R]
+    fresh = Update(torch.zeros(M, R), A)
+    seen, through = response(fresh, Moment.of_rows(rows))
+    assert seen > 0.5
+    assert through == 0.0
+    blind = Moment.of_rows(rows - rows @ A.T @ A)
+    assert max(response(Update(normal(2, M, R), A), blind)) < 1e-5
+    # a Gram matrix off by rounding, as subtraction leaves it
+    below = Moment(5, torch.zeros(N, dtype=torch.float64), gram=-1e-18 * torch.eye(N, dtype=torch.float64))
+    assert response(Update(normal(2, M, R), A), below) == (0.0, 0.0)
+    assert ratio(torch.zeros(2, 3, 3, dtype=torch.float64)) == 0.0
+
+
+def test_all_that_is_missing_is_told_at_once() -> None:
+    adapters = {"one": adapter(0), "two": adapter(1, ["a.query"]), "three": adapter(2)}
+    seen = {"one": statistics(normal(0, 5, N)), "two": statistics(normal(1, 5, N), ["a.query"])}
+    with pytest.raises(LoraloomError) as told:
+        interference(adapters, seen)
+    for part in ("no statistics for task 'three'", "'two' covers other layers", "statistics of 'two' lack a.value"):
+        assert part in str(told.value)
+
+
+def test_the_order_of_layers_does_not_matter() -> None:
+    rows = {name: normal(i, 5, N) for i, name in enumerate(("one", "two"))}
+    turned = adapter(1)
+    turned = Adapter(dict(reversed(turned.updates.items())), {})
+    seen = {name: statistics(h) for name, h in rows.items()}
+    found = interference({"one": adapter(0), "two": turned}, seen)
+    assert torch.equal(found.BA, interference({"one": adapter(0), "two": adapter(1)}, seen).BA)

@@ -1,0 +1,461 @@
+"""The commands as a user types them: each stage alone, faults in one line, results on stdout and hints on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import tiny_study
+from loraloom.cli.main import app
+from loraloom.cli.terminal import Out, Reporter, study_table
+from loraloom.report import SummaryRow, summary_rows
+from loraloom.report.aggregate import Merged
+from loraloom.results import Score, StudyResult
+from loraloom.tasks.builtin_text import generic_texts
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _loud_again() -> Iterator[None]:
+    """Commands silence every library in this process; other tests want to hear them."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False, env={"COLUMNS": "80"})
+
+
+def said(*words: str | Path) -> Any:
+    """Run a command that must succeed with --json, with --quiet and plain; return its JSON."""
+    as_json = call(*words, "--json")
+    assert (as_json.exit_code, as_json.stderr) == (0, "")
+    quiet = call(*words, "--quiet")
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    plain = call(*words)
+    assert plain.exit_code == 0
+    assert plain.stdout.strip()
+    return json.loads(as_json.stdout)
+
+
+def refused(*words: str | Path) -> str:
+    """Run a command that must be refused; return what it says on stderr."""
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+def entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_every_command_says_what_it_does() -> None:
+    text = call("--help").stdout
+    commands = ["demo", "run", "statistics", "atlas", "init", "train", "merge", "align", "compare"]
+    for command in [*commands, "evaluate", "inspect", "rules", "report", "study"]:
+        assert command in text
+        assert call(command, "--help").exit_code == 0
+    for command in ("status", "explain", "rm"):
+        assert call("study", command, "--help").exit_code == 0
+    assert call("--version").stdout.startswith("loraloom 0.")
+    assert call("marge").exit_code == 2
+
+
+def statistics(folder: Path, task: str, *more: str) -> list[str | Path]:
+    base, rows = folder / "base", folder / f"{task}.train.jsonl"
+    targets = ["--target", "query", "--target", "value", "--texts", "12", "--max-length", "16"]
+    return ["statistics", rows, "--base", str(base), "--column", "text", *targets, *more]
+
+
+def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
+    recipe = finished / "recipe.yaml"
+    for task in ("mood", "tone"):
+        told = said(*statistics(finished, task), "-o", tmp_path / f"{task}.safetensors")
+        assert told | {"tokens": 0} == {
+            "file": str(tmp_path / f"{task}.safetensors"),
+            "texts": 12,
+            "tokens": 0,
+            "layers": 4,
+        }
+    own, other = tmp_path / "mood.safetensors", tmp_path / "tone.safetensors"
+    start = tmp_path / "start"
+    told = said("init", "--own", own, "--other", other, "--rank", "2", "--keep", "projected", "-o", start)
+    assert (told["rule"], told["keep"]) == ("apart", "projected")
+    assert all(not tensor.any() for name, tensor in load_file(start / WEIGHTS).items() if "lora_B" in name)
+    out = tmp_path / "mood"
+    told = said("train", recipe, "--task", "mood", "--init", start, "-o", out)
+    assert told["steps"] == 8
+    assert 0 <= told["heldout"] <= 1
+    score = said("evaluate", recipe, out)["mood"]
+    assert score["metric"] == "accuracy"
+    tone = finished / "study" / "adapters" / "LoRA" / "tone"
+    told = said("merge", out, tone, "--rule", "ties", "--density", "0.5", "--scale", "0.7", "-o", tmp_path / "m")
+    assert (told["rule"], told["scale"], told["heads"]) == ("ties", 0.7, "mood, tone")
+    assert set(said("evaluate", recipe, tmp_path / "m")) == {"mood", "tone"}
+    told = said("merge", out, tone, "-o", tmp_path / "by-default")
+    assert (told["rule"], told["scale"]) == ("tsv", 0.75)
+    told = said("align", tmp_path / "by-default", out, tone, "--tasks", recipe)
+    assert told["heads"] == {"mood": "heads/mood.safetensors", "tone": "heads/tone.safetensors"}
+    told = said("inspect", out, own, other)
+    assert told["files"][str(out)]["heads"] == ["mood"]
+    assert told["files"][str(own)]["texts"] == 12
+    assert [len(row) for row in told["responses"]["rows"].values()] == [2]
+    told = said("inspect", out, tone, out)
+    assert [len(row) for row in told["overlaps"]["rows of A"]] == [2, 2]
+    shutil.copytree(out, tmp_path / "twin")
+    assert "started from nearly the same A (overlap 1.00)" in " ".join(
+        call("inspect", out, tmp_path / "twin").stderr.split()
+    )
+
+
+def test_statistics_to_share(finished: Path, tmp_path: Path) -> None:
+    """`--rows 0` hands on sums alone; `show` tells what a file holds and warns of rows."""
+    full, sums = tmp_path / "full.safetensors", tmp_path / "sums.safetensors"
+    few = statistics(finished, "mood", "--texts", "2")
+    said(*few, "-o", full)
+    said("statistics", "collect", *few[1:], "--rows", "0", "-o", sums)
+    told = said("statistics", "show", full)
+    assert (told["texts"], told["inputs"], told["inputs with their rows"]) == (2, 2, 2)
+    assert told["rows"] == 2 * told["tokens"]
+    assert "read back" in call("statistics", "show", full).stderr
+    told = said("statistics", "show", sums)
+    assert (told["inputs with their rows"], told["rows"]) == (0, 0)
+    assert not any(name.endswith(".rows") for name in load_file(sums))
+    assert "read back" not in call("statistics", "show", sums).stderr
+    starts = [tmp_path / file.stem for file in (full, sums)]
+    for file, start in zip((full, sums), starts, strict=True):
+        said("init", "--own", file, "--other", file, "--rank", "2", "--seed", "1", "-o", start)
+    one, two = (load_file(start / WEIGHTS) for start in starts)
+    for name, tensor in one.items():  # what is left out changes nothing
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
+    assert "no such file" in refused("statistics", "show", tmp_path / "gone")
+    assert "collect" in call("statistics", "--help").stdout
+
+
+def test_statistics_with_noise_to_share(finished: Path, tmp_path: Path) -> None:
+    """The facts of the noise are in the file, it can be bounded and used; options that do not fit are told together."""
+    file = tmp_path / "noised.safetensors"
+    few = statistics(finished, "mood", "--texts", "8", "--kind", "sample")
+    said(*few, "--noise", "8", "--clip", "4", "--rank", "3", "-o", file)
+    told = said("statistics", "show", file)
+    assert told["privacy"] == {"clip": 4.0, "epsilon": 8.0, "delta": 1e-6}
+    assert (told["texts"], told["tokens"], told["inputs with directions"], told["directions"]) == (8, 0, 2, 3)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for path in (one, two):
+        said(*few, "--noise", "1e6", "--clip", "4", "-o", path)  # eight texts drown in more
+    total = "bert.encoder.layer.0.attention.self.query.total"
+    assert not torch.equal(load_file(one)[total], load_file(two)[total])  # never the same noise
+    said("init", "--other", one, "--rank", "2", "-o", tmp_path / "start")
+    faults = refused(*few, "--kind", "token", "--noise", "8", "-o", tmp_path / "no")
+    assert "--kind sample" in faults
+    assert "--clip" in faults
+    assert "delta 2.0" in refused(*few, "--noise", "8", "--clip", "4", "--delta", "2", "-o", tmp_path / "no")
+    assert "--noise" in refused(*few, "--clip", "4", "-o", tmp_path / "no")
+
+
+def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path) -> None:
+    """No task's statistics at all; the second adapter stays off the rows of the first."""
+    rows, atlas, first, second = (tmp_path / name for name in ("rows.jsonl", "atlas.safetensors", "first", "second"))
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in generic_texts(20)))
+    more = ("--target", "query", "--target", "value", "--texts", "20", "--max-length", "16")
+    told = said("atlas", finished / "base", *more, "-o", atlas)
+    assert told == {"file": str(atlas), "texts": 20, "tokens": told["tokens"], "layers": 4}
+    call("atlas", finished / "base", *more, "--text-file", rows, "-o", tmp_path / "same.safetensors")
+    call("statistics", rows, "--base", finished / "base", *more, "--column", "text", "-o", tmp_path / "too.safetensors")
+    for name in ("same", "too"):
+        mine, theirs = load_file(atlas), load_file(tmp_path / f"{name}.safetensors")
+        assert mine.keys() == theirs.keys()
+        assert all(bool((mine[key] == theirs[key]).all()) for key in mine)
+    words = ("init", "--atlas", atlas, "--rank", "2", "--rule", "apart", "--keep", "projected", "--scale", "unit")
+    told = said(*words, "-o", first)
+    assert (told["folder"], told["rule"], told["keep"]) == (str(first), "apart", "projected")
+    noted = json.loads((first / "loraloom.json").read_text())
+    assert (noted["own"], noted["after"]) == (None, [])
+    assert noted["others"] == {
+        str(atlas): {"texts": 20, "tokens": noted["others"][str(atlas)]["tokens"], "rows": "token"}
+    }
+    said(*words, "--seed", "1", "--after", first, "-o", second)
+    assert json.loads((second / "loraloom.json").read_text())["after"] == [str(first)]
+    one, two, avoid = (load_file(path) for path in (first / WEIGHTS, second / WEIGHTS, second / "avoid.safetensors"))
+    assert one.keys() == two.keys()
+    assert len(avoid) == 4
+    for name in (name for name in one if "lora_A" in name):
+        assert float((two[name] @ one[name].T).abs().max()) < 1e-6
+    assert not any(bool(tensor.any()) for name, tensor in two.items() if "lora_B" in name)
+    # teams that share an atlas and give no seed do not start at the same A
+    team, other = (said("init", "--atlas", atlas, "--rank", "2", "-o", tmp_path / name) for name in ("team", "other"))
+    assert (team["rule"], team["keep"], team["scale"]) == ("apart", "free", "response")
+    assert team["seed"] != other["seed"]
+
+
+def test_a_column_without_a_file_is_refused(finished: Path, tmp_path: Path) -> None:
+    words = ("atlas", finished / "base", "--target", "query", "--column", "text", "-o", tmp_path / "atlas.safetensors")
+    assert "give --text-file too" in refused(*words)
+
+
+def test_statistics_of_one_file_name_all_count(finished: Path, tmp_path: Path) -> None:
+    names = [tmp_path / task / "seen.safetensors" for task in ("mood", "tone")]
+    for name in names:
+        name.parent.mkdir()
+        call(*statistics(finished, name.parent.name), "-o", name)
+    call("init", "--other", names[0], "--other", names[1], "--rank", "2", "--rule", "random", "-o", tmp_path / "out")
+    noted = json.loads((tmp_path / "out" / "loraloom.json").read_text())
+    assert noted["others"].keys() == {str(name) for name in names}
+
+
+def test_train_makes_what_the_study_made(finished: Path, tmp_path: Path) -> None:
+    start = next((finished / "study" / "stages" / "init").glob("LoRA.*.mood-*")) / "adapter"
+    call("train", finished / "recipe.yaml", "--task", "mood", "--init", start, "-o", tmp_path / "mood")
+    ours, theirs = (
+        load_file(f / WEIGHTS) for f in (tmp_path / "mood", finished / "study" / "adapters" / "LoRA" / "mood")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+
+
+def test_run_tells_the_summary_in_80_columns(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "study", tmp_path / "study")
+    words = ("run", finished / "recipe.yaml", "-o", tmp_path / "study")
+    told = said(*words)
+    assert told["report"] == str(tmp_path / "study" / "report.html")
+    assert told["verdict"]
+    plain = call(*words)
+    assert "OSRM, kept" in plain.stdout
+    assert "ta: task_arithmetic" in plain.stdout
+    assert plain.stderr.startswith("open the report in a browser")
+    table = plain.stdout.split(told["verdict"][:20])[0]
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_the_default_study_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "study", tmp_path / "studies" / "tiny")
+    assert call("run", finished / "recipe.yaml", "--json").exit_code == 0
+    assert entries(tmp_path) == {"studies"}
+    assert entries(tmp_path / "studies") == {"tiny"}
+
+
+def test_demo_runs_its_recipe(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import loraloom.study.demo
+    from loraloom.study.recipe import Recipe
+
+    asked = []
+
+    def recipe(*, fast: bool) -> Recipe:
+        asked.append(fast)
+        return Recipe.load(finished / "recipe.yaml")
+
+    monkeypatch.setattr(loraloom.study.demo, "demo_recipe", recipe)
+    shutil.copytree(finished / "study", tmp_path / "demo")
+    assert "verdict" in json.loads(call("demo", "--fast", "--json", "-o", tmp_path / "demo").stdout)
+    assert asked == [True]
+
+
+def test_report_and_rules(finished: Path, tmp_path: Path) -> None:
+    results = finished / "study" / "results.json"
+    assert said("report", results, "-o", tmp_path / "r.html") == {"report": str(tmp_path / "r.html")}
+    assert (tmp_path / "r.html").read_bytes() == (finished / "study" / "report.html").read_bytes()
+    assert "space" in said("rules")["ties"]
+    (tmp_path / "bad.json").write_text(results.read_text()[:500])
+    assert f"{tmp_path / 'bad.json'}: not a results file" in refused(
+        "report", tmp_path / "bad.json", "-o", tmp_path / "x"
+    )
+    assert "cannot be written: Is a directory" in refused("report", results, "-o", tmp_path)
+
+
+def test_study_status_explain_and_rm(finished: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(finished / "study", study)
+    told = said("study", "status", study)
+    names = list(told["outputs"])
+    assert told["failures"] == {}
+    init = next(name for name in names if name.startswith("init/LoRA.s0.mood"))
+    train = next(name for name in names if name.startswith("train/LoRA.s0.mood"))
+    merge = next(name for name in names if name.startswith("merge/LoRA.s0.tsv"))
+    assert said("study", "explain", study, merge)["inputs"]["mood"]["inputs"]["init"]["output"] == init
+    assert json.loads(call("study", "rm", study, train, "--json").stdout) == {"removed": [train]}
+    assert f"mood: {train} MISSING" in " ".join(call("study", "explain", study, merge).stdout.split())
+    assert f"no whole output '{train}'" in refused("study", "rm", study, train)
+    assert "did you mean" in refused("study", "explain", study, merge[:-1])
+    assert "not a study folder" in refused("study", "status", tmp_path)
+
+
+def test_merge_tells_all_that_is_wrong(finished: Path, tmp_path: Path) -> None:
+    whole = finished / "study" / "adapters" / "LoRA" / "mood"
+    half, empty = tmp_path / "half", tmp_path / "empty"
+    shutil.copytree(whole, half)
+    (half / WEIGHTS).write_bytes((half / WEIGHTS).read_bytes()[:100])
+    empty.mkdir()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    told = refused("merge", whole, half, empty, "--rule", "ties", "--densty=1", "-o", mine)
+    for part in (
+        "half: adapter_model.safetensors cannot be read",
+        "empty: not an adapter folder",
+        "'densty'",
+        "mine: holds",
+    ):
+        assert part in told
+    assert "no merging rule is called 'tiess': did you mean 'ties'" in refused(
+        "merge", whole, "--rule", "tiess", "-o", tmp_path / "x"
+    )
+    assert "--density has no value" in refused("merge", whole, "--rule", "ties", "-o", tmp_path / "x", "--density")
+    assert "3 weights for 1 adapters" in refused(
+        "merge", whole, "--rule", "ties", "--weights", "1,1,1", "-o", tmp_path / "x"
+    )
+    assert entries(tmp_path) == {"half", "empty", "mine"}
+    assert entries(mine) == {"thesis.tex"}
+
+
+def test_bad_input_of_every_command(finished: Path, tmp_path: Path) -> None:
+    recipe, study = finished / "recipe.yaml", finished / "study"
+    mood, out = study / "adapters" / "LoRA" / "mood", tmp_path / "out"
+    assert "has no task 'mod'" in refused("train", recipe, "--task", "mod", "-o", out)
+    assert "gone: not an adapter folder" in refused(
+        "train", recipe, "--task", "mood", "--init", tmp_path / "gone", "-o", out
+    )
+    assert "no head for task tone" in refused("evaluate", recipe, mood, "--task", "tone")
+    assert "split 'dev' is unknown" in refused("evaluate", recipe, mood, "--split", "dev")
+    assert "gone: the base model's folder" in refused("evaluate", recipe, mood, "--base", "./gone")
+    told = refused(*statistics(finished, "mood", "--column", "txt", "--texts", "5000"), "-o", out)
+    assert "no column 'txt'" in told
+    assert "5000 texts were asked for, it holds 40" in told
+    assert "kind 'tokn' is unknown" in refused(*statistics(finished, "mood", "--kind", "tokn"), "-o", out)
+    assert "mood.train.jsonl: no such file" in refused(*statistics(finished / "gone", "mood"), "-o", out)
+    seen = next((study / "stages" / "statistics").glob("mood.train-*")) / "statistics.safetensors"
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(seen.read_bytes()[:-8])
+    assert "half.safetensors" in refused("init", "--own", half, "--other", seen, "-o", out)
+    assert "half.safetensors" in refused("inspect", half)
+    assert "gone" in refused("inspect", tmp_path / "gone")
+    words = ("init", "--own", seen, "--other", seen, "-o", out)
+    assert "rank 99 is larger than the layer" in refused(*words, "--rank", "99")
+    assert "'quary'" in refused(*words, "--target", "quary")
+    assert "did you mean 'osrm'" in refused(*words, "--rule", "osmr")
+    assert "keep 'fre' is unknown" in refused(*words, "--keep", "fre")
+    assert "gone: not an adapter folder" in refused(*words, "--after", tmp_path / "gone")
+    assert "neither of other tasks nor an atlas" in refused("init", "-o", out)
+    assert "neither of other tasks nor an atlas" in refused("init", "--own", seen, "-o", out)
+    assert "gone: no such file" in refused("init", "--atlas", tmp_path / "gone", "-o", out)
+    maps = ("atlas", finished / "base", "--target", "query", "-o", out)
+    assert "1000000 texts were asked for" in refused(*maps, "--texts", "1000000")
+    assert "no column 'txt'" in refused(*maps, "--text-file", finished / "mood.train.jsonl", "--column", "txt")
+    assert entries(tmp_path) == {"half.safetensors"}
+
+
+def test_a_bad_recipe_in_a_process_of_its_own(tmp_path: Path) -> None:
+    tiny_study.write_recipe(tmp_path, sedes=[1], training={"epocs": 1})
+    done = tiny_study.run("run", "recipe.yaml", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: recipe.yaml: 2 problems",
+        "  - training.epocs: unknown option; did you mean 'epochs'?",
+        "  - sedes: unknown option; did you mean 'seeds'?",
+    ]
+
+
+def test_ctrl_c_in_training(finished: Path, tmp_path: Path) -> None:
+    words = tiny_study.command("run", finished / "recipe.yaml", "-o", "study")
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # a shell that runs the tests in the background has them ignore Ctrl-C, and so their children
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, cwd=tmp_path, env=tiny_study.environment(), text=True, **pipes)
+    train = tmp_path / "study" / "stages" / "train"
+    deadline = time.monotonic() + 120
+    while not (train.is_dir() and any(name.endswith(".part") for name in os.listdir(train))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+    assert list(tmp_path.rglob("*.part")) == []
+
+
+def test_json_is_for_facts_and_quiet_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for as_json, quiet in ((True, False), (False, True), (True, True)):
+        out = Out(as_json=as_json, quiet=quiet)
+        out.table("t", ["a"], [["b"]])
+        out.hint("do")
+        out.result({"a": Path("x")}, "text")
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        assert captured.out == ('{\n "a": "x"\n}\n' if as_json else "")
+
+
+def test_progress_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter() as reporter:
+        reporter.begin("training", 2)
+        reporter.detail("training", "x")
+        reporter.advance("training")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_summary_fits_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    score = Score(value=1.0, stderr=0.0)
+    merged = Merged(
+        init="x",
+        label="x",
+        rule="task_arithmetic",
+        space="full",
+        aligned=False,
+        output_ranks=(8,),
+        scales=(0.25, 1.5),
+        scale_chosen_with_labels=True,
+        scores={},
+        average=score,
+        kept=1.234,
+        heldout=None,
+    )
+    long = "an init with a name of many words that says all of it"
+    rows = [SummaryRow(long, score, merged, merged, 1.0, 10.55), SummaryRow("b", None, None, None, None, None)]
+    title, columns, cells = study_table(rows)
+    console = Console(width=80)
+    out = Out(as_json=False, quiet=False)
+    out._out = console
+    out.table(title, columns, cells)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("100.0 ta 0.25-1.5" in line and "123%" in line and "1.00 → 10.55" in line for line in lines)
+    assert cells[1] == ("b", "-", "-", "-", "-", "-", "- → -")
+
+
+def test_the_summary_holds_the_results_figures(finished: Path) -> None:
+    result = StudyResult.load(finished / "study" / "results.json")
+    _, _, cells = study_table(summary_rows(result))
+    singles = [one.score.value for one in result.singles if one.init == "LoRA"]
+    assert cells[0][:2] == ("LoRA", f"{100 * sum(singles) / 2:.1f}")
+    best: dict[bool, Any] = {}
+    for merge in result.merges:
+        if merge.init == "LoRA" and merge.split == "heldout":
+            now = best.get(merge.aligned)
+            if now is None or merge.average.value > now.average.value:
+                best[merge.aligned] = merge
+    for aligned, cell in ((False, 2), (True, 4)):
+        chosen = best[aligned]
+        test = next(
+            one
+            for one in result.merges
+            if one.split == "test"
+            and (one.init, one.rule, one.scale, one.aligned) == (chosen.init, chosen.rule, chosen.scale, aligned)
+        )
+        assert cells[0][cell].startswith(f"{100 * test.average.value:.1f} ")

@@ -1,0 +1,179 @@
+"""`merge` and `write_merged`: messages, defaults, what becomes of configs and heads, what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraloom.adapters.peft import adapter_sha256, read_adapter, write_adapter
+from loraloom.adapters.update import Adapter, Update
+from loraloom.errors import LoraloomError
+from loraloom.merging import get_rule, merge, rule_names, write_merged
+
+CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "target_modules": ["q", "v"]}
+
+
+def adapter(seed: int, rank: int = 2, **facts) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    updates = {
+        name: Update(torch.randn(6, rank, generator=generator), torch.randn(rank, 5, generator=generator))
+        for name in ("layer.0.q", "layer.0.v")
+    }
+    return Adapter(updates, **{"config": CONFIG, **facts})
+
+
+def test_all_problems_are_told_at_once() -> None:
+    other = adapter(1, config={**CONFIG, "base_model_name_or_path": "other/base"})
+    with pytest.raises(LoraloomError) as caught:
+        merge(
+            {"a/b": adapter(0), "two": other, "TWO": adapter(2)},
+            "ties",
+            weights=[1.0, math.nan],
+            scale=math.inf,
+            rank=0,
+            density=3,
+            densty=0.1,
+        )
+    for part in (
+        "'a/b' cannot name a file",
+        "several inputs are called 'two'",
+        "base model: adapter has 'some/base', adapter has 'other/base'",
+        "2 weights for 3 adapters",
+        "weight nan is not finite",
+        "scale inf is not finite",
+        "rank 0 is below 1",
+        "no option 'densty': did you mean 'density'?",
+        "option 'density': Input should be less than or equal to 1, not 3",
+        "9 problems",
+    ):
+        assert part in str(caught.value)
+
+
+def test_an_unknown_rule_is_told_with_the_rest() -> None:
+    with pytest.raises(LoraloomError, match=r"1 weights for 2 adapters") as caught:
+        merge([adapter(0), adapter(1)], "tis", weights=[1.0])
+    assert "did you mean 'ties'" in str(caught.value)
+
+
+def test_unknown_ways_with_heads_and_heads_without_a_mean_are_told() -> None:
+    with pytest.raises(LoraloomError, match="heads 'averag' is unknown: did you mean 'average'"):
+        merge([adapter(0)], "ties", heads="averag")
+    with pytest.raises(LoraloomError, match="the weights add up to 0"):
+        merge([adapter(0), adapter(1)], "ties", heads="average", weights=[1.0, -1.0])
+
+
+def test_no_adapters() -> None:
+    with pytest.raises(LoraloomError, match="no adapters"):
+        merge([], "ties")
+
+
+def test_folders_of_one_name_need_a_mapping(tmp_path) -> None:
+    pair = [adapter(i, path=Path(f"/runs/{i}/adapter")) for i in range(2)]
+    with pytest.raises(LoraloomError, match="several inputs are called 'adapter': give each a name of its own"):
+        merge(pair, "ties")
+    assert merge({"one": pair[0], "two": pair[1]}, "ties").plan.members == {"one": pair[0], "two": pair[1]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "weight", "scale"), [("task_arithmetic", 1, 0.3), ("weighted", 0.5, 1), ("svd", 0.5, 1), ("tsv", 1, 0.75)]
+)
+def test_defaults_in_force_are_recorded(rule, weight, scale) -> None:
+    merged = merge({"one": adapter(0), "two": adapter(1)}, rule)
+    assert merged.plan.weights == {"one": weight, "two": weight}
+    assert merged.plan.scale == scale
+    assert merged.plan.space == "full"
+
+
+def test_space_and_options_are_recorded() -> None:
+    merged = merge([adapter(0), adapter(1)], "ties", space="core")
+    assert (merged.plan.space, merged.plan.options) == ("core", {"density": 0.2, "space": "core"})
+    assert list(merged.plan.members) == ["adapter1", "adapter2"]
+
+
+def test_task_arithmetic_by_hand() -> None:
+    one, two = adapter(0, rank=2), adapter(1, rank=3)
+    merged = merge([one, two], "task_arithmetic", weights=[2.0, -1.0], scale=0.5)
+    for name, update in merged.adapter.updates.items():
+        expected = 0.5 * (2 * one.updates[name].dense() - two.updates[name].dense())
+        torch.testing.assert_close(update.dense(), expected)
+        assert update.rank == 5
+
+
+def test_config_without_head_and_with_targets_that_hold_for_all() -> None:
+    config = {**CONFIG, "modules_to_save": ["classifier"]}
+    turned = {**CONFIG, "target_modules": ["v", "q"]}
+    listed = {**CONFIG, "target_modules": "all-linear"}
+    same = merge([adapter(0, config=config), adapter(1, config=turned)], "ties").adapter.config
+    assert same == CONFIG
+    config["exclude_modules"] = ["layer.1.q"]
+    other = merge([adapter(0, config=config), adapter(1, config=listed)], "ties").adapter.config
+    assert other == {**CONFIG, "target_modules": ["layer.0.q", "layer.0.v"]}
+
+
+def test_dtype_is_the_widest_of_the_inputs() -> None:
+    half, bfloat = adapter(0, dtype=torch.float16), adapter(1, dtype=torch.bfloat16)
+    assert merge([half, half], "ties").adapter.dtype == torch.float16
+    assert merge([half, bfloat], "ties").adapter.dtype == torch.float32
+
+
+def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
+    for i in range(2):
+        head = {"classifier.weight": torch.full((2, 6), float(i)).half()}
+        write_adapter(adapter(i, head=head), tmp_path / f"task{i}", provenance={})
+    inputs = [read_adapter(tmp_path / f"task{i}") for i in range(2)]
+    merged = merge(inputs, "svd", rank=1, seed=5)
+    folder = write_merged(merged, tmp_path / "merged", command="loraloom merge")
+    facts = json.loads((folder / "loraloom.json").read_text())
+    assert facts["inputs"] == [
+        {
+            "name": f"task{i}",
+            "task": f"task{i}",
+            "path": str(tmp_path / f"task{i}"),
+            "sha256": adapter_sha256(tmp_path / f"task{i}"),
+            "weight": 0.5,
+        }
+        for i in range(2)
+    ]
+    assert (facts["command"], facts["rule"], facts["seed"], facts["scale"]) == ("loraloom merge", "svd", 5, 1.0)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["layers"]["layer.0.q"] == {
+        "rank": 1,
+        "energy": pytest.approx(float(merged.adapter.updates["layer.0.q"].dense().square().sum()), rel=1e-5),
+        "energy_lost": merged.energy_lost["layer.0.q"],
+    }
+    assert facts["layers"]["layer.0.q"]["energy_lost"] > 0.05
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nbase_model: some/base\nlibrary_name: peft\n")
+    assert facts["inputs"][1]["sha256"] in card
+    assert str(tmp_path) not in card
+    for i in range(2):
+        head = load_file(folder / "heads" / f"task{i}.safetensors")
+        assert head["classifier.weight"].dtype == torch.float16
+        assert float(head["classifier.weight"].mean()) == i
+    again = read_adapter(folder)
+    assert again.head == {}
+    for name, update in merged.adapter.updates.items():
+        torch.testing.assert_close(again.updates[name].dense(), update.dense())
+
+
+def test_a_base_folder_does_not_become_a_hub_name(tmp_path) -> None:
+    config = {**CONFIG, "base_model_name_or_path": "/models/base"}
+    folder = write_merged(merge([adapter(0, config=config)], "weighted"), tmp_path / "merged")
+    assert "/models/base" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rule", [name for name in rule_names() if get_rule(name).needs in ((), ("seed",))])
+def test_adapters_come_back_from_files_as_merged(tmp_path, rule) -> None:
+    """Ranks that differ between layers go through rank_pattern."""
+    one, two = adapter(0), adapter(1)
+    wide = adapter(2, rank=4).updates["layer.0.v"]
+    one = Adapter({**one.updates, "layer.0.v": wide}, CONFIG)
+    merged = merge([one, two], rule)
+    again = read_adapter(write_merged(merged, tmp_path / "merged"))
+    for name, update in merged.adapter.updates.items():
+        torch.testing.assert_close(again.updates[name].dense(), update.dense())

@@ -1,0 +1,186 @@
+"""Features and logits against PEFT's own forward pass, for every kind of base model; and every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+import tiny
+from loraloom.adapters.heads import Head
+from loraloom.adapters.peft import read_adapter
+from loraloom.adapters.update import Update
+from loraloom.errors import LoraloomError
+from loraloom.model.load import head_modules, load_classifier, load_tokenizer
+from loraloom.model.runner import Evaluator, evaluate, labels, switched_in
+from loraloom.tasks.metrics import metric_value
+from loraloom.tasks.task import Task
+
+TASK = tiny.task(rows=24)
+
+
+def adapter_folder(base: str, kind: str, folder: Path, *, seed: int = 0, outputs: int = 2) -> Path:
+    """Save a PEFT adapter with random factors and a random head, as training would leave it."""
+    model = load_classifier(base, outputs, seed=seed)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=tiny.TARGETS[kind],
+        use_rslora=True,
+        fan_in_fan_out=kind == "gpt2",
+        modules_to_save=head_modules(model),
+        task_type="SEQ_CLS",
+    )
+    peft_model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def peft_logits(base: str, folder: Path, texts: list[str], *, outputs: int = 2) -> Tensor:
+    """One text at a time, so without any padding; the backbone of another seed, as a user would load it."""
+    model: Any = PeftModel.from_pretrained(load_classifier(base, outputs, seed=99), str(folder)).eval()
+    tokenizer = load_tokenizer(base)
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer([text], return_tensors="pt")).logits for text in texts])
+
+
+KINDS = [(kind, side) for kind in tiny.CONFIGS for side in ("right", "left") if side == "right" or kind in "llama gpt2"]
+
+
+@pytest.mark.parametrize(("kind", "side"), KINDS)
+def test_logits_are_those_of_peft(kind: str, side: str, tmp_path: Path) -> None:
+    base = str(tiny.base_folder(kind, tmp_path / "base", padding_side=side))
+    evaluator = Evaluator(base, batch_size=5)
+    before = {name: tensor.clone() for name, tensor in evaluator.model.named_parameters()}
+    encoded = evaluator.encode(TASK, "test")
+    assert len({len(row["input_ids"]) for row in encoded}) > 3
+    # GPT-2 counts padding into its positions, so left-padded texts are only what they are when batched alone
+    if (kind, side) == ("gpt2", "left"):
+        evaluator.batch_size = 1
+    for seed in (1, 2):  # the second must not see the first
+        folder = adapter_folder(base, kind, tmp_path / str(seed), seed=seed)
+        adapter = read_adapter(folder)
+        head = Head.of(adapter.head)
+        features = evaluator.features(adapter.updates, head, encoded)
+        found = head.logits(features)
+        expected = peft_logits(base, folder, list(TASK.test["text_a"]))
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+        assert expected.std(0).min() > 1e-3  # texts do differ
+        value = evaluate(evaluator, adapter.updates, head, TASK).value
+        assert value == metric_value("accuracy", expected, labels(TASK, "test"))
+    # all of the base but the head's first layers is as it was
+    for name, tensor in evaluator.model.named_parameters():
+        assert torch.equal(tensor, before[name]) or name in head.tensors, name
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in evaluator.model.modules())
+
+
+def test_a_padding_token_within_the_text(tmp_path: Path) -> None:
+    """Where the end token pads, transformers takes the last token that is another: so do the features."""
+    base = tiny.base_folder("llama", tmp_path / "base")
+    config = base / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"pad_token": "<pad>"', '"pad_token": "</s>"'))
+    folder = adapter_folder(str(base), "llama", tmp_path / "adapter")
+    adapter, evaluator = read_adapter(folder), Evaluator(str(base), batch_size=2)
+    assert evaluator.tokenizer.pad_token_id == 2
+    encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in ([5, 6, 2], [7, 8, 9, 10, 2])]
+    head = Head.of(adapter.head)
+    found = head.logits(evaluator.features(adapter.updates, head, encoded))
+    model: Any = PeftModel.from_pretrained(load_classifier(str(base), 2), str(folder)).eval()
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in encoded])
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_fresh_pooler_goes_with_the_adapter(tmp_path: Path) -> None:
+    """A base without pooler weights: another load draws another pooler, so the adapter must bring its own."""
+    from safetensors.torch import load_file, save_file
+
+    base = tiny.base_folder("bert", tmp_path / "base")
+    weights = {k: v for k, v in load_file(base / "model.safetensors").items() if "pooler" not in k}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    folder = adapter_folder(str(base), "bert", tmp_path / "adapter", seed=4)
+    adapter = read_adapter(folder)
+    assert "bert.pooler.dense.weight" in adapter.head
+    head, evaluator = Head.of(adapter.head), Evaluator(str(base))
+    found = head.logits(evaluator.features(adapter.updates, head, evaluator.encode(TASK, "test")))
+    expected = peft_logits(str(base), folder, list(TASK.test["text_a"]))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_pairs_regression_and_an_empty_update(tmp_path: Path) -> None:
+    base = str(tiny.base_folder("bert", tmp_path / "base"))
+    plain = tiny.task("level", regression=True)
+    pairs = {split: getattr(plain, split).add_column("text_b", ["tea was good"] * len(getattr(plain, split)))
+             for split in ("train", "heldout", "test")}  # fmt: skip
+    task = Task("level", None, "pearson_spearman", **pairs)
+    folder = adapter_folder(base, "bert", tmp_path / "adapter", outputs=1)
+    adapter, evaluator = read_adapter(folder), Evaluator(base)
+    head = Head.of(adapter.head)
+    model: Any = PeftModel.from_pretrained(load_classifier(base, 1), str(folder)).eval()
+    coded = load_tokenizer(base)(
+        list(task.test["text_a"]), list(task.test["text_b"]), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**coded).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(**coded).logits, expected)
+    found = evaluate(evaluator, adapter.updates, head, task)
+    assert found.value == pytest.approx(metric_value("pearson_spearman", expected, labels(task, "test")), abs=1e-6)
+    assert labels(task, "test").dtype == torch.float32
+    bare = evaluator.features({}, head, evaluator.encode(task, "test"))
+    zero = {path: Update(0 * update.B, update.A) for path, update in adapter.updates.items()}
+    assert torch.equal(bare, evaluator.features(zero, head, evaluator.encode(task, "test")))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    base = str(tiny.base_folder("roberta", tmp_path / "base"))
+    adapter = read_adapter(adapter_folder(base, "roberta", tmp_path / "adapter"))
+    evaluator, head = Evaluator(base), Head.of(adapter.head)
+    encoded = evaluator.encode(TASK, "test")
+    query = "roberta.encoder.layer.0.attention.self.query"
+    good = adapter.updates[query]
+    updates = [
+        ({query.replace("query", "qeury"): good}, "has no layer .*qeury"),
+        ({"roberta.encoder": good}, "has no layer roberta.encoder"),
+        ({query: Update(good.B, good.A[:, :7])}, "update is 16 x 7, the base model's layer 16 x 16"),
+    ]
+    for wrong, message in updates:
+        with pytest.raises(LoraloomError, match=message):
+            evaluator.features({**adapter.updates, **wrong}, head, encoded)
+        assert not any(module._forward_hooks for module in evaluator.model.modules())
+    dense = "classifier.dense.weight"
+    heads = [
+        (Head.of({"score.weight": torch.ones(2, 16)}), "has no layer score"),
+        (Head({**head.tensors, "classifier.odd.weight": torch.ones(3)}, head.last), "has no classifier.odd.weight"),
+        (Head({**head.tensors, dense: torch.ones(1, 16)}, head.last), r"dense.weight is \(1, 16\)"),
+        (Head({**head.tensors, f"{head.last}.weight": torch.ones(2, 9)}, head.last), "reads 9 features, the model's"),
+    ]
+    for wrong_head, message in heads:
+        with pytest.raises(LoraloomError, match=message):
+            evaluator.features({}, wrong_head, encoded)
+
+
+def test_switched_in_leaves_again_after_an_error(tmp_path: Path) -> None:
+    model = load_classifier(str(tiny.base_folder("bert", tmp_path / "base")), 2).eval()
+    ids = torch.arange(3, 13).reshape(2, 5)
+    layer = "bert.encoder.layer.1.output.dense"
+    B, A = torch.randn(16, 2), torch.randn(2, 24)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with switched_in(model, {layer: Update(B, A)}):
+            inside = model(input_ids=ids).logits
+        with pytest.raises(KeyError), switched_in(model, {layer: Update(B, A)}):
+            raise KeyError
+        assert torch.equal(model(input_ids=ids).logits, before)
+        model.get_parameter(f"{layer}.weight").add_(B @ A)
+        assert (model(input_ids=ids).logits - inside).norm() < 1e-5 * inside.norm()
+        assert not torch.allclose(inside, before)

@@ -1,0 +1,253 @@
+"""A recipe tells every fault at once, takes its paths from its own folder, and those shipped run as they stand."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tiny
+import tiny_study
+from loraloom.errors import LoraloomError
+from loraloom.study.recipe import FileTask, GlueTask, InitSettings, Recipe, slug
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FILES = sorted(RECIPES.glob("*.yaml"))
+DATA = Path(__file__).parents[3] / "shared" / "data" / "glue"
+
+
+def fault(**changes: Any) -> str:
+    with pytest.raises(LoraloomError) as told:
+        Recipe.parse(tiny_study.recipe(**changes), "r.yaml")
+    return str(told.value)
+
+
+def test_every_fault_is_told_at_once() -> None:
+    told = fault(
+        tasks={
+            "a": {"sorce": "glue"},
+            "b/x": {"source": "glue"},
+            "glue": {"source": "glue", "pth": 1},
+            "c": {"source": "gleu"},
+            "files": {"source": "files", "train": "x", "test": "y", "text": ["a", "b", "c"], "labels": [True, 1]},
+        },
+        lora={"targets": []},
+        training={"epocs": 1, "epochs": 0},
+        inits={"lora": {"rule": "osmr", "rank": 1}},
+        merging=[{"rule": "tiess", "scales": []}, {"rule": "ties", "scales": [float("nan")], "options": {"densty": 1}}],
+        sedes=[1],
+    )
+    expected = [
+        "tasks.a: needs `source`: builtin, glue, files",
+        "tasks.b/x: a task's name is letters",
+        "tasks.glue.pth: unknown option; did you mean 'path'",
+        "tasks.c.source: 'gleu' is unknown; did you mean 'glue'",
+        "tasks.files.text: List should have at most 2 items",
+        "tasks.files.labels.0: Input should be a valid string; put it in quotes",
+        "lora.targets: Value should have at least 1 item",
+        "training.epocs: unknown option; did you mean 'epochs'",
+        "training.epochs: Input should be greater than or equal to 1 (given 0)",
+        "inits.lora.rule: subspace rule 'osmr' is unknown; did you mean 'osrm'",
+        "inits.lora.rank: unknown option; known: description, energy_share",
+        "merging.0.rule: no merging rule is called 'tiess'; did you mean 'ties'",
+        "merging.0.scales: List should have at least 1 item",
+        "merging.1.scales.0: Input should be a finite number",
+        "merging.1.options: rule 'ties' has no option 'densty': did you mean 'density'",
+        "sedes: unknown option; did you mean 'seeds'",
+    ]
+    assert told.startswith(f"r.yaml: {len(expected)} problems")
+    for line in expected:
+        assert line in told
+
+
+def test_options_of_a_rule_are_typed() -> None:
+    assert "option 'density'" in fault(merging=[{"rule": "ties", "scales": [1], "options": {"density": 7}}])
+    recipe = Recipe.parse(
+        tiny_study.recipe(merging=[{"rule": "ties", "scales": [1], "options": {"density": 0.5}}]), "r"
+    )
+    assert recipe.merging[0].filled().items() > {"density": 0.5}.items()
+
+
+def test_what_would_share_a_folder_is_refused() -> None:
+    twice = fault(
+        inits={"a b": {}, "A-b": {}},
+        seeds=[1, 1],
+        merging=[{"rule": "tsv", "scales": [1]}, {"rule": "tsv", "scales": [2]}],
+    )
+    for part in (
+        "'a b' and 'A-b' would share one folder",
+        "the same seed twice",
+        "the same rule with the same options",
+    ):
+        assert part in twice
+    assert slug("OSRM, kept (fast)/..") == "OSRM-kept-fast"
+    assert slug("../x") == "x"
+    assert slug("/") == "-"
+
+
+@pytest.mark.parametrize(
+    ("given", "filled"),
+    [
+        ({}, ("apart", "atlas", "free", "response")),
+        ({"off": "others"}, ("apart", "others", "free", "response")),
+        ({"keep": "projected"}, ("apart", "atlas", "projected", "response")),
+        ({"rule": "osrm"}, ("osrm", "others", "free", "unit")),
+        ({"rule": "random", "scale": "response"}, ("random", "others", "free", "response")),
+    ],
+)
+def test_an_init_is_filled_in_as_its_rule_is_meant(given: dict[str, Any], filled: tuple[str, ...]) -> None:
+    settings = InitSettings(**given)
+    assert (settings.rule, settings.off, settings.keep, settings.scale) == filled
+
+
+def test_numbers_are_labels_too_and_epochs_are_per_task() -> None:
+    raw = tiny_study.recipe()
+    raw["tasks"]["mood"] |= {"labels": [0, 1], "epochs": 7}
+    recipe = Recipe.parse(raw, "r")
+    mood = recipe.tasks["mood"]
+    assert isinstance(mood, FileTask)
+    assert mood.labels == ["0", "1"]
+    assert recipe.training_of("mood").epochs == 7
+    assert recipe.training_of("tone") == recipe.training
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\nb: {x: 1, x: 2}\n", "'x' is given twice"),
+        ("a: [1\n", "not valid YAML"),
+        ("", "a recipe is a mapping"),
+        ("- 1\n", "a recipe is a mapping"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str | bytes, told: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(LoraloomError, match=told):
+        Recipe.load(path)
+    with pytest.raises(LoraloomError, match=r"gone\.yaml: cannot be read: No such file"):
+        Recipe.load(tmp_path / "gone.yaml")
+    with pytest.raises(LoraloomError, match="cannot be read: Is a directory"):
+        Recipe.load(tmp_path)
+
+
+def test_paths_start_at_the_recipes_folder_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "here"
+    (folder / "rows").mkdir(parents=True)
+    (folder / "demo").mkdir()
+    raw = tiny_study.recipe(base="org/model")
+    common = {"source": "files", "text": ["t"]}
+    raw["tasks"] = {
+        "hub": {**common, "train": "org/name", "test": "org/name:config#test"},
+        "files": {**common, "train": "gone.jsonl", "test": "rows"},
+        "home": {**common, "train": "~/a.csv", "test": str(tmp_path / "b.csv")},
+        "cola": {"source": "glue", "path": "../glue"},
+    }
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def load() -> Recipe:
+        (folder / "r.yaml").write_text(yaml.safe_dump(raw))
+        return Recipe.load(folder / "r.yaml")
+
+    tasks: dict[str, Any] = load().tasks
+    assert (tasks["hub"].train, tasks["hub"].test) == ("org/name", "org/name:config#test")
+    assert (tasks["files"].train, tasks["files"].test) == (str(folder / "gone.jsonl"), str(folder / "rows"))
+    assert (tasks["home"].train, tasks["home"].test) == (str(tmp_path / "home/a.csv"), str(tmp_path / "b.csv"))
+    assert tasks["cola"].path == tmp_path / "glue"
+    bases = {"org/model": "org/model", "./base": str(folder / "base"), "demo": "demo", "rows": str(folder / "rows")}
+    for base, resolved in bases.items():
+        raw["base"] = base
+        assert load().base == resolved
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_recipes_parse_and_say_how_to_run_them(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert recipe.name == path.stem
+    assert len(recipe.tasks) == {"rules-glue6": 6, "subspaces-smollm2": 3, "subspaces-builtin": 4}.get(path.stem, 8)
+    comment = path.read_text(encoding="utf-8").split("\nname:")[0]
+    assert f"loraloom run recipes/{path.name}" in comment
+    assert "Differs" in comment
+    if path.stem.startswith("paper"):
+        training = recipe.training
+        assert (recipe.lora.rank, recipe.lora.alpha, recipe.seeds) == (8, 16, [42])
+        assert (training.learning_rate, training.warmup, training.max_length) == (4e-4, 0.06, 128)
+        assert training.batch_size * training.accumulate == 64
+        assert (recipe.statistics.texts, recipe.statistics.rows) == (100, "sample")
+
+
+def write_glue(folder: Path, task: str) -> None:
+    """Write one task in the layout of GLUE, in words of our own."""
+    from loraloom.tasks.glue import GLUE
+
+    glue = GLUE[task]
+    (folder / task).mkdir(parents=True)
+    for split, count in (("train", 60), ("dev", 20)):
+        rows = []
+        for index, row in enumerate(tiny.task(f"{task}.{split}", rows=count).train):
+            label = row["label"] + 2.5 if glue.labels is None else index % len(glue.labels)
+            texts = {"text_a": f"{row['text_a']} {' the' * (index // 20)}"}
+            if len(glue.text) == 2:
+                texts["text_b"] = f"{split} {index}"
+            rows.append(json.dumps({**texts, "label": label}))
+        (folder / task / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / task / "meta.json").write_text(json.dumps({"labels": glue.labels}))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("paper-roberta-large", "roberta"), ("paper-t5-large", "t5"), ("paper-llama-3.2-1b", "llama")]
+)
+def test_the_papers_recipes_run_on_tiny_models_of_their_kind(tmp_path: Path, name: str, kind: str) -> None:
+    """As shipped but for the base, the rows, and what makes them long."""
+    from loraloom.study.export import run_study
+
+    raw = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    reduced = copy.deepcopy(raw)
+    reduced["tasks"] = {task: {"source": "glue", "path": "glue", "heldout_rows": 12} for task in ("rte", "stsb")}
+    for task in reduced["tasks"]:
+        write_glue(tmp_path / "glue", task)
+    reduced["statistics"] |= {"texts": 12, "max_length": 32}
+    reduced["training"] |= {"epochs": 1, "max_length": 32}
+    reduced["alignment"] |= {"texts": 12}
+    reduced["inits"] = {key: raw["inits"][key] for key in ("mean", "OSRM")}
+    reduced["merging"] = [{**entry, "scales": entry["scales"][:2]} for entry in raw["merging"]]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(reduced, sort_keys=False))
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    base = str(tiny.base_folder(kind, tmp_path / "base"))
+    result = run_study(recipe.model_copy(update={"base": base}), tmp_path / "study")
+    assert [init.name for init in result.inits] == ["mean", "OSRM"]
+    assert len(result.singles) == 4
+    targets = tuple(raw["lora"]["targets"])
+    assert all(layer.endswith(targets) for table in result.interference for layer in table.layers)
+    assert sum(1 for merge in result.merges if merge.split == "heldout") == 2 * 2 * 2 * 2
+    for init in result.inits:
+        assert (tmp_path / "study" / "adapters" / init.name / "stsb" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared GLUE rows are not here")
+def test_glue8_reads_its_rows() -> None:
+    from loraloom.study.stages import build_task, sample_problems
+
+    recipe = Recipe.load(RECIPES / "glue8-minilm.yaml")
+    for name, settings in recipe.tasks.items():
+        assert isinstance(settings, GlueTask)
+        task = build_task(name, settings)
+        assert (len(task.train), len(task.heldout)) == (settings.train_rows, settings.heldout_rows)
+        assert sample_problems(task, recipe.statistics, recipe.alignment) == []
+
+
+def test_the_texts_of_a_rule_are_those_of_its_entry() -> None:
+    merging = [
+        {"rule": "iteris", "scales": [1.0], "texts": 7},
+        {"rule": "iteris", "scales": [1.0], "texts": 9, "options": {"ridge": 0.5}},
+    ]
+    recipe = Recipe.parse(tiny_study.recipe(merging=merging), "r")
+    assert recipe.probe_texts("iteris", {}) == 7
+    assert recipe.probe_texts("iteris", {"ridge": 0.5}) == 9
+    assert recipe.probe_texts("iteris", {"no": "such option"}) == 7
+    assert recipe.probe_texts("regmean_pp", {}) == 100
