@@ -33,7 +33,8 @@ from loraloom.errors import LoraloomError
 from loraloom.files.atomic import write_text
 from loraloom.merging import merge
 from loraloom.starts.initialise import initialise
-from loraloom.statistics.collect import Statistics, collect_statistics
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Statistics
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/gpu.py -->", "<!-- end of benchmarks/gpu.py -->"

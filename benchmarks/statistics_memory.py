@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraloom.model.layers import RowSum
-from loraloom.statistics.collect import Layer, Statistics, collect_statistics
+from loraloom.statistics.collect import RowSum, collect_statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import pooled
 
 T = TypeVar("T")

@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from loraloom.model.layers import LayerReader, Side, target_layers
+from loraloom.model.layers import LayerReader, target_layers
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import Encoded, batches, encode
+from loraloom.model.tokens import Encoded, Side, batches, encode
 from loraloom.starts.spectra import spectrum
 from loraloom.starts.subspace import loud_directions, project_out, response_scale
 from loraloom.statistics.moments import Moment

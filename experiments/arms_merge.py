@@ -14,8 +14,7 @@ from loraloom.adapters.heads import Head, align_head
 from loraloom.adapters.lowrank import concatenate
 from loraloom.adapters.update import Update
 from loraloom.analysis.interference import ratio, response
-from loraloom.merging.rules.activation import regmean
-from loraloom.merging.rules.regression import iteris, reading_groups, rows_read
+from loraloom.merging.rules.regression import iteris, reading_groups, regmean, rows_read
 from loraloom.merging.rules.spectral import tsv
 from loraloom.model.probe import TaskProbe
 from loraloom.statistics.moments import Moment

@@ -29,7 +29,7 @@ from loraloom.analysis.interference import products
 from loraloom.analysis.overlap import overlaps
 from loraloom.analysis.prediction import predict
 from loraloom.results import StudyResult
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 from loraloom.study.recipe import slug
 
 Values = NDArray[np.float64]

@@ -24,11 +24,11 @@ from scipy.special import ndtr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from loraloom.model.layers import Kind, LayerReader, base_running, batch_sides
+from loraloom.model.layers import LayerReader, base_running
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import batches, encode
+from loraloom.model.tokens import Kind, batch_sides, batches, encode
 from loraloom.starts.subspace import loud_directions, osrm_subspace
-from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 from loraloom.statistics.privacy import ONE_ROW, add_noise, clipped, noise_scale
 from loraloom.study.stages import generic_rows

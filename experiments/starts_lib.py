@@ -13,7 +13,7 @@ from loraloom.adapters.update import Adapter
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator
 from loraloom.starts.initialise import initialise, task_seed
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 from loraloom.study.recipe import Recipe
 from loraloom.study.workflow import make_atlas
 from loraloom.tasks.task import Task

@@ -24,9 +24,10 @@ from loraloom.adapters.peft import CONFIG, WEIGHTS, read_adapter, read_provenanc
 from loraloom.errors import LoraloomError
 from loraloom.model.load import load_classifier, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate
+from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.initialise import initialise
-from loraloom.statistics.collect import Statistics, collect_statistics
-from loraloom.study.recipe import LoraSettings, TrainingSettings
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Statistics
 from loraloom.tasks.task import Task
 from loraloom.training import lora_config, train_adapter
 

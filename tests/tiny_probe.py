@@ -65,3 +65,15 @@ def tiny_probe(tasks: Sequence[str], seed: int, *, regression: Sequence[str] = (
             ]
         )
     return TinyProbe(weights, heads, inputs, labels, [task in regression for task in tasks])
+
+
+def layers_of(seed: int, tasks: int, size: float = 0.3) -> dict[str, list[Update]]:
+    """Updates for the tiny model, small enough that tanh is not flat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: [
+            Update(size * torch.randn(m, 2, generator=generator), size * torch.randn(2, n, generator=generator))
+            for _ in range(tasks)
+        ]
+        for name, (m, n) in {"first": (26, 17), "second": (15, 26)}.items()
+    }

@@ -35,12 +35,11 @@ from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems
 from loraloom.files.atomic import staged_folder, write_text
-from loraloom.model.launch import by_first, check_training, on_cpu
 from loraloom.model.load import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
-from loraloom.model.processes import raise_of_all, rank_and_size, started
+from loraloom.model.processes import by_first, check_training, on_cpu, raise_of_all, rank_and_size, started
 from loraloom.model.tokens import encode
+from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.keep import keep_callback
-from loraloom.study.recipe import LoraSettings, TrainingSettings
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import Task
 

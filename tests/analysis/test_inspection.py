@@ -18,7 +18,7 @@ from loraloom.analysis.outlook import outlook
 from loraloom.analysis.prediction import predict
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
-from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
 LAYERS = {"encoder.0.query": (6, 8), "encoder.1.query": (6, 8)}

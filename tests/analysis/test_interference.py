@@ -11,7 +11,7 @@ from torch import Tensor
 from loraloom.adapters.update import Adapter, Update
 from loraloom.analysis.interference import interference, ratio, response
 from loraloom.errors import LoraloomError
-from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
 TASKS, LAYERS, N, M, R = ["one", "two", "three"], ["a.query", "a.value"], 10, 7, 3

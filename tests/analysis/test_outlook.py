@@ -13,7 +13,7 @@ from torch import Tensor
 from loraloom.analysis.outlook import best_starts, outlook, own_and_others, share
 from loraloom.errors import LoraloomError
 from loraloom.starts.subspace import osrm_subspace
-from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
 N = 12

@@ -14,7 +14,7 @@ from loraloom.adapters.update import Adapter, Update
 from loraloom.analysis.interference import products
 from loraloom.analysis.prediction import predict, solve_scales
 from loraloom.errors import LoraloomError
-from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
 

@@ -17,7 +17,8 @@ import tiny
 from loraloom.adapters.peft import read_adapter
 from loraloom.starts.initialise import Keep, Scale, initialise
 from loraloom.starts.subspace import RULES
-from loraloom.statistics.collect import Statistics, collect_statistics
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Statistics
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 EVERY = [(rule, keep, scale) for rule in RULES for keep in get_args(Keep) for scale in get_args(Scale)]

@@ -24,7 +24,7 @@ import tiny_probe
 from loraloom.adapters.update import Adapter, Update
 from loraloom.merging import Merged, get_rule, merge, rule_names
 from loraloom.merging.plan import layer_seed
-from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
 SHAPES = {"first": (26, 17), "second": (15, 26)}  # tall and wide; the tiny model's layers

@@ -27,7 +27,7 @@ from loraloom.merging import merge
 from loraloom.merging.folders import dry_run, estimate, fuse_folders, merge_folders, plan_folders
 from loraloom.merging.readout import read_readout
 from loraloom.progress import Reporter
-from loraloom.statistics.collect import Layer, Statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
 SHAPES = {"layer.0.q": (6, 5), "layer.0.v": (7, 5), "layer.1.up": (9, 6)}

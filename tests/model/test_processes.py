@@ -17,7 +17,8 @@ import tiny_study
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
 from loraloom.model.processes import joined, rank_and_size
-from loraloom.statistics.collect import Statistics, collect_statistics
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
 from tiny_launch import two_processes
 

@@ -31,7 +31,8 @@ from loraloom.errors import LoraloomError
 from loraloom.model.layers import base_running
 from loraloom.model.wrappers import plain_path
 from loraloom.starts.initialise import initialise
-from loraloom.statistics.collect import Statistics, collect_statistics, fingerprint
+from loraloom.statistics.collect import collect_statistics, fingerprint
+from loraloom.statistics.file import Statistics
 from tiny_launch import two_processes
 
 _WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes packs 64 values

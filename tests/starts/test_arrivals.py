@@ -18,7 +18,7 @@ from loraloom.errors import LoraloomError
 from loraloom.starts.initialise import initialise
 from loraloom.starts.keep import keep_callback
 from loraloom.starts.subspace import Scale, loud_directions
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 
 # every layer of the tiny BERT here reads 16 inputs
 WIDTH = 16

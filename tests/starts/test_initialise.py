@@ -32,7 +32,8 @@ from loraloom.merging import merge
 from loraloom.starts.initialise import Initialisation, initialise, initialise_all, task_seed
 from loraloom.starts.keep import keep_callback
 from loraloom.starts.subspace import Keep
-from loraloom.statistics.collect import Statistics, collect_statistics
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Statistics
 
 ALL = ["query", "value", "intermediate.dense"]
 

@@ -31,7 +31,8 @@ from typer.testing import CliRunner
 import tiny_study
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
-from loraloom.statistics.collect import Layer, Statistics, collect_statistics, fingerprint
+from loraloom.statistics.collect import collect_statistics, fingerprint
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
 Batch = dict[str, Tensor]

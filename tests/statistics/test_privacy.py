@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from loraloom.errors import LoraloomError
 from loraloom.statistics import privacy
-from loraloom.statistics.collect import Layer, Statistics, collect_statistics
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 from loraloom.statistics.privacy import add_noise, clipped, noise_delta, noise_scale
 

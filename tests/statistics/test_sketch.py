@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraloom.model.layers import RowSum, Side
+from loraloom.model.tokens import Side
+from loraloom.statistics.collect import RowSum
 from loraloom.statistics.moments import Moment, pooled, sketched
 
 ROUNDING = 1e-6  # of the largest eigenvalue: a factor is rounded to float32 at each step

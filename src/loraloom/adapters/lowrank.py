@@ -122,6 +122,18 @@ def svd_factors(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     return QB @ U, S, Vh @ QA.T
 
 
+def update_bases(update: Update) -> tuple[Tensor, Tensor]:
+    """Return orthonormal bases of dW's row space (n, p) and column space (m, p), float64: what it reads and writes.
+
+    Where A's rows depend on each other B's columns reach more than dW does, and the other way round.
+    """
+    Qa, Ra = torch.linalg.qr(update.A.double().T)
+    Qb, Rb = torch.linalg.qr(update.B.double())
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
+    kept = int((1e-6 * S.max() < S).sum())  # none of an update that is zero
+    return Qa @ Vh[:kept].T, Qb @ U[:, :kept]
+
+
 def truncate(update: Update, rank: int) -> tuple[Update, float]:
     """Return the best rank-`rank` approximation (Eckart-Young) and the share of |dW|_F^2 it loses.
 

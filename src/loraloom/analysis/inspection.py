@@ -19,7 +19,7 @@ from loraloom.analysis.outlook import Outlook, outlook
 from loraloom.analysis.overlap import Overlaps, overlaps
 from loraloom.analysis.prediction import Prediction, predict
 from loraloom.errors import LoraloomError
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 
 SCALES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)  # at which the sum's error is told
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraloom.adapters.lowrank import update_bases
 from loraloom.adapters.update import Adapter, Update
-from loraloom.analysis.overlap import update_bases
 from loraloom.errors import raise_problems
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
 
 

@@ -15,7 +15,7 @@ from loraloom.analysis.interference import ratio
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.starts.spectra import Pool, top_directions
 from loraloom.starts.subspace import loud_directions, subspace_off
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
 
 STARTS = ("apart", "osrm", "mean")  # `shared` and `default` see as much as `random`, which is chance

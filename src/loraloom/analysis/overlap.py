@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraloom.adapters.update import Adapter, Update
+from loraloom.adapters.lowrank import update_bases
+from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError
 
 # Trained on MiniLM (rank 8 of 384 inputs) from one and the same A, adapters keep 0.47 to 0.75 and OSRM's quiet starts
@@ -68,18 +69,6 @@ def overlaps(adapters: Mapping[str, Adapter]) -> Overlaps:
                 for key, values in zip(tables, zip(*found, strict=True), strict=True):
                     tables[key][i, j] = tables[key][j, i] = sum(values) / len(values)
     return Overlaps(names, **tables)
-
-
-def update_bases(update: Update) -> tuple[Tensor, Tensor]:
-    """Return orthonormal bases of dW's row space (n, p) and column space (m, p), float64: what it reads and writes.
-
-    Where A's rows depend on each other B's columns reach more than dW does, and the other way round.
-    """
-    Qa, Ra = torch.linalg.qr(update.A.double().T)
-    Qb, Rb = torch.linalg.qr(update.B.double())
-    U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
-    kept = int((1e-6 * S.max() < S).sum())  # none of an update that is zero
-    return Qa @ Vh[:kept].T, Qb @ U[:, :kept]
 
 
 def _compared(

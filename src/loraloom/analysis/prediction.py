@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import check_cover, products
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 
 # singular values of the normal equations below this share of the largest are rounding: adapters that are multiples
 _ROUNDING = 1e-9

@@ -149,7 +149,7 @@ def train(
     Under `accelerate launch --multi_gpu -m` or torchrun the processes share out every batch, and the first one writes.
     """
     with command(quiet, as_json) as out, out.progress() as shown:
-        from loraloom.model.launch import leave
+        from loraloom.model.processes import leave
         from loraloom.study.workflow import train_from_recipe
 
         done = train_from_recipe(read_recipe(recipe, base), task, output, start, seed, shown)

@@ -12,7 +12,7 @@ from loraloom.cli.common import AsJson, Output, Quiet, command
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
-    from loraloom.statistics.collect import Statistics
+    from loraloom.statistics.file import Statistics
 
 
 class CollectGroup(TyperGroup):
@@ -87,7 +87,7 @@ def show_statistics(
 ) -> None:
     """Tell what a statistics file holds, and so what whoever has it can read."""
     with command(quiet, as_json) as out:
-        from loraloom.statistics.collect import Statistics
+        from loraloom.statistics.file import Statistics
 
         found = Statistics.load(file)
         out.result(found.contents())

@@ -15,13 +15,13 @@ from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.adapters.update import Adapter, Update, compatibility_problems
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import check_folder
+from loraloom.merging.card import fused_card
 from loraloom.merging.fuse import fuse
-from loraloom.merging.merger import energy_lost, fused_card, plan_facts, write_merged
+from loraloom.merging.merger import energy_lost, plan_facts, write_merged
 from loraloom.merging.plan import Plan, make_plan
-from loraloom.merging.probe import Probe
-from loraloom.merging.registry import Rule, get_rule
+from loraloom.merging.registry import Probe, Rule, get_rule
 from loraloom.progress import Reporter
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 
 Supplied = tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]
 # makes what a rule needs of named adapters, beside the statistics that were given: see `needs.supply`

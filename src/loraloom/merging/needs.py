@@ -14,11 +14,11 @@ from datasets import Dataset
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter
 from loraloom.merging.registry import Rule
-from loraloom.model.layers import Kind
 from loraloom.model.probe import TaskProbe
 from loraloom.model.runner import Evaluator, label_tensor
-from loraloom.model.tokens import Encoded, batches, encode
-from loraloom.statistics.collect import Statistics, collect_statistics
+from loraloom.model.tokens import Encoded, Kind, batches, encode
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Statistics
 from loraloom.tasks.task import Task
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from loraloom.adapters.lowrank import Shared, truncate, truncate_dense
 from loraloom.adapters.update import Adapter, Shape, Update, compatibility_problems, headless_config
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
-from loraloom.merging.probe import Probe
-from loraloom.merging.registry import Result, Rule, get_rule
-from loraloom.statistics.collect import Statistics
+from loraloom.merging.registry import Probe, Result, Rule, get_rule
+from loraloom.statistics.file import Statistics
 
 Heads = Literal["keep", "average"]
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -19,7 +19,7 @@ from torch import Tensor
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, did_you_mean
-from loraloom.merging.probe import Probe
+from loraloom.model.tokens import Batch
 from loraloom.statistics.moments import Moment
 
 GROUP = "loraloom.rules"
@@ -35,6 +35,45 @@ _HELP = (
     "write it as `def f(updates, *, option: float = 0.2)`: keyword-only, each int, float, bool, str, Literal or None"
 )
 _RULES: dict[str, Rule] = {}
+
+
+class Probe(Protocol):
+    """A frozen base model with each task's texts, heads and, where they are at hand, labels.
+
+    Tasks are numbered as the adapters are. `loraloom.model.probe.TaskProbe` is one for Hugging Face models.
+    """
+
+    @property
+    def batches(self) -> Sequence[Sequence[Batch]]:
+        """Return the texts of every task as model inputs, batch by batch."""
+
+    @property
+    def labels(self) -> Sequence[Sequence[Tensor]]:
+        """Return the labels of every task, batch by batch as `batches`: int64 classes, or float32 for regression.
+
+        Empty where there are none.
+        """
+
+    @property
+    def regression(self) -> Sequence[bool]:
+        """Tell of every task whether its head returns a number, not the logits of classes."""
+
+    def run(
+        self,
+        task: int,
+        batch: Batch,
+        updates: Mapping[str, Update],
+        see: Callable[[str, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return the outputs (k, classes or 1) of the task's head for one batch, with `updates` in the base model.
+
+        Differentiable in the updates. `see(module, rows)` is called for every updated layer, in the order in which the
+        layers run, with what it reads: (tokens, n), padding left out, differentiable too. Take gradients before another
+        task runs: the heads may share their place in the model.
+        """
+
+    def step(self, done: int, total: int) -> None:
+        """Tell the user that `done` of `total` steps are behind."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the linear layers of a base model read: which layers, which of their rows count, and sums over those rows."""
+"""The linear layers of a base model: found by path, and what each of them reads."""
 
 from __future__ import annotations
 
@@ -7,182 +7,15 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.update import matches_target
 from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.model.tokens import token_labels
 from loraloom.model.wrappers import eager, is_sharded, peeled, plain_path, reshard
-from loraloom.statistics.moments import Moment
-from loraloom.statistics.sketch import FrequentDirections
-
-Kind = Literal["token", "sample"]
-IGNORED = -100  # the label of a token that no loss sees
-_BLOCK = 2048  # rows that wait for one float64 product, once there is a Gram matrix
-_STRIPS = 4  # column strips of a Gram matrix: 5/8 of the products of the whole
-
-
-class RowSum:
-    """Sums rows (k, n) of one input: the rows themselves while they are fewer than n, their Gram matrix after that.
-
-    With a `bound` below n no more than so many rows are left: the rows themselves while they are no more, frequent
-    directions after that (`FrequentDirections`). Products and sums are float64: the quiet directions are many powers of
-    ten below the loud ones. All is kept on the rows' device, and nothing is read from it while rows are added.
-    """
-
-    def __init__(self, width: int, bound: int | None = None) -> None:
-        self.width = width
-        self.count = 0
-        self.total: Tensor | None = None
-        self._bad: Tensor | None = None  # the first batch that was not finite
-        self._sketch = FrequentDirections(width, bound) if bound is not None and bound < width else None
-        self._gram: Tensor | None = None
-        self._waiting: list[Tensor] = []
-        self._held = 0
-
-    def add(self, rows: Tensor, batch: int = 1) -> None:
-        """Add `rows` (k, n) float32 of the batch of this number, from 1."""
-        total = rows.sum(dim=0, dtype=torch.float64)
-        bad = torch.where(total.isfinite().all(), 0, batch)
-        self._bad = bad if self._bad is None else torch.where(self._bad == 0, bad, self._bad)
-        self.total = total if self.total is None else self.total + total
-        self.count += rows.shape[0]
-        if self._sketch is not None:
-            self._sketch.add(rows)
-            return
-        self._waiting.append(rows)
-        self._held += rows.shape[0]
-        if self._held >= (self.width if self._gram is None else min(self.width, _BLOCK)):
-            self._fold()
-
-    def bad_batch(self) -> int:
-        """Return the number of the first batch with rows that are not finite, or 0. Waits for the device."""
-        return 0 if self._bad is None else int(self._bad)
-
-    def moment(self) -> Moment:
-        """Return the moment of all rows so far, on the CPU."""
-        if self._sketch is not None and self.total is not None:
-            factor, as_they_came = self._sketch.result()
-            if as_they_came:
-                return Moment.of_rows(factor)
-            return Moment(self.count, self.total.cpu(), factor=factor.cpu(), lost=float(self._sketch.lost))
-        if self._gram is None:
-            return Moment.of_rows(torch.cat(self._waiting) if self._waiting else torch.zeros(0, self.width))
-        if self._waiting:
-            self._fold()
-        assert self.total is not None
-        half = self._gram.cpu().triu()
-        return Moment(self.count, self.total.cpu(), gram=half + half.triu(1).T)
-
-    def _fold(self) -> None:
-        block = torch.cat(self._waiting).double()
-        self._waiting, self._held = [], 0
-        if self._gram is None:
-            self._gram = block.new_zeros(self.width, self.width)
-        step = -(-self.width // _STRIPS)
-        for start in range(0, self.width, step):  # on and above the diagonal alone: the rest is its mirror image
-            end = min(start + step, self.width)
-            self._gram[:end, start:end].addmm_(block[:, :end].T, block[:, start:end])
-
-
-@dataclass(frozen=True)
-class Side:
-    """The counted tokens of one side of a batch: `mask` (samples, length) bool, with the indices that follow from it.
-
-    `tokens` are the true places of the flattened mask, `samples` their rows in it, `counts` the true places a sample,
-    `present` the samples that have any. To find them waits for the device, twice a batch; `rows` does not.
-    """
-
-    mask: Tensor
-    tokens: Tensor
-    samples: Tensor
-    counts: Tensor
-    present: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Side:
-        """Return the side with this bool mask (samples, length)."""
-        tokens, counts = mask.flatten().nonzero().squeeze(1), mask.sum(dim=1)
-        return cls(mask, tokens, tokens // mask.shape[1], counts, counts.nonzero().squeeze(1))
-
-    def rows(self, x: Tensor, kind: Kind) -> Tensor:
-        """Return the counted rows of a layer's input `x` (..., n), float32: one a token, or its mean one a sample.
-
-        An input (samples, n), as of a pooler, has one row a sample in both kinds. Raises ValueError where `x` does
-        not fit the mask.
-        """
-        shape, flat = tuple(x.shape[:-1]), x.reshape(-1, x.shape[-1])
-        samples, length = self.mask.shape
-        if shape == (samples,):
-            return _picked(flat, self.present).float()
-        if shape not in ((samples, length), (samples * length,)):
-            raise ValueError(f"an input of shape {tuple(x.shape)}, which does not fit a mask {tuple(self.mask.shape)}")
-        picked = _picked(flat, self.tokens)
-        if kind == "token":
-            return picked.float()
-        owner, counts = self.samples.to(picked.device), self.counts.to(picked.device)
-        sums = torch.zeros(samples, x.shape[-1], dtype=torch.float64, device=picked.device)
-        sums.index_add_(0, owner, picked.double())
-        return (sums / counts[:, None]).index_select(0, self.present.to(sums.device)).float()
-
-
-def _picked(flat: Tensor, index: Tensor) -> Tensor:
-    rows = flat.index_select(0, index.to(flat.device))
-    return rows.cpu() if rows.device.type == "mps" else rows  # mps has no float64
-
-
-def batch_sides(
-    batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None, labelled_only: bool
-) -> tuple[Side, Side]:
-    """Return which tokens of `batch` count on the encoder's and on the decoder's side: the same for a single stack.
-
-    `pad` is the padding token of decoder_input_ids. Raises ValueError telling what is missing or does not fit.
-    """
-    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
-    if inputs is None:
-        raise ValueError("neither input_ids nor inputs_embeds is given")
-    mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-    if "attention_mask" in batch:
-        if batch["attention_mask"].shape != mask.shape:
-            shape = tuple(batch["attention_mask"].shape)
-            raise ValueError(f"attention_mask is {shape}, not (samples, length) = {tuple(mask.shape)}")
-        mask = batch["attention_mask"] != 0
-    decoder = _decoder_mask(batch, mask, pad) if two_sided else mask
-    if labelled_only:
-        labels = token_labels(batch)
-        if labels is None or labels.shape != decoder.shape:
-            raise ValueError("labelled_only needs labels of whole numbers, one a token")
-        decoder = decoder & (labels != IGNORED)
-    side = Side.of(decoder)
-    return (Side.of(mask) if two_sided else side), side
-
-
-def token_labels(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Return labels (samples, length) of whole numbers, or None: labels of a class, a score or several classes."""
-    labels = batch.get("labels")
-    return labels if labels is not None and labels.ndim == 2 and not labels.is_floating_point() else None
-
-
-def _decoder_mask(batch: Mapping[str, Tensor], mask: Tensor, pad: int | None) -> Tensor:
-    if "decoder_attention_mask" in batch:
-        return batch["decoder_attention_mask"] != 0
-    labels = token_labels(batch)
-    if labels is not None:
-        return labels != IGNORED
-    if "decoder_input_ids" in batch:
-        ids = batch["decoder_input_ids"]
-        given = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
-        given[:, 0] = True  # T5 starts its decoder with the padding token
-        return given
-    # T5 and BART as classifiers read the input shifted right: the start, then every token but the last one, whose
-    # successor no head reads (with padding it stands there, without it does not)
-    start = torch.ones_like(mask[:, :1])
-    still_to_come = mask.flip(1).cumsum(1).flip(1) > 0
-    return torch.cat([start, mask[:, :-1]], dim=1) & still_to_come
 
 
 @contextmanager

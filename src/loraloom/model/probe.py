@@ -1,4 +1,4 @@
-"""The base model with every task's texts and head, as the merging rules look at it: `merging.probe.Probe`."""
+"""The base model with every task's texts and head, as the merging rules look at it: a `merging.registry.Probe`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import Tensor
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Update
 from loraloom.errors import raise_problems
-from loraloom.merging.probe import Batch
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import Encoded, batches
+from loraloom.model.tokens import Batch, Encoded, batches
 
 
 class TaskProbe:

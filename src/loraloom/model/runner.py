@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
-from loraloom.model.layers import LayerReader, batch_sides, layer_shape
+from loraloom.model.layers import LayerReader, layer_shape
 from loraloom.model.load import load_classifier, load_tokenizer
-from loraloom.model.tokens import Encoded, batches, encode
+from loraloom.model.tokens import Encoded, batch_sides, batches, encode
 from loraloom.results import Score
 from loraloom.tasks.metrics import score
 from loraloom.tasks.task import Task

@@ -34,7 +34,7 @@ from loraloom.starts.subspace import (
     response_scale,
     subspace_off,
 )
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import pooled
 
 _FACTORS = ("lora_A", "lora_B")  # as PEFT's layers name them

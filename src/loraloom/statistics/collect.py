@@ -1,28 +1,23 @@
-"""What the layers of the base model see on a task's texts: one forward pass, shared by input, additive, one file."""
+"""What the layers of a base model see of texts: sums over one forward pass, shared by input, of all processes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems
+from loraloom.errors import LoraloomError, collecting, did_you_mean
 from loraloom.model.layers import (
-    Kind,
     LayerReader,
-    RowSum,
     base_model,
     base_running,
-    batch_sides,
     layer_shape,
     linear_layers,
     model_name,
@@ -31,171 +26,79 @@ from loraloom.model.layers import (
     unwrapped,
 )
 from loraloom.model.processes import gathered, raise_of_all, rank_and_size
+from loraloom.model.tokens import Kind, batch_sides
 from loraloom.model.wrappers import each_weight, whole
-from loraloom.statistics.file import StoredMoments, read_metadata, save_moments
+from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment, pooled, sketched
 from loraloom.statistics.privacy import clipped
+from loraloom.statistics.sketch import FrequentDirections
 
-FORMAT = "loraloom-statistics-1"
+_BLOCK = 2048  # rows that wait for one float64 product, once there is a Gram matrix
+_STRIPS = 4  # column strips of a Gram matrix: 5/8 of the products of the whole
 _SAMPLED = 4096  # values of each weight that the fingerprint reads
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One target linear layer: `input` is the path of the first target layer that reads the same tensor."""
+class RowSum:
+    """Sums rows (k, n) of one input: the rows themselves while they are fewer than n, their Gram matrix after that.
 
-    input: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Second moments of what each target layer of a base model reads, uncentred, over the texts of one task.
-
-    `moments` go by the `input` of a layer, `layers` by module path in the base model; `texts` are the samples seen,
-    `tokens` those of their tokens that count (of both sides of an encoder-decoder). A row is a token or, for `kind`
-    "sample", the mean over a sample's tokens. `fingerprint` is that of the base weights. Moments of a file are read
-    from it at each access. `privacy` tells what was done for the texts' sake: the norm `clip` to which rows were
-    clipped, and `epsilon` and `delta` of the noise added (`loraloom.statistics.privacy`).
+    With a `bound` below n no more than so many rows are left: the rows themselves while they are no more, frequent
+    directions after that (`FrequentDirections`). Products and sums are float64: the quiet directions are many powers of
+    ten below the loud ones. All is kept on the rows' device, and nothing is read from it while rows are added.
     """
 
-    base: str
-    fingerprint: str
-    moments: Mapping[str, Moment]
-    layers: dict[str, Layer]
-    texts: int
-    tokens: int
-    kind: Kind
-    privacy: dict[str, float] | None = None
+    def __init__(self, width: int, bound: int | None = None) -> None:
+        self.width = width
+        self.count = 0
+        self.total: Tensor | None = None
+        self._bad: Tensor | None = None  # the first batch that was not finite
+        self._sketch = FrequentDirections(width, bound) if bound is not None and bound < width else None
+        self._gram: Tensor | None = None
+        self._waiting: list[Tensor] = []
+        self._held = 0
 
-    def moment(self, module: str) -> Moment:
-        """Return the moment of the input of `module`. Raises LoraloomError for a module that is not a target."""
-        if module not in self.layers:
-            raise LoraloomError(f"{module}: the statistics do not cover it", did_you_mean(module, self.layers))
-        return self.moments[self.layers[module].input]
+    def add(self, rows: Tensor, batch: int = 1) -> None:
+        """Add `rows` (k, n) float32 of the batch of this number, from 1."""
+        total = rows.sum(dim=0, dtype=torch.float64)
+        bad = torch.where(total.isfinite().all(), 0, batch)
+        self._bad = bad if self._bad is None else torch.where(self._bad == 0, bad, self._bad)
+        self.total = total if self.total is None else self.total + total
+        self.count += rows.shape[0]
+        if self._sketch is not None:
+            self._sketch.add(rows)
+            return
+        self._waiting.append(rows)
+        self._held += rows.shape[0]
+        if self._held >= (self.width if self._gram is None else min(self.width, _BLOCK)):
+            self._fold()
 
-    def __add__(self, other: Statistics) -> Statistics:
-        """Return the statistics of both sets of texts. Raises LoraloomError where they are not of one kind."""
-        self._check_fit(other)
-        moments = {name: moment + other.moments[name] for name, moment in self.moments.items()}
-        return replace(self, moments=moments, texts=self.texts + other.texts, tokens=self.tokens + other.tokens)
+    def bad_batch(self) -> int:
+        """Return the number of the first batch with rows that are not finite, or 0. Waits for the device."""
+        return 0 if self._bad is None else int(self._bad)
 
-    def __sub__(self, other: Statistics) -> Statistics:
-        """Return the statistics of the texts that are not in `other`, a part of these.
+    def moment(self) -> Moment:
+        """Return the moment of all rows so far, on the CPU."""
+        if self._sketch is not None and self.total is not None:
+            factor, as_they_came = self._sketch.result()
+            if as_they_came:
+                return Moment.of_rows(factor)
+            return Moment(self.count, self.total.cpu(), factor=factor.cpu(), lost=float(self._sketch.lost))
+        if self._gram is None:
+            return Moment.of_rows(torch.cat(self._waiting) if self._waiting else torch.zeros(0, self.width))
+        if self._waiting:
+            self._fold()
+        assert self.total is not None
+        half = self._gram.cpu().triu()
+        return Moment(self.count, self.total.cpu(), gram=half + half.triu(1).T)
 
-        Raises LoraloomError where they are not of one kind, `other` has more rows, or noise was added.
-        """
-        self._check_fit(other)
-        if self.privacy and "epsilon" in self.privacy:
-            raise LoraloomError(f"{self._name}: noise was added, which no difference takes off", "subtract before it")
-        more = [name for name, moment in self.moments.items() if other.moments[name].count > moment.count]
-        if more or other.texts > self.texts or other.tokens > self.tokens:
-            raise LoraloomError(f"{other._name} is no part of {self._name}: it has more rows", "swap the two")
-        moments = {name: moment - other.moments[name] for name, moment in self.moments.items()}
-        return replace(self, moments=moments, texts=self.texts - other.texts, tokens=self.tokens - other.tokens)
-
-    def limit_rows(self, most: int) -> Statistics:
-        """Return these statistics without the rows of any input that has more than `most`; 0 leaves sums alone.
-
-        The sums are then a root of the Gram matrix: singular values times right vectors, which say the same.
-        """
-        moments = {name: moment if moment.count <= most else moment.turned() for name, moment in self.moments.items()}
-        return replace(self, moments=moments)
-
-    def limit_rank(self, most: int) -> Statistics:
-        """Return these statistics with the `most` loudest directions of each input; see `Moment.limit_rank`."""
-        return replace(self, moments={name: moment.limit_rank(most) for name, moment in self.moments.items()})
-
-    def inputs_with_rows(self) -> int:
-        """Return the number of inputs whose rows are held as the layer read them."""
-        return sum(moment.rows is not None for moment in self.moments.values())
-
-    def contents(self) -> dict[str, Any]:
-        """Tell what a file of these statistics holds, and so hands to whoever reads it."""
-        raw, thin, shares = [], [], [0.0]
-        for moment in self.moments.values():
-            raw += [] if moment.rows is None else [moment.count]
-            thin += [] if moment.factor is None else [len(moment.factor)]
-            shares += [moment.lost / max(moment.largest(), 1e-300)] if moment.lost else []
-        return {
-            "base": self.base,
-            "fingerprint": self.fingerprint,
-            "texts": self.texts,
-            "tokens": self.tokens,
-            "kind": self.kind,
-            "layers": len(self.layers),
-            "inputs": len(self.moments),
-            "inputs with their rows": len(raw),
-            "rows": sum(raw),
-            "inputs with directions": len(thin),
-            "directions": max(thin, default=0),
-            "inputs with a Gram matrix": len(self.moments) - len(raw) - len(thin),
-            "left out, of the largest eigenvalue, at most": float(f"{max(shares):.3g}"),
-            "widths": sorted({moment.width for moment in self.moments.values()}),
-            "privacy": self.privacy or "rows not clipped, no noise",
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
-        metadata = {
-            "format": FORMAT,
-            "base": self.base,
-            "fingerprint": self.fingerprint,
-            "texts": str(self.texts),
-            "tokens": str(self.tokens),
-            "kind": self.kind,
-            "layers": json.dumps({name: asdict(layer) for name, layer in self.layers.items()}),
-            **({"privacy": json.dumps(self.privacy)} if self.privacy else {}),
-        }
-        save_moments(self.moments, Path(path), metadata)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Statistics:
-        """Read a file that `save` wrote.
-
-        Raises LoraloomError telling what is wrong with it: absent, half-written, of another format, shapes that do
-        not fit, values that are not finite or that no rows could have given: it may come from anyone.
-        """
-        path, again = Path(path), "collect the statistics again"
-        metadata = read_metadata(path)
-        if metadata.get("format") != FORMAT:
-            found = metadata.get("format")
-            raise LoraloomError(f"{path}: not a statistics file: its format is {found!r}, not {FORMAT!r}", again)
-        try:
-            layers = {name: Layer(**fields) for name, fields in json.loads(metadata["layers"]).items()}
-            moments = StoredMoments.of(path, metadata)
-            texts, tokens = int(metadata["texts"]), int(metadata["tokens"])
-            base, fingerprint, kind = metadata["base"], metadata["fingerprint"], _kind(metadata["kind"])
-            told = json.loads(metadata.get("privacy", "{}"))
-            privacy = {str(what): float(value) for what, value in told.items()} or None
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise LoraloomError(f"{path}: its metadata is damaged ({error!r})", again) from error
-        widths: dict[str, set[int]] = {}
-        for layer in layers.values():
-            widths.setdefault(layer.input, set()).add(layer.in_features)
-        moments.check(widths)
-        return cls(base, fingerprint, moments, layers, texts, tokens, kind, privacy)
-
-    @property
-    def _name(self) -> str:
-        return f"{self.base} ({self.texts} texts)"
-
-    def _check_fit(self, other: Statistics) -> None:
-        problems = []
-        for what in ("fingerprint", "kind", "privacy"):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            if mine != theirs:
-                problems.append(f"{what}: {self._name} has {mine}, {other._name} has {theirs}")
-        for name in sorted(self.layers.keys() | other.layers.keys()):
-            mine, theirs = self.layers.get(name), other.layers.get(name)
-            if mine != theirs:
-                problems.append(f"layer {name}: {self._name} has {mine}, {other._name} has {theirs}")
-        raise_problems(
-            "these statistics do not fit together",
-            problems,
-            "collect both on one base, target_modules and kind of rows",
-        )
+    def _fold(self) -> None:
+        block = torch.cat(self._waiting).double()
+        self._waiting, self._held = [], 0
+        if self._gram is None:
+            self._gram = block.new_zeros(self.width, self.width)
+        step = -(-self.width // _STRIPS)
+        for start in range(0, self.width, step):  # on and above the diagonal alone: the rest is its mirror image
+            end = min(start + step, self.width)
+            self._gram[:end, start:end].addmm_(block[:, :end].T, block[:, start:end])
 
 
 def collect_statistics(
@@ -385,10 +288,3 @@ def _free_memory(device: torch.device) -> int | None:
     facts = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+) kB", facts.read_text()) if facts.is_file() else None
     return 1024 * int(found[1]) if found and device.type == "cpu" else None
-
-
-def _kind(text: str) -> Kind:
-    for kind in get_args(Kind):
-        if text == kind:
-            return cast(Kind, kind)
-    raise ValueError(f"kind {text!r} is neither 'token' nor 'sample'")

@@ -1,25 +1,189 @@
-"""Moments in a safetensors file: written whole, checked one at a time, read at each access. It may come from anyone."""
+"""The statistics of a task, and their file: written whole, checked one input at a time, read at each access.
+
+A file may come from anyone.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraloom.errors import LoraloomError, raise_problems
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.atomic import staged_file
 from loraloom.files.tensors import all_finite
+from loraloom.model.tokens import Kind
 from loraloom.statistics.moments import Moment
 
+FORMAT = "loraloom-statistics-1"
 _DTYPES = {"total": torch.float64, "rows": torch.float32, "gram": torch.float64, "factor": torch.float32}
 _AGAIN = "collect the statistics again"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One target linear layer: `input` is the path of the first target layer that reads the same tensor."""
+
+    input: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of what each target layer of a base model reads, uncentred, over the texts of one task.
+
+    `moments` go by the `input` of a layer, `layers` by module path in the base model; `texts` are the samples seen,
+    `tokens` those of their tokens that count (of both sides of an encoder-decoder). A row is a token or, for `kind`
+    "sample", the mean over a sample's tokens. `fingerprint` is that of the base weights. Moments of a file are read
+    from it at each access. `privacy` tells what was done for the texts' sake: the norm `clip` to which rows were
+    clipped, and `epsilon` and `delta` of the noise added (`loraloom.statistics.privacy`).
+    """
+
+    base: str
+    fingerprint: str
+    moments: Mapping[str, Moment]
+    layers: dict[str, Layer]
+    texts: int
+    tokens: int
+    kind: Kind
+    privacy: dict[str, float] | None = None
+
+    def moment(self, module: str) -> Moment:
+        """Return the moment of the input of `module`. Raises LoraloomError for a module that is not a target."""
+        if module not in self.layers:
+            raise LoraloomError(f"{module}: the statistics do not cover it", did_you_mean(module, self.layers))
+        return self.moments[self.layers[module].input]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Return the statistics of both sets of texts. Raises LoraloomError where they are not of one kind."""
+        self._check_fit(other)
+        moments = {name: moment + other.moments[name] for name, moment in self.moments.items()}
+        return replace(self, moments=moments, texts=self.texts + other.texts, tokens=self.tokens + other.tokens)
+
+    def __sub__(self, other: Statistics) -> Statistics:
+        """Return the statistics of the texts that are not in `other`, a part of these.
+
+        Raises LoraloomError where they are not of one kind, `other` has more rows, or noise was added.
+        """
+        self._check_fit(other)
+        if self.privacy and "epsilon" in self.privacy:
+            raise LoraloomError(f"{self._name}: noise was added, which no difference takes off", "subtract before it")
+        more = [name for name, moment in self.moments.items() if other.moments[name].count > moment.count]
+        if more or other.texts > self.texts or other.tokens > self.tokens:
+            raise LoraloomError(f"{other._name} is no part of {self._name}: it has more rows", "swap the two")
+        moments = {name: moment - other.moments[name] for name, moment in self.moments.items()}
+        return replace(self, moments=moments, texts=self.texts - other.texts, tokens=self.tokens - other.tokens)
+
+    def limit_rows(self, most: int) -> Statistics:
+        """Return these statistics without the rows of any input that has more than `most`; 0 leaves sums alone.
+
+        The sums are then a root of the Gram matrix: singular values times right vectors, which say the same.
+        """
+        moments = {name: moment if moment.count <= most else moment.turned() for name, moment in self.moments.items()}
+        return replace(self, moments=moments)
+
+    def limit_rank(self, most: int) -> Statistics:
+        """Return these statistics with the `most` loudest directions of each input; see `Moment.limit_rank`."""
+        return replace(self, moments={name: moment.limit_rank(most) for name, moment in self.moments.items()})
+
+    def inputs_with_rows(self) -> int:
+        """Return the number of inputs whose rows are held as the layer read them."""
+        return sum(moment.rows is not None for moment in self.moments.values())
+
+    def contents(self) -> dict[str, Any]:
+        """Tell what a file of these statistics holds, and so hands to whoever reads it."""
+        raw, thin, shares = [], [], [0.0]
+        for moment in self.moments.values():
+            raw += [] if moment.rows is None else [moment.count]
+            thin += [] if moment.factor is None else [len(moment.factor)]
+            shares += [moment.lost / max(moment.largest(), 1e-300)] if moment.lost else []
+        return {
+            "base": self.base,
+            "fingerprint": self.fingerprint,
+            "texts": self.texts,
+            "tokens": self.tokens,
+            "kind": self.kind,
+            "layers": len(self.layers),
+            "inputs": len(self.moments),
+            "inputs with their rows": len(raw),
+            "rows": sum(raw),
+            "inputs with directions": len(thin),
+            "directions": max(thin, default=0),
+            "inputs with a Gram matrix": len(self.moments) - len(raw) - len(thin),
+            "left out, of the largest eigenvalue, at most": float(f"{max(shares):.3g}"),
+            "widths": sorted({moment.width for moment in self.moments.values()}),
+            "privacy": self.privacy or "rows not clipped, no noise",
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        metadata = {
+            "format": FORMAT,
+            "base": self.base,
+            "fingerprint": self.fingerprint,
+            "texts": str(self.texts),
+            "tokens": str(self.tokens),
+            "kind": self.kind,
+            "layers": json.dumps({name: asdict(layer) for name, layer in self.layers.items()}),
+            **({"privacy": json.dumps(self.privacy)} if self.privacy else {}),
+        }
+        save_moments(self.moments, Path(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read a file that `save` wrote.
+
+        Raises LoraloomError telling what is wrong with it: absent, half-written, of another format, shapes that do
+        not fit, values that are not finite or that no rows could have given: it may come from anyone.
+        """
+        path, again = Path(path), "collect the statistics again"
+        metadata = read_metadata(path)
+        if metadata.get("format") != FORMAT:
+            found = metadata.get("format")
+            raise LoraloomError(f"{path}: not a statistics file: its format is {found!r}, not {FORMAT!r}", again)
+        try:
+            layers = {name: Layer(**fields) for name, fields in json.loads(metadata["layers"]).items()}
+            moments = StoredMoments.of(path, metadata)
+            texts, tokens = int(metadata["texts"]), int(metadata["tokens"])
+            base, fingerprint, kind = metadata["base"], metadata["fingerprint"], _kind(metadata["kind"])
+            told = json.loads(metadata.get("privacy", "{}"))
+            privacy = {str(what): float(value) for what, value in told.items()} or None
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise LoraloomError(f"{path}: its metadata is damaged ({error!r})", again) from error
+        widths: dict[str, set[int]] = {}
+        for layer in layers.values():
+            widths.setdefault(layer.input, set()).add(layer.in_features)
+        moments.check(widths)
+        return cls(base, fingerprint, moments, layers, texts, tokens, kind, privacy)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.base} ({self.texts} texts)"
+
+    def _check_fit(self, other: Statistics) -> None:
+        problems = []
+        for what in ("fingerprint", "kind", "privacy"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                problems.append(f"{what}: {self._name} has {mine}, {other._name} has {theirs}")
+        for name in sorted(self.layers.keys() | other.layers.keys()):
+            mine, theirs = self.layers.get(name), other.layers.get(name)
+            if mine != theirs:
+                problems.append(f"layer {name}: {self._name} has {mine}, {other._name} has {theirs}")
+        raise_problems(
+            "these statistics do not fit together",
+            problems,
+            "collect both on one base, target_modules and kind of rows",
+        )
 
 
 def save_moments(moments: Mapping[str, Moment], path: Path, metadata: Mapping[str, str]) -> None:
@@ -140,3 +304,10 @@ class StoredMoments(Mapping[str, Moment]):
             elif not all_finite(value):
                 problems.append(f"{name}.{part}: holds values that are not finite")
         return problems
+
+
+def _kind(text: str) -> Kind:
+    for kind in get_args(Kind):
+        if text == kind:
+            return cast(Kind, kind)
+    raise ValueError(f"kind {text!r} is neither 'token' nor 'sample'")

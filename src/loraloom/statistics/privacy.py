@@ -25,7 +25,7 @@ from loraloom.errors import LoraloomError, raise_problems
 from loraloom.statistics.moments import Moment
 
 if TYPE_CHECKING:
-    from loraloom.statistics.collect import Statistics
+    from loraloom.statistics.file import Statistics
 
 # What replacing one row x by y, |x|, |y| <= 1, changes in an input's Gram matrix and sum, squared: |xx' - yy'|_F^2 +
 # |x - y|^2 = |x|^4 + |y|^4 - 2c^2 + |x|^2 + |y|^2 - 2c with c = x'y, largest at |x| = |y| = 1 and c = -1/2.

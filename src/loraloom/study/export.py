@@ -16,9 +16,9 @@ import torch
 
 from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance, write_adapter
 from loraloom.files.atomic import remove_leftovers, staged_folder
-from loraloom.merging.merger import merged_card
+from loraloom.merging.card import merged_card
 from loraloom.merging.readout import scaled_readouts
-from loraloom.model.launch import check_alone
+from loraloom.model.processes import check_alone
 from loraloom.model.runner import labels
 from loraloom.progress import Reporter
 from loraloom.report import write_report

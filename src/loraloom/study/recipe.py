@@ -11,7 +11,6 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -21,57 +20,12 @@ from pydantic import (
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.registry import get_rule
+from loraloom.settings import AlignmentSettings, LoraSettings, Settings, StatisticsSettings, TrainingSettings
 from loraloom.starts.subspace import DEFAULT, Keep, Scale, meant_scale
 from loraloom.starts.subspace import RULES as SUBSPACE_RULES
 from loraloom.tasks.sources import SUFFIXES
 
 PROBE_TEXTS = 100  # a task, for a rule that looks at texts
-
-
-class Settings(BaseModel):
-    """Options that refuse unknown names and never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-
-
-class LoraSettings(Settings):
-    """The shape of every adapter, in PEFT's terms."""
-
-    rank: int = Field(8, ge=1, description="r of every target layer")
-    alpha: float = Field(16, gt=0, description="lora_alpha: the update is alpha / r times B A")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[str] | str = Field(
-        ["query", "value"], min_length=1, description="path endings, or one regular expression"
-    )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-
-
-class StatisticsSettings(Settings):
-    """What is seen of each task's unlabelled training texts before training."""
-
-    texts: int = Field(100, ge=1, description="unlabelled training texts a task")
-    rows: Literal["token", "sample"] = Field("token", description="a row a token, or a row the mean of a text's tokens")
-    max_length: int = Field(128, ge=2)
-    batch_size: int = Field(32, ge=1)
-    atlas_texts: int = Field(300, ge=1, description="texts of generic English, for inits that stay off an atlas")
-
-
-class TrainingSettings(Settings):
-    """How one adapter is trained; the paper's settings are the defaults but for the epochs' early stopping."""
-
-    epochs: int = Field(3, ge=1)
-    learning_rate: float = Field(4e-4, gt=0)
-    batch_size: int = Field(32, ge=1, description="rows of a batch, shared out where several processes train")
-    accumulate: int = Field(1, ge=1, description="batches an optimiser step")
-    max_length: int = Field(128, ge=2, description="word pieces kept of a text")
-    warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    patience: int | None = Field(None, ge=1, description="epochs without a better held-out metric before it stops")
-    eval_batch_size: int = Field(64, ge=1, description="rows that a process measures at once")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where a GPU has it")
-    gradient_checkpointing: bool = False
 
 
 class InitSettings(Settings):
@@ -113,7 +67,7 @@ class MergeSettings(Settings):
 
     rule: str
     scales: list[float] = Field(min_length=1)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     texts: int = Field(PROBE_TEXTS, ge=1, description="training texts a task for a rule that looks at texts")
 
     @field_validator("rule")
@@ -137,13 +91,6 @@ class MergeSettings(Settings):
     def filled(self) -> dict[str, Any]:
         """Return the rule's options with its defaults filled in."""
         return get_rule(self.rule).check(self.options)[0]
-
-
-class AlignmentSettings(Settings):
-    """Label-free alignment of the heads to the merged features."""
-
-    texts: int = Field(200, ge=2, description="unlabelled training texts a task")
-    ridge: float = Field(1.0, gt=0, description="e as a share of the mean diagonal of C")
 
 
 class _TaskOptions(Settings):
@@ -212,9 +159,9 @@ class Recipe(Settings):
     lora: LoraSettings = LoraSettings()
     statistics: StatisticsSettings = StatisticsSettings()
     training: TrainingSettings = TrainingSettings()
-    inits: dict[str, InitSettings] = {}
+    inits: dict[str, InitSettings] = Field({})
     adapters: dict[str, Path] = Field({}, description="finished adapter folders by task, in place of inits")
-    merging: list[MergeSettings] = []
+    merging: list[MergeSettings] = Field([])
     alignment: AlignmentSettings = AlignmentSettings()
 
     @model_validator(mode="after")

@@ -22,17 +22,10 @@ from loraloom.merging.needs import alignment_rows, collect
 from loraloom.merging.readout import READOUTS
 from loraloom.model.runner import Evaluator, scored
 from loraloom.results import Score
+from loraloom.settings import AlignmentSettings, LoraSettings, StatisticsSettings
 from loraloom.starts.initialise import initialise
-from loraloom.statistics.collect import Statistics
-from loraloom.study.recipe import (
-    AlignmentSettings,
-    BuiltinTask,
-    GlueTask,
-    InitSettings,
-    LoraSettings,
-    StatisticsSettings,
-    TaskSettings,
-)
+from loraloom.statistics.file import Statistics
+from loraloom.study.recipe import BuiltinTask, GlueTask, InitSettings, TaskSettings
 from loraloom.tasks.builtin import builtin_task, source_versions
 from loraloom.tasks.builtin_text import generic_texts
 from loraloom.tasks.files import file_task

@@ -20,16 +20,17 @@ from loraloom.files.tensors import save_tensors
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, Supplied, names_of
 from loraloom.merging.needs import alignment_rows, collect, supply
-from loraloom.model.layers import Kind
 from loraloom.model.load import base_folder
 from loraloom.model.processes import rank_and_size
 from loraloom.model.runner import Evaluator, evaluate
+from loraloom.model.tokens import Kind
 from loraloom.progress import Reporter
 from loraloom.results import Score
+from loraloom.settings import StatisticsSettings
 from loraloom.starts.initialise import Initialisation, initialise, initialise_all, task_seed
-from loraloom.statistics.collect import Statistics
+from loraloom.statistics.file import Statistics
 from loraloom.statistics.privacy import Noise, add_noise, noise_scale
-from loraloom.study.recipe import Recipe, StatisticsSettings
+from loraloom.study.recipe import Recipe
 from loraloom.study.stages import build_task, generic_rows, merged_adapters
 from loraloom.study.store import Store
 from loraloom.tasks.sources import read_table

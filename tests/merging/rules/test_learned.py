@@ -7,13 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from test_activation import layers_of
 from torch import Tensor
 
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.rules.learned import adamerging, lorahub, nsc, soups
-from tiny_probe import TinyProbe, tiny_probe
+from tiny_probe import TinyProbe, layers_of, tiny_probe
 
 NAMES = ("first", "second")
 

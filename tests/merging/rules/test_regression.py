@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
-from test_activation import layers_of
 from torch import Tensor
 
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.rules.regression import iteris, reading_groups, regmean_pp
-from tiny_probe import tiny_probe
+from tiny_probe import layers_of, tiny_probe
 
 
 class Attention:

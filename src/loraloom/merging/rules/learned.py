@@ -17,8 +17,7 @@ from torch.nn import functional
 from loraloom.adapters.lowrank import NOISE, concatenate, norm
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
-from loraloom.merging.probe import Probe
-from loraloom.merging.registry import Result, rule
+from loraloom.merging.registry import Probe, Result, rule
 from loraloom.merging.rules.regression import reading_groups
 
 Layers = Mapping[str, Sequence[Update]]

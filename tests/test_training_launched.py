@@ -24,19 +24,20 @@ from loraloom import training
 from loraloom.adapters.peft import WEIGHTS, read_adapter
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
-from loraloom.model import launch
+from loraloom.model import processes
 from loraloom.model.load import load_classifier
 from loraloom.progress import Reporter
+from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.initialise import initialise
 from loraloom.statistics.collect import collect_statistics
-from loraloom.study.recipe import LoraSettings, Recipe, TrainingSettings
+from loraloom.study.recipe import Recipe
 from loraloom.study.workflow import train_from_recipe
 from loraloom.training import lora_config, train_adapter
 from tiny_launch import two_processes
 
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 LORA = LoraSettings(rank=2, alpha=4, targets=tiny.TARGETS["bert"])
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 SETTINGS = TrainingSettings(epochs=3, batch_size=8, learning_rate=0.02, gradient_checkpointing=True)
 TASK = tiny.task(rows=24)
 
@@ -205,6 +206,6 @@ def test_a_torch_built_for_gpus_trains_on_a_cpu_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert launch.on_cpu()
+    assert processes.on_cpu()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert not launch.on_cpu()
+    assert not processes.on_cpu()

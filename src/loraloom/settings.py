@@ -1,0 +1,60 @@
+"""Options that travel together, typed and checked: of adapters, statistics, training and alignment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Options that refuse unknown names and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class LoraSettings(Settings):
+    """The shape of every adapter, in PEFT's terms."""
+
+    rank: int = Field(8, ge=1, description="r of every target layer")
+    alpha: float = Field(16, gt=0, description="lora_alpha: the update is alpha / r times B A")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | str = Field(
+        ["query", "value"], min_length=1, description="path endings, or one regular expression"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+
+
+class StatisticsSettings(Settings):
+    """What is seen of each task's unlabelled training texts before training."""
+
+    texts: int = Field(100, ge=1, description="unlabelled training texts a task")
+    rows: Literal["token", "sample"] = Field("token", description="a row a token, or a row the mean of a text's tokens")
+    max_length: int = Field(128, ge=2)
+    batch_size: int = Field(32, ge=1)
+    atlas_texts: int = Field(300, ge=1, description="texts of generic English, for inits that stay off an atlas")
+
+
+class TrainingSettings(Settings):
+    """How one adapter is trained; the paper's settings are the defaults but for the epochs' early stopping."""
+
+    epochs: int = Field(3, ge=1)
+    learning_rate: float = Field(4e-4, gt=0)
+    batch_size: int = Field(32, ge=1, description="rows of a batch, shared out where several processes train")
+    accumulate: int = Field(1, ge=1, description="batches an optimiser step")
+    max_length: int = Field(128, ge=2, description="word pieces kept of a text")
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    patience: int | None = Field(None, ge=1, description="epochs without a better held-out metric before it stops")
+    eval_batch_size: int = Field(64, ge=1, description="rows that a process measures at once")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where a GPU has it")
+    gradient_checkpointing: bool = False
+
+
+class AlignmentSettings(Settings):
+    """Label-free alignment of the heads to the merged features."""
+
+    texts: int = Field(200, ge=2, description="unlabelled training texts a task")
+    ridge: float = Field(1.0, gt=0, description="e as a share of the mean diagonal of C")
