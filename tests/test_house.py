@@ -33,11 +33,6 @@ TRANSFORMERS_ALLOWED = (
     "loraloom.starts.keep",
     "loraloom.training",
 )
-    "loraloom.model.load",
-    "loraloom.starts.initialise",
-    "loraloom.starts.keep",
-    "loraloom.training",
-)
 
 
 def _imports(path: Path, *, lazy: bool) -> set[str]:

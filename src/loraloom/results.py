@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,13 @@ class Score(_Record):
 
     value: float
     stderr: float
+
+
+def average(scores: Iterable[Score]) -> Score:
+    """Return the mean over tasks; the tasks' rows are independent, so their errors add in squares."""
+    found = list(scores)
+    value = sum(score.value for score in found) / len(found)
+    return Score(value=value, stderr=math.sqrt(sum(score.stderr**2 for score in found)) / len(found))
 
 
 class TaskFacts(_Record):

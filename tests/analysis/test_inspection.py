@@ -145,7 +145,7 @@ def test_adapters_of_other_layers(folder: Path) -> None:
     assert found.responses.values.isnan().sum() == 2
     assert json.dumps(facts(found), allow_nan=False)
     write_adapter(adapter(5, {"encoder.9.query": (6, 8)}), folder / "other", provenance={})
-    with pytest.raises(LoraloomError, match=r"other: adapts encoder\.9\.query"):
+    with pytest.raises(LoraloomError, match=r"lack 1 of its layers, encoder\.9\.query"):
         inspect_paths([folder / "other", folder / "half.safetensors"])
 
 

@@ -74,10 +74,14 @@ def test_a_start_is_seen_by_its_first_factor_alone_and_nothing_turns_negative() 
 
 def test_all_that_is_missing_is_told_at_once() -> None:
     adapters = {"one": adapter(0), "two": adapter(1, ["a.query"]), "three": adapter(2)}
-    seen = {"one": statistics(normal(0, 5, N)), "two": statistics(normal(1, 5, N), ["a.query"])}
+    seen = {"one": statistics(normal(0, 5, N), ["a.query"]), "two": statistics(normal(1, 5, N), ["a.query"])}
     with pytest.raises(LoraloomError) as told:
         interference(adapters, seen)
-    for part in ("no statistics for task 'three'", "'two' covers other layers", "statistics of 'two' lack a.value"):
+    for part in (
+        "no statistics for task 'three'",
+        "'two' covers other layers",
+        "'one': the statistics lack 1 of its layers",
+    ):
         assert part in str(told.value)
 
 

@@ -113,10 +113,10 @@ def test_a_fault_in_the_statistics_is_told() -> None:
     one, other = statistics(rows(0)), statistics(rows(1), "g")
     with pytest.raises(LoraloomError, match="one task has no others"):
         outlook({"a": one}, 2)
-    with pytest.raises(LoraloomError, match="a and b are of two base models"):
+    with pytest.raises(LoraloomError, match="'b' come from"):
         outlook({"a": one, "b": other}, 2)
     narrow = statistics(rows(1, width=10))
-    with pytest.raises(LoraloomError, match="a and b cover different layers"):
+    with pytest.raises(LoraloomError, match="'b' cover other layers"):
         outlook({"a": one, "b": narrow}, 2)
     with pytest.raises(LoraloomError, match="rank 13 does not fit"):
         outlook({"a": one, "b": one}, 13)

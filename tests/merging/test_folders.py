@@ -210,14 +210,14 @@ def test_missing_and_misfit_statistics_are_told(place: Path) -> None:
     files = [place / f"{name}.safetensors" for name in ("mood", "narrow", "odd")]
     with pytest.raises(LoraloomError, match="2 problems") as caught:
         plan_folders(folders(place), "regmean", place / "out", {}, statistics=files)
-    assert "statistics of 'tone' lack 1 layers: layer.1.up for one" in str(caught.value)
+    assert "'tone': the statistics lack 1 of its layers, layer.1.up first" in str(caught.value)
     assert "statistics of 'size': layer.0.q reads 6 features, the adapter 5" in str(caught.value)
 
 
 def test_statistics_of_another_base_are_told(place: Path) -> None:
     write_adapter(adapter(0, 2), place / "marked", provenance={"base_fingerprint": "f1"})
     statistics(0, fingerprint="f2", base="org/another").save(place / "mood.safetensors")
-    with pytest.raises(LoraloomError, match="statistics of 'marked' are of another base model: org/another"):
+    with pytest.raises(LoraloomError, match="'marked': the statistics are of another base model, org/another"):
         plan_folders([place / "marked"], "regmean", place / "out", {}, statistics=[place / "mood.safetensors"])
 
 

@@ -177,8 +177,8 @@ def test_all_that_does_not_fit_is_told_at_once(base: str, seen: dict[str, Statis
     assert lines[0].startswith("cannot initialise: 4 problems")
     for line, part in zip(lines[1:5], ("'strange' come from", "'wide'", "'wide'", "'elsewhere'"), strict=True):
         assert part in line
-    assert f"{QUERY.format(0)} reads 20 inputs, in the statistics 16" in lines[2]
-    assert "adapts none of the layers that the statistics cover" in lines[4]
+    assert f"{QUERY.format(0)} reads 20 features, in the statistics 16" in lines[2]
+    assert "the statistics cover none of its layers" in lines[4]
     assert not (tmp_path / "start").exists()
 
 

@@ -12,8 +12,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from loraloom.errors import LoraloomError
-from loraloom.results import Score
-from loraloom.tasks.metrics import average, metric_value, score
+from loraloom.results import Score, average
+from loraloom.tasks.metrics import metric_value, score
 
 CLASSES = ["accuracy", "matthews", "accuracy_f1"]
 
@@ -95,7 +95,7 @@ def test_bootstrap_is_deterministic_and_near_the_spread_of_samples(metric: str) 
 
 
 def test_average_over_tasks() -> None:
-    found = average({"a": Score(value=0.5, stderr=0.03), "b": Score(value=0.7, stderr=0.04)})
+    found = average([Score(value=0.5, stderr=0.03), Score(value=0.7, stderr=0.04)])
     assert found.value == pytest.approx(0.6)
     assert found.stderr == pytest.approx(0.025)
 

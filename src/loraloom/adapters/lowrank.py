@@ -127,11 +127,9 @@ def update_bases(update: Update) -> tuple[Tensor, Tensor]:
 
     Where A's rows depend on each other B's columns reach more than dW does, and the other way round.
     """
-    Qa, Ra = torch.linalg.qr(update.A.double().T)
-    Qb, Rb = torch.linalg.qr(update.B.double())
-    U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
-    kept = int((1e-6 * S.max() < S).sum())  # none of an update that is zero
-    return Qa @ Vh[:kept].T, Qb @ U[:, :kept]
+    U, S, Vh = svd_factors(update)
+    kept = int((NOISE * S.max() < S).sum())  # none of an update that is zero
+    return Vh[:kept].T, U[:, :kept]
 
 
 def truncate(update: Update, rank: int) -> tuple[Update, float]:

@@ -18,8 +18,9 @@ from loraloom.analysis.interference import response
 from loraloom.analysis.outlook import Outlook, outlook
 from loraloom.analysis.overlap import Overlaps, overlaps
 from loraloom.analysis.prediction import Prediction, predict
-from loraloom.errors import LoraloomError
+from loraloom.errors import raise_problems
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.fit import cover_problems
 
 SCALES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)  # at which the sum's error is told
 
@@ -134,11 +135,7 @@ def _responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statist
     values = torch.full((len(layers), len(adapters), len(statistics)), torch.nan, dtype=torch.float64)
     for i, (name, adapter) in enumerate(adapters.items()):
         for seen in statistics.values():
-            missing = sorted(set(adapter.shapes) - set(seen.layers))
-            if missing:
-                raise LoraloomError(
-                    f"{name}: adapts {missing[0]}, which the statistics do not cover", "collect them on its targets"
-                )
+            raise_problems("cannot inspect", cover_problems(name, adapter, seen), "collect them on its targets")
         for module, update in adapter.updates.items():
             for j, seen in enumerate(statistics.values()):
                 values[layers.index(module), i, j] = response(update, seen.moment(module))[1]

@@ -12,6 +12,7 @@ from loraloom.adapters.lowrank import update_bases
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import raise_problems
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.fit import cover_problems
 from loraloom.statistics.moments import Moment
 
 
@@ -95,11 +96,11 @@ def check_cover(what: str, adapters: Mapping[str, Adapter], statistics: Mapping[
     """Raise LoraloomError, `what` first, where adapters cover unequal layers or statistics by their names lack any."""
     layers = set(next(iter(adapters.values())).shapes)
     problems = [f"no statistics for task {task!r}" for task in adapters if task not in statistics]
+    problems += [
+        f"the adapter of {task!r} covers other layers than the first"
+        for task, adapter in adapters.items()
+        if set(adapter.shapes) != layers
+    ]
     for task, adapter in adapters.items():
-        if set(adapter.shapes) != layers:
-            problems.append(f"the adapter of {task!r} covers other layers than the first")
-        if task in statistics:
-            missing = sorted(layers - set(statistics[task].layers))
-            if missing:
-                problems.append(f"statistics of {task!r} lack {missing[0]} and {len(missing) - 1} more layers")
+        problems += cover_problems(task, adapter, statistics[task]) if task in statistics else []
     raise_problems(what, problems, "collect statistics on the adapters' target modules")

@@ -16,6 +16,7 @@ from loraloom.errors import LoraloomError, raise_problems
 from loraloom.starts.spectra import Pool, top_directions
 from loraloom.starts.subspace import loud_directions, subspace_off
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.fit import base_differences
 from loraloom.statistics.moments import Moment
 
 STARTS = ("apart", "osrm", "mean")  # `shared` and `default` see as much as `random`, which is chance
@@ -89,7 +90,7 @@ def outlook(statistics: Mapping[str, Statistics], rank: int) -> Outlook:
     if len(tasks) < 2:
         raise LoraloomError("one task has no others to compare it with", "name the statistics of two tasks or more")
     first = statistics[tasks[0]]
-    raise_problems("these statistics do not fit together", _differences(statistics), "collect all on one base")
+    raise_problems("these statistics do not fit together", base_differences(statistics), "collect all on one base")
     ranks = sorted({rank, *(r for r in _RANKS if r <= min(m.width for m in first.moments.values()))})
     inputs = list(first.moments)
     by_input = [[statistics[task].moments[name] for task in tasks] for name in inputs]
@@ -187,14 +188,3 @@ def _attainable(moments: Sequence[Moment], ranks: Sequence[int]) -> Tensor:
             row.append(share(own, A) / max(theirs, _NOTHING) if len(A) == rank else 0.0)
         found.append(row)
     return torch.tensor(found, dtype=torch.float64)
-
-
-def _differences(statistics: Mapping[str, Statistics]) -> list[str]:
-    name, first = next(iter(statistics.items()))
-    found = []
-    for other, seen in statistics.items():
-        if seen.fingerprint != first.fingerprint:
-            found.append(f"{name} and {other} are of two base models, {first.base} and {seen.base}")
-        elif seen.layers != first.layers:
-            found.append(f"{name} and {other} cover different layers")
-    return found

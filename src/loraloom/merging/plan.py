@@ -19,6 +19,7 @@ from loraloom.adapters.update import Adapter, Shape, Update, compatibility_probl
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.merging.registry import Probe, Result, Rule, get_rule
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.fit import cover_problems
 
 Heads = Literal["keep", "average"]
 
@@ -169,7 +170,9 @@ def make_plan(
     problems = _name_problems(names) + compatibility_problems(members)
     problems += _number_problems(len(members), weights, scale, rank)
     seen, wrong = _by_name(names, statistics)
-    problems += wrong + _statistics_problems(dict(zip(names, members, strict=True)), seen)
+    problems += wrong
+    for name, member in zip(names, members, strict=True):
+        problems += cover_problems(name, member, seen[name]) if name in seen else []
     if heads not in get_args(Heads):
         problems.append(f"heads {heads!r} is unknown: {did_you_mean(heads, get_args(Heads))}")
     if heads == "average":
@@ -262,24 +265,6 @@ def _by_name(
         given = dict(zip(names, given, strict=True))
     missing = [f"no statistics for {name!r}" for name in names if given and name not in given]
     return dict(given), missing
-
-
-def _statistics_problems(members: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> list[str]:
-    problems = []
-    for name, member in members.items():
-        if name not in statistics:
-            continue
-        seen = statistics[name]
-        if member.fingerprint and member.fingerprint != seen.fingerprint:
-            problems.append(f"statistics of {name!r} are of another base model: {seen.base}")
-        missing = sorted(set(member.shapes) - set(seen.layers))
-        if missing:
-            problems.append(f"statistics of {name!r} lack {len(missing)} layers: {missing[0]} for one")
-        for module in sorted(set(member.shapes) & set(seen.layers)):
-            n, width = member.shapes[module].n, seen.layers[module].in_features
-            if n != width:
-                problems.append(f"statistics of {name!r}: {module} reads {width} features, the adapter {n}")
-    return problems
 
 
 def _head_problems(names: Sequence[str], members: Sequence[Adapter]) -> list[str]:

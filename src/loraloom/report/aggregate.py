@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from loraloom.results import Interference, MergeScore, Score, StudyResult
+from loraloom.results import Interference, MergeScore, Score, StudyResult, average
 
 Stage = tuple[Literal["before", "after"], Literal["A", "BA"]]
 STAGES: dict[Stage, str] = {
@@ -34,12 +34,6 @@ def over_seeds(scores: Sequence[Score]) -> Score:
     rows = math.sqrt(sum(score.stderr**2 for score in scores)) / count
     spread = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
     return Score(value=float(np.mean(values)), stderr=max(rows, spread))
-
-
-def average_of(scores: Sequence[Score]) -> Score:
-    """Return the mean over tasks; the tasks' rows are independent, so their errors add in squares."""
-    stderr = math.sqrt(sum(score.stderr**2 for score in scores)) / len(scores)
-    return Score(value=float(np.mean([score.value for score in scores])), stderr=stderr)
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ class Figures:
         for single in self.result.singles:
             found.setdefault(single.init, {}).setdefault(single.seed, []).append(single.score)
         return {
-            init: over_seeds([average_of(scores) for scores in found[init].values()])
+            init: over_seeds([average(scores) for scores in found[init].values()])
             for init in self.inits
             if init in found
         }

@@ -35,6 +35,7 @@ from loraloom.starts.subspace import (
     subspace_off,
 )
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.fit import base_differences, cover_problems
 from loraloom.statistics.moments import pooled
 
 _FACTORS = ("lora_A", "lora_B")  # as PEFT's layers name them
@@ -224,7 +225,7 @@ def _settled(
     scale = scale or meant_scale(rule)
     _check_options(others, rule, keep, scale, after)
     base = own or next(iter(others.values()))
-    _check_statistics(base, others, after)
+    _check_statistics({**({"own": own} if own else {}), **others}, after)
     return base, {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
 
 
@@ -240,25 +241,11 @@ def _check_options(others: Collection[str], rule: str, keep: str, scale: str, af
     raise_problems("cannot initialise", problems, "see `loraloom init --help`")
 
 
-def _check_statistics(base: Statistics, others: Mapping[str, Statistics], after: Mapping[str, Adapter]) -> None:
-    problems = []
-    for name, other in others.items():
-        # the fingerprint is of these layers' weights, so it differs where they do
-        if other.layers != base.layers:
-            problems.append(f"statistics of {name!r} cover other layers than the first given")
-        elif other.fingerprint != base.fingerprint:
-            problems.append(
-                f"statistics of {name!r} come from {other.base} ({other.fingerprint[:12]}), the first given from "
-                f"{base.base} ({base.fingerprint[:12]})"
-            )
+def _check_statistics(statistics: Mapping[str, Statistics], after: Mapping[str, Adapter]) -> None:
+    first = next(iter(statistics.values()))
+    problems = base_differences(statistics)
     for name, adapter in after.items():
-        problems += [
-            f"adapter {name!r}: {module} reads {shape.n} inputs, in the statistics {base.layers[module].in_features}"
-            for module, shape in adapter.shapes.items()
-            if module in base.layers and shape.n != base.layers[module].in_features
-        ]
-        if not adapter.shapes.keys() & base.layers.keys():
-            problems.append(f"adapter {name!r} adapts none of the layers that the statistics cover")
+        problems += cover_problems(name, adapter, first, partly=True)
     raise_problems(
         "cannot initialise", problems, "use one base model and one target set for all statistics and adapters"
     )

@@ -22,12 +22,12 @@ from loraloom.model.processes import check_alone
 from loraloom.model.runner import labels
 from loraloom.progress import Reporter
 from loraloom.report import write_report
-from loraloom.results import InitFacts, Interference, MergeScore, Score, SingleScore, StudyResult, TaskFacts
+from loraloom.results import InitFacts, Interference, MergeScore, Score, SingleScore, StudyResult, TaskFacts, average
 from loraloom.study import stages
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import RECORD
 from loraloom.study.study import GIVEN, Evaluated, Output, Study, Trained, merged_facts
-from loraloom.tasks.metrics import average, metric_value
+from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import SPLITS, Task
 
 _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit-learn", "scipy", "numpy")
@@ -101,8 +101,8 @@ def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
         places += [("test", row.test, aligned) for aligned, is_chosen in chosen if is_chosen]
     for split, path, aligned in places:
         scores = stages.read_scores(path, aligned)
-        alone = average({task: _single(output, split) for task, output in one.singles.items()})
-        together = average(scores)
+        alone = average(_single(output, split) for output in one.singles.values())
+        together = average(scores.values())
         found.append(
             MergeScore(
                 init=one.init,

@@ -18,11 +18,11 @@ from loraloom.merging.needs import sample, supply
 from loraloom.model.load import base_folder, base_name, base_sha256
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
+from loraloom.results import average
 from loraloom.starts.initialise import task_seed
 from loraloom.study import stages
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import Stage, Store
-from loraloom.tasks.metrics import average
 from loraloom.tasks.task import Task
 from loraloom.training import train_adapter
 
@@ -373,7 +373,9 @@ class Study:
 
 def _best_scale(heldout: Mapping[float, Output], aligned: bool) -> float:
     """Return the scale of the best held-out average, the smallest of equals."""
-    averages = {scale: average(stages.read_scores(output.path, aligned)).value for scale, output in heldout.items()}
+    averages = {
+        scale: average(stages.read_scores(output.path, aligned).values()).value for scale, output in heldout.items()
+    }
     return max(sorted(averages), key=lambda scale: averages[scale])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -40,13 +40,6 @@ def score(metric: str, logits: Tensor, labels: Tensor) -> Score:
         chosen = generator.integers(0, len(true), len(true))
         samples.append(_value(metric, predicted[chosen], true[chosen]))
     return Score(value=value, stderr=float(numpy.std(samples, ddof=1)))
-
-
-def average(scores: Mapping[str, Score]) -> Score:
-    """Return the mean over tasks; its standard error is that of independent rows."""
-    count = len(scores)
-    value = sum(one.value for one in scores.values()) / count
-    return Score(value=value, stderr=math.sqrt(sum(one.stderr**2 for one in scores.values())) / count)
 
 
 def _predictions(metric: str, logits: Tensor) -> NDArray[Any]:

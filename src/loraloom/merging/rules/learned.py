@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from loraloom.adapters.lowrank import NOISE, concatenate, norm
+from loraloom.adapters.lowrank import concatenate, norm, update_bases
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.registry import Probe, Result, rule
@@ -86,7 +86,7 @@ def nsc(
     """
     groups = reading_groups(layers, probe)
     deep = {module for group in groups[-math.ceil(share * len(groups)) :] for module in group}
-    seen = {module: [_row_space(update.A) for update in layers[module]] for module in deep}
+    seen = {module: [_rows_of(update) for update in layers[module]] for module in deep}
 
     def ratio(task: int, number: int, updates: dict[str, Update]) -> Tensor:
         ratios: dict[str, list[Tensor]] = {}
@@ -224,8 +224,7 @@ def _mean_loss(probe: Probe, task: int, updates: Mapping[str, Update]) -> Tensor
     return (torch.stack(losses) * sizes).sum() / sizes.sum()
 
 
-def _row_space(A: Tensor) -> Tensor:
+def _rows_of(update: Update) -> Tensor:
     """Return an orthonormal basis (k, n) of the rows of A, without the directions that are rounding."""
-    _, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    basis: Tensor = Vh[NOISE * S.max() < S].to(A.dtype)
-    return basis
+    rows, _ = update_bases(Update(torch.eye(update.rank), update.A))
+    return rows.T.to(update.A.dtype)
