@@ -20,14 +20,13 @@ from datasets import Dataset
 from study_tables import row, table
 from torch import Tensor
 
-from loraloom.merging.needs import collect
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator
 from loraloom.settings import StatisticsSettings
 from loraloom.starts.spectra import share_seen, top_directions
 from loraloom.starts.subspace import loud_directions
 from loraloom.statistics.file import Statistics
-from loraloom.study.stages import generic_rows
+from loraloom.statistics.texts import collect, generic_rows
 from loraloom.tasks.glue import GLUE
 from loraloom.tasks.sources import read_table
 

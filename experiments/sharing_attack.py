@@ -31,7 +31,7 @@ from loraloom.starts.subspace import loud_directions, osrm_subspace
 from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 from loraloom.statistics.privacy import ONE_ROW, add_noise, clipped, noise_scale
-from loraloom.study.stages import generic_rows
+from loraloom.statistics.texts import generic_rows
 
 INPUTS = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(6)]
 LENGTH, TEXTS = 32, 7000  # word pieces a text; texts in all

@@ -14,8 +14,8 @@ from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator
 from loraloom.starts.initialise import initialise, task_seed
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.texts import make_atlas
 from loraloom.study.recipe import Recipe
-from loraloom.study.workflow import make_atlas
 from loraloom.tasks.task import Task
 from loraloom.training import lora_config, train_adapter
 

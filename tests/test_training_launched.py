@@ -30,8 +30,8 @@ from loraloom.progress import Reporter
 from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.initialise import initialise
 from loraloom.statistics.collect import collect_statistics
+from loraloom.study.by_hand import train_from_recipe
 from loraloom.study.recipe import Recipe
-from loraloom.study.workflow import train_from_recipe
 from loraloom.training import lora_config, train_adapter
 from tiny_launch import two_processes
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-HEAVY = ["loraloom.study.workflow", "loraloom.cli.main", "transformers.models.bert.modeling_bert"]
+HEAVY = ["loraloom.study.by_hand", "loraloom.cli.main", "transformers.models.bert.modeling_bert"]
 multiprocessing.set_forkserver_preload(HEAVY)
 
 

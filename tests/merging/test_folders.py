@@ -211,7 +211,7 @@ def test_missing_and_misfit_statistics_are_told(place: Path) -> None:
     with pytest.raises(LoraloomError, match="2 problems") as caught:
         plan_folders(folders(place), "regmean", place / "out", {}, statistics=files)
     assert "'tone': the statistics lack 1 of its layers, layer.1.up first" in str(caught.value)
-    assert "statistics of 'size': layer.0.q reads 6 features, the adapter 5" in str(caught.value)
+    assert "'size': layer.0.q reads 5 features, in the statistics 6" in str(caught.value)
 
 
 def test_statistics_of_another_base_are_told(place: Path) -> None:

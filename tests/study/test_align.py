@@ -14,8 +14,8 @@ from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge, write_merged
 from loraloom.progress import Reporter
+from loraloom.study.by_hand import align_folder, evaluate_folder
 from loraloom.study.recipe import Recipe
-from loraloom.study.workflow import align_folder, evaluate_folder
 
 
 def test_aligned_heads_are_those_of_the_study(finished: Path, tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from loraloom.errors import LoraloomError
 from loraloom.merging.readout import read_readout
 from loraloom.progress import Reporter
 from loraloom.results import MergeScore, StudyResult
+from loraloom.study.by_hand import evaluate_folder
 from loraloom.study.compare import by_task, compare
 from loraloom.study.recipe import Recipe
 from loraloom.study.stages import merged_adapters
 from loraloom.study.study import GIVEN, Study
-from loraloom.study.workflow import evaluate_folder
 
 RULES, SCALES = ("task_arithmetic", "tsv", "emr"), (0.5, 1.0)
 

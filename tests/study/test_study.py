@@ -25,11 +25,11 @@ from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.errors import LoraloomError
 from loraloom.model.load import load_classifier
 from loraloom.progress import Reporter
+from loraloom.study.by_hand import evaluate_folder
 from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
 from loraloom.study.store import Store
 from loraloom.study.study import Study
-from loraloom.study.workflow import evaluate_folder
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def init(
     Of all tasks at once by their statistics files, or of one by --own, --other and --atlas.
     """
     with command(quiet, as_json) as out:
-        from loraloom.study.workflow import initialise_from_files
+        from loraloom.starts.files import initialise_from_files
 
         lora = {"rank": rank, "alpha": alpha, "targets": target, "rslora": rslora}
         options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
@@ -150,7 +150,7 @@ def train(
     """
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.model.processes import leave
-        from loraloom.study.workflow import train_from_recipe
+        from loraloom.study.by_hand import train_from_recipe
 
         done = train_from_recipe(read_recipe(recipe, base), task, output, start, seed, shown)
         out.result({"folder": str(done.folder), "heldout": round(done.heldout, 4), "steps": done.steps})
@@ -175,7 +175,7 @@ def evaluate(
 ) -> None:
     """Measure an adapter on tasks of a recipe, each with its own head."""
     with command(quiet, as_json) as out:
-        from loraloom.study.workflow import evaluate_folder
+        from loraloom.study.by_hand import evaluate_folder
 
         scores = evaluate_folder(read_recipe(recipe, base), adapter, task or [], split)
         out.table(
@@ -226,7 +226,7 @@ def report(
 def study_status(folder: StudyFolder, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the stage outputs of a study and what each took, and the stages that failed."""
     with command(quiet, as_json) as out:
-        from loraloom.study.workflow import study_store
+        from loraloom.study.by_hand import study_store
 
         store = study_store(folder)
         outputs, failures = store.outputs(), store.failures()
@@ -246,7 +246,7 @@ def study_explain(
     """Tell what an output depends on, and what of it is missing."""
     with command(quiet, as_json) as out:
         from loraloom.cli.terminal import explanation
-        from loraloom.study.workflow import study_store
+        from loraloom.study.by_hand import study_store
 
         found = study_store(folder).explain(output)
         out.result(found, explanation(found))
@@ -261,7 +261,7 @@ def study_rm(
 ) -> None:
     """Remove stage outputs; the next run makes them again."""
     with command(quiet, as_json) as out:
-        from loraloom.study.workflow import study_store
+        from loraloom.study.by_hand import study_store
 
         store = study_store(folder)
         for name in outputs:

@@ -69,7 +69,7 @@ def merge(
         paths, options = split_arguments(adapters, rule, _flags(context))
         look = None
         if tasks:
-            from loraloom.study.workflow import looker
+            from loraloom.study.by_hand import looker
 
             recipe = read_recipe(tasks, base)
             look = looker(recipe, texts or recipe.probe_texts(rule, options), shown)
@@ -104,7 +104,7 @@ def align(
 ) -> None:
     """Fit each task's head to what the merged adapter makes of its texts: closed form, no labels, no cost later."""
     with command(quiet, as_json) as out, out.progress() as shown:
-        from loraloom.study.workflow import align_folder
+        from loraloom.study.by_hand import align_folder
 
         out.result({"folder": str(merged), "heads": align_folder(read_recipe(tasks, base), merged, adapters, shown)})
 

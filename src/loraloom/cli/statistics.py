@@ -70,7 +70,7 @@ def statistics(
     """
     with command(quiet, as_json) as out:
         from loraloom.model.processes import joined
-        from loraloom.study.workflow import collect_from_file, shared_alone, wanted_noise
+        from loraloom.statistics.texts import collect_from_file, shared_alone, wanted_noise
 
         private = wanted_noise(noise, delta, clip, kind)
         with joined() as (process, _):
@@ -111,7 +111,7 @@ def atlas(
     """Map what a base model's layers see of generic text, once for all teams: one file, no task's data in it."""
     with command(quiet, as_json) as out:
         from loraloom.model.processes import joined
-        from loraloom.study.workflow import make_atlas
+        from loraloom.statistics.texts import make_atlas
 
         with joined() as (process, _):
             found = make_atlas(base, target, texts, column or [], count, max_length, rank)

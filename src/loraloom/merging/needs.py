@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from datasets import Dataset
 
@@ -16,30 +15,11 @@ from loraloom.adapters.update import Adapter
 from loraloom.merging.registry import Rule
 from loraloom.model.probe import TaskProbe
 from loraloom.model.runner import Evaluator, label_tensor
-from loraloom.model.tokens import Encoded, Kind, batches, encode
-from loraloom.statistics.collect import collect_statistics
+from loraloom.model.tokens import Encoded, encode
+from loraloom.settings import StatisticsSettings
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.texts import collect
 from loraloom.tasks.task import Task
-
-
-class Reading(Protocol):
-    """How texts are read for statistics; a recipe's section `statistics` is one."""
-
-    @property
-    def texts(self) -> int:
-        """Return how many of a task's texts are read."""
-
-    @property
-    def rows(self) -> Kind:
-        """Return what makes a row: a token, or the mean of a sample's."""
-
-    @property
-    def max_length(self) -> int:
-        """Return how many tokens of a text are kept."""
-
-    @property
-    def batch_size(self) -> int:
-        """Return how many texts are read at once."""
 
 
 def supply(
@@ -47,7 +27,7 @@ def supply(
     adapters: Mapping[str, Adapter],
     tasks: Mapping[str, Task],
     evaluator: Callable[[], Evaluator],
-    reading: Reading,
+    reading: StatisticsSettings,
     texts: int,
     *,
     known: Mapping[str, Statistics] | Sequence[Statistics] = (),
@@ -70,21 +50,6 @@ def supply(
         return known, None
     heads = [Head.of(adapter.head, adapter.name) for adapter in adapters.values()]
     return known, _probe(load(), [tasks[name] for name in adapters], heads, texts, progress)
-
-
-def collect(
-    evaluator: Evaluator,
-    rows: Dataset,
-    targets: list[str] | str,
-    reading: Reading,
-    *,
-    bound: int | None = None,
-    clip: float | None = None,
-) -> Statistics:
-    """Return the statistics of all texts in `rows`, as the evaluator's base model reads them; see `Statistics`."""
-    encoded = encode(rows, evaluator.tokenizer, reading.max_length)
-    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, reading.batch_size))
-    return collect_statistics(evaluator.model, fed, targets, rows=reading.rows, bound=bound, clip=clip)
 
 
 def sample(task: Task, split: str, count: int) -> Dataset:

@@ -18,16 +18,16 @@ from loraloom.adapters.peft import CONFIG, PROVENANCE, WEIGHTS, read_adapter
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import interference, ratio
 from loraloom.merging import read_readout
-from loraloom.merging.needs import alignment_rows, collect
+from loraloom.merging.needs import alignment_rows
 from loraloom.merging.readout import READOUTS
 from loraloom.model.runner import Evaluator, scored
 from loraloom.results import Score
 from loraloom.settings import AlignmentSettings, LoraSettings, StatisticsSettings
 from loraloom.starts.initialise import initialise
 from loraloom.statistics.file import Statistics
+from loraloom.statistics.texts import collect
 from loraloom.study.recipe import BuiltinTask, GlueTask, InitSettings, TaskSettings
 from loraloom.tasks.builtin import builtin_task, source_versions
-from loraloom.tasks.builtin_text import generic_texts
 from loraloom.tasks.files import file_task
 from loraloom.tasks.glue import glue_task
 from loraloom.tasks.task import Task
@@ -92,11 +92,6 @@ def make_statistics(
 ) -> None:
     """Collect what the base model's layers see of the texts in `rows`."""
     collect(evaluator, rows, targets, settings).save(folder / "statistics.safetensors")
-
-
-def generic_rows(count: int) -> Dataset:
-    """Return `count` rows of generic text, which depends on the version of Python."""
-    return Dataset.from_dict({"text_a": generic_texts(count)})
 
 
 def texts_sha256(rows: Dataset) -> str:

@@ -20,6 +20,7 @@ from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
 from loraloom.results import average
 from loraloom.starts.initialise import task_seed
+from loraloom.statistics.texts import generic_rows
 from loraloom.study import stages
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import Stage, Store
@@ -213,7 +214,7 @@ class Study:
         """The statistics of generic text, for inits that stay off its loud directions."""
         self.reporter.begin("atlas", 1)
         settings, targets = self.recipe.statistics, self.targets
-        rows = stages.generic_rows(settings.atlas_texts)
+        rows = generic_rows(settings.atlas_texts)
         options = {**settings.model_dump(exclude={"texts"}), "targets": targets, "base": self.base_sha256}
         stage = self._stage("statistics", "atlas", {**options, "text_sha256": stages.texts_sha256(rows)})
 

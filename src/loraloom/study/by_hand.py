@@ -1,4 +1,4 @@
-"""Single stages by hand: files in, files out. What the commands init, train, merge and evaluate call."""
+"""Single stages of a recipe by hand: files in, files out. What the commands train, align and evaluate call."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
-
-import datasets
-from peft import LoraConfig
 
 from loraloom.adapters.heads import Head, align_heads, heads_by_task
 from loraloom.adapters.peft import PROVENANCE, Input, inputs_by_task, read_adapter, read_provenance, task_of
@@ -19,166 +15,18 @@ from loraloom.files.atomic import check_folder, staged_file, write_text
 from loraloom.files.tensors import save_tensors
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, Supplied, names_of
-from loraloom.merging.needs import alignment_rows, collect, supply
+from loraloom.merging.needs import alignment_rows, supply
 from loraloom.model.load import base_folder
-from loraloom.model.processes import rank_and_size
 from loraloom.model.runner import Evaluator, evaluate
-from loraloom.model.tokens import Kind
 from loraloom.progress import Reporter
 from loraloom.results import Score
-from loraloom.settings import StatisticsSettings
-from loraloom.starts.initialise import Initialisation, initialise, initialise_all, task_seed
+from loraloom.starts.initialise import task_seed
 from loraloom.statistics.file import Statistics
-from loraloom.statistics.privacy import Noise, add_noise, noise_scale
 from loraloom.study.recipe import Recipe
-from loraloom.study.stages import build_task, generic_rows, merged_adapters
+from loraloom.study.stages import build_task, merged_adapters
 from loraloom.study.store import Store
-from loraloom.tasks.sources import read_table
 from loraloom.tasks.task import Task
 from loraloom.training import Trained, train_adapter
-
-
-def collect_from_file(
-    texts: str,
-    columns: Sequence[str],
-    base: str,
-    targets: Sequence[str],
-    count: int,
-    kind: str,
-    max_length: int,
-    rank: int | None = None,
-    noise: Noise | None = None,
-) -> Statistics:
-    """Return the statistics of the first `count` texts of a file or hub data set; labels are not read.
-
-    `rank` bounds the directions of an input. For `noise`, which `shared_alone` adds, rows are clipped and the bound is
-    left to come after it. Each process of a group reads its part of the texts, and all return the
-    statistics of all. Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an
-    unknown `kind`.
-    """
-    if kind not in get_args(Kind):
-        raise LoraloomError(f"kind {kind!r} is unknown", did_you_mean(kind, get_args(Kind)))
-    try:
-        table = read_table(texts, "train", columns)
-    except ValueError as error:
-        raise LoraloomError(f"{texts}: {error}", "name a JSONL, CSV, TSV or Parquet file, or org/name") from error
-    problems = [] if len(columns) <= 2 else [f"{len(columns)} columns were named, a text or a pair is read"]
-    problems += [
-        f"no column {column!r}: {did_you_mean(column, table.columns)}"
-        for column in columns
-        if column not in table.columns
-    ]
-    if len(table.rows) < count:
-        problems.append(f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts")
-    if not problems:
-        faulty = [
-            str(number)
-            for number, row in enumerate(table.rows[:count], start=1)
-            if not all(isinstance(row.get(column), str) and row[column].strip() for column in columns)
-        ]
-        problems += [f"no text in row {', '.join(faulty[:5])}"] if faulty else []
-    raise_problems(texts, problems)
-    names = ("text_a", "text_b")[: len(columns)]
-    kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
-    bound, clip = (None, noise.clip) if noise else (rank, None)
-    reading = StatisticsSettings(rows=cast(Kind, kind), max_length=max_length)
-    return _collected(base, datasets.Dataset.from_list(kept), targets, reading, bound, clip)
-
-
-def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: str) -> Noise | None:
-    """Return the noise that was asked for. Raises LoraloomError for options that do not go together or fit."""
-    if epsilon is None:
-        raise_problems("--clip", [] if clip is None else ["it is for --noise, which is not given"])
-        return None
-    problems = [] if kind == "sample" else ["it needs --kind sample: a text's tokens are too many rows to hide"]
-    if clip is None:
-        raise_problems("--noise", [*problems, "it needs --clip"], "docs/sharing.md tells how to choose it")
-        return None
-    raise_problems("--noise", problems)
-    noise_scale(epsilon, delta, 1.0)  # for its checks, before anything is collected
-    return Noise(epsilon, delta, clip)
-
-
-def shared_alone(found: Statistics, rows: int | None, rank: int | None, noise: Noise | None) -> Statistics:
-    """Return what may be handed on: with noise, of limited rank, of so many rows at most; None for no such limit."""
-    if noise:
-        found = add_noise(found, *noise)
-        found = found.limit_rank(rank) if rank else found
-    return found if rows is None else found.limit_rows(rows)
-
-
-def make_atlas(
-    base: str,
-    targets: Sequence[str],
-    texts: str | None,
-    columns: Sequence[str],
-    count: int,
-    max_length: int,
-    rank: int | None = None,
-) -> Statistics:
-    """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
-    if texts:
-        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, rank)
-    raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
-    return _collected(base, generic_rows(count), targets, StatisticsSettings(max_length=max_length), rank)
-
-
-def _collected(
-    base: str,
-    rows: datasets.Dataset,
-    targets: Sequence[str],
-    reading: StatisticsSettings,
-    bound: int | None,
-    clip: float | None = None,
-) -> Statistics:
-    """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
-    process, size = rank_and_size()
-    evaluator = Evaluator(base_folder(base))
-    part = rows.select(range(process, len(rows), size))
-    return collect(evaluator, part, list(targets), reading, bound=bound, clip=clip)
-
-
-def initialise_from_files(
-    output: Path,
-    tasks: Sequence[Path],
-    own: Path | None,
-    others: Sequence[Path],
-    after: Sequence[Path],
-    lora: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> dict[Path, Initialisation]:
-    """Write adapter folders from statistics files, and return by folder what was written.
-
-    Of `tasks`, one folder each in `output`, by the file's name: see `initialise_all`. Without them the folder `output`,
-    of the task `own` off `others`: see `initialise`. Others and earlier adapters go by path. Without a seed it is drawn
-    from the folder's name: teams that share an atlas must not start at the same A.
-    """
-    mixed = [f"{path} is given with the files of all tasks" for path in [*([own] if own else []), *others] if tasks]
-    raise_problems("init", mixed, "give the files of all tasks, or --own, --other and --atlas for one of them")
-    names = [path.stem for path in tasks]
-    twice = [f"two files are named {name}" for name in sorted(set(names)) if names.count(name) > 1]
-    raise_problems("init", twice, "name each file after its task")
-    config = LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], use_rslora=lora["rslora"]
-    )
-    errors: list[LoraloomError] = []
-    read: dict[Path, Statistics] = {}
-    for folder in [output / name for name in names] or [output]:
-        with collecting(errors):
-            check_folder(folder)
-    for path in [*tasks, *([own] if own else []), *others]:
-        with collecting(errors):
-            read[path] = Statistics.load(path)
-    raise_together(errors)
-    earlier = {str(path): read_adapter(path) for path in after}
-    if tasks:
-        every = {name: read[path] for name, path in zip(names, tasks, strict=True)}
-        done = initialise_all(output, every, config, after=earlier, **{**options, "seed": options["seed"] or 0})
-        return {output / name: one for name, one in done.items()}
-    if options["seed"] is None:
-        options = {**options, "seed": task_seed(0, output.resolve().name)}
-    known = {str(path): read[path] for path in others}
-    return {output: initialise(output, read[own] if own else None, known, config, after=earlier, **options)}
 
 
 def train_from_recipe(

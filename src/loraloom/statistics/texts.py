@@ -1,0 +1,140 @@
+"""Statistics of the texts in a file, of a task's rows, and of generic English: the atlas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast, get_args
+
+from datasets import Dataset
+
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.model.load import base_folder
+from loraloom.model.processes import rank_and_size
+from loraloom.model.runner import Evaluator
+from loraloom.model.tokens import Kind, batches, encode
+from loraloom.settings import StatisticsSettings
+from loraloom.statistics.collect import collect_statistics
+from loraloom.statistics.file import Statistics
+from loraloom.statistics.privacy import Noise, add_noise, noise_scale
+from loraloom.tasks.builtin_text import generic_texts
+from loraloom.tasks.sources import read_table
+
+
+def collect(
+    evaluator: Evaluator,
+    rows: Dataset,
+    targets: list[str] | str,
+    reading: StatisticsSettings,
+    *,
+    bound: int | None = None,
+    clip: float | None = None,
+) -> Statistics:
+    """Return the statistics of all texts in `rows`, as the evaluator's base model reads them; see `Statistics`."""
+    encoded = encode(rows, evaluator.tokenizer, reading.max_length)
+    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, reading.batch_size))
+    return collect_statistics(evaluator.model, fed, targets, rows=reading.rows, bound=bound, clip=clip)
+
+
+def generic_rows(count: int) -> Dataset:
+    """Return `count` rows of generic text, which depends on the version of Python."""
+    return Dataset.from_dict({"text_a": generic_texts(count)})
+
+
+def collect_from_file(
+    texts: str,
+    columns: Sequence[str],
+    base: str,
+    targets: Sequence[str],
+    count: int,
+    kind: str,
+    max_length: int,
+    rank: int | None = None,
+    noise: Noise | None = None,
+) -> Statistics:
+    """Return the statistics of the first `count` texts of a file or hub data set; labels are not read.
+
+    `rank` bounds the directions of an input. For `noise`, which `shared_alone` adds, rows are clipped and the bound is
+    left to come after it. Each process of a group reads its part of the texts, and all return the
+    statistics of all. Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an
+    unknown `kind`.
+    """
+    if kind not in get_args(Kind):
+        raise LoraloomError(f"kind {kind!r} is unknown", did_you_mean(kind, get_args(Kind)))
+    try:
+        table = read_table(texts, "train", columns)
+    except ValueError as error:
+        raise LoraloomError(f"{texts}: {error}", "name a JSONL, CSV, TSV or Parquet file, or org/name") from error
+    problems = [] if len(columns) <= 2 else [f"{len(columns)} columns were named, a text or a pair is read"]
+    problems += [
+        f"no column {column!r}: {did_you_mean(column, table.columns)}"
+        for column in columns
+        if column not in table.columns
+    ]
+    if len(table.rows) < count:
+        problems.append(f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts")
+    if not problems:
+        faulty = [
+            str(number)
+            for number, row in enumerate(table.rows[:count], start=1)
+            if not all(isinstance(row.get(column), str) and row[column].strip() for column in columns)
+        ]
+        problems += [f"no text in row {', '.join(faulty[:5])}"] if faulty else []
+    raise_problems(texts, problems)
+    names = ("text_a", "text_b")[: len(columns)]
+    kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
+    bound, clip = (None, noise.clip) if noise else (rank, None)
+    reading = StatisticsSettings(rows=cast(Kind, kind), max_length=max_length)
+    return _collected(base, Dataset.from_list(kept), targets, reading, bound, clip)
+
+
+def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: str) -> Noise | None:
+    """Return the noise that was asked for. Raises LoraloomError for options that do not go together or fit."""
+    if epsilon is None:
+        raise_problems("--clip", [] if clip is None else ["it is for --noise, which is not given"])
+        return None
+    problems = [] if kind == "sample" else ["it needs --kind sample: a text's tokens are too many rows to hide"]
+    if clip is None:
+        raise_problems("--noise", [*problems, "it needs --clip"], "docs/sharing.md tells how to choose it")
+        return None
+    raise_problems("--noise", problems)
+    noise_scale(epsilon, delta, 1.0)  # for its checks, before anything is collected
+    return Noise(epsilon, delta, clip)
+
+
+def shared_alone(found: Statistics, rows: int | None, rank: int | None, noise: Noise | None) -> Statistics:
+    """Return what may be handed on: with noise, of limited rank, of so many rows at most; None for no such limit."""
+    if noise:
+        found = add_noise(found, *noise)
+        found = found.limit_rank(rank) if rank else found
+    return found if rows is None else found.limit_rows(rows)
+
+
+def make_atlas(
+    base: str,
+    targets: Sequence[str],
+    texts: str | None,
+    columns: Sequence[str],
+    count: int,
+    max_length: int,
+    rank: int | None = None,
+) -> Statistics:
+    """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
+    if texts:
+        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, rank)
+    raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
+    return _collected(base, generic_rows(count), targets, StatisticsSettings(max_length=max_length), rank)
+
+
+def _collected(
+    base: str,
+    rows: Dataset,
+    targets: Sequence[str],
+    reading: StatisticsSettings,
+    bound: int | None,
+    clip: float | None = None,
+) -> Statistics:
+    """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
+    process, size = rank_and_size()
+    evaluator = Evaluator(base_folder(base))
+    part = rows.select(range(process, len(rows), size))
+    return collect(evaluator, part, list(targets), reading, bound=bound, clip=clip)
