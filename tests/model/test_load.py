@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
+import io
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny
 from loraloom.errors import LoraloomError
 from loraloom.model import load as base_module
-from loraloom.model.load import base_folder, base_sha256, demo_base, head_modules, load_classifier, load_tokenizer
+from loraloom.model.load import (
+    base_folder,
+    base_sha256,
+    demo_base,
+    head_modules,
+    load_backbone,
+    load_classifier,
+    load_tokenizer,
+)
+from loraloom.statistics.collect import collect_statistics, fingerprint
 
 
 @pytest.fixture
@@ -76,6 +89,101 @@ def test_a_backbone_module_that_the_weights_lack_counts_to_the_head(bert: Path) 
     assert len(kept) < len(weights)
     save_file(kept, bert / "model.safetensors", metadata={"format": "pt"})
     assert head_modules(load_classifier(str(bert), 2)) == ["classifier", "bert.pooler.dense"]
+
+
+# --- without a head ------------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TOKENS = {"vocab_size": 27, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def granite() -> transformers.PreTrainedModel:
+    config = transformers.GraniteConfig(**SMALL, **TOKENS, num_key_value_heads=1)
+    return transformers.GraniteForCausalLM(config)
+
+
+def pegasus() -> transformers.PreTrainedModel:
+    layers = {
+        f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in (("layers", 1), ("ffn_dim", 24))
+    }
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.PegasusConfig(**TOKENS, **layers, **heads, d_model=16, decoder_start_token_id=0)
+    return transformers.PegasusForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("kind", [granite, pegasus])
+def test_a_base_that_no_classifier_knows_has_the_layers_of_its_own_adapters(kind: Any, tmp_path: Path) -> None:
+    whole = kind().eval()
+    whole.save_pretrained(tmp_path)
+    tiny.tokenizer("t5" if kind is pegasus else "llama").save_pretrained(tmp_path)
+    refused(lambda: load_classifier(str(tmp_path), 2), "sequence classifier")
+    backbone = load_backbone(str(tmp_path))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]]), "attention_mask": mask}
+    shifted = {"decoder_input_ids": torch.tensor([[0, 5, 6, 7], [0, 8, 9, 2]]), "decoder_attention_mask": mask}
+    targets = ["q_proj", "v_proj"]
+    seen = collect_statistics(backbone, [batch], targets)
+    want = collect_statistics(whole, [{**batch, **(shifted if kind is pegasus else {})}], targets)
+    assert seen.layers == want.layers
+    assert seen.fingerprint == want.fingerprint == fingerprint(whole, seen.layers)
+    assert seen.tokens == want.tokens
+    for name, moment in want.moments.items():
+        torch.testing.assert_close(seen.moments[name].as_gram(), moment.as_gram())
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "gpt2", "t5"])
+def test_a_base_that_can_classify_has_the_layers_of_its_classifier(kind: str, tmp_path: Path) -> None:
+    folder = str(tiny.base_folder(kind, tmp_path))
+    layers = [name for name, _ in load_backbone(folder).named_modules() if name.endswith(tuple(tiny.TARGETS[kind]))]
+    assert fingerprint(load_backbone(folder), layers) == fingerprint(load_classifier(folder, 3), layers)
+
+
+def test_a_backbone_whose_weights_are_of_another_model(tmp_path: Path) -> None:
+    granite().save_pretrained(tmp_path)
+    tiny.tokenizer("llama").save_pretrained(tmp_path)
+    save_file({"other.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(lambda: load_backbone(str(tmp_path)), "its weights lack", "not of one model")
+
+
+# --- bases that cannot be used -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [load_backbone, load_tokenizer, lambda base: load_classifier(base, 2)])
+def test_code_that_comes_with_a_base_never_runs(load: Any, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("the person at the terminal was asked"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    mark = bert / "it-ran"
+    (bert / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertConfig as Own\n")
+    config = json.loads((bert / "config.json").read_text())
+    classes = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own")
+    own = {"auto_map": {**classes, "AutoTokenizer": ["own.Own", None]}}
+    (bert / "config.json").write_text(json.dumps({**config, **own}))
+    load(str(bert))  # transformers knows this architecture, and uses its own code
+    (bert / "config.json").write_text(json.dumps({**config, **own, "model_type": "unheard-of"}))
+    (bert / "tokenizer_config.json").write_text(json.dumps(own))
+    refused(lambda: load(str(bert)), str(bert), "needs code of its own", "does not run")
+    assert not mark.exists()
+
+
+def test_every_load_forbids_code_that_comes_with_a_base() -> None:
+    """LoraConfig is read from JSON alone."""
+    source = Path(base_module.__file__).parent.parent
+    calls = [
+        (path.name, call)
+        for path in source.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+        if call.func.attr in ("from_pretrained", "from_config") and ast.unparse(call.func.value) != "LoraConfig"
+    ]
+    allowing = [name for name, call in calls if "trust_remote_code=False" not in ast.unparse(call)]
+    assert len(calls) >= 4
+    assert not allowing
+
+
+def test_an_adapter_is_no_base(bert: Path) -> None:
+    (bert / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    for load in (base_folder, base_sha256, load_tokenizer, load_backbone):
+        refused(lambda load=load: load(str(bert)), str(bert), "adapter_config.json", "name the base")
 
 
 def test_no_tokenizer(bert: Path) -> None:

