@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Update
+from loraloom.files.hashing import task_seed
 from loraloom.model.load import load_classifier
-from loraloom.starts.initialise import task_seed
 from loraloom.starts.subspace import project_out
 
 ALPHA, WARMUP = 16, 0.06

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter
+from loraloom.files.hashing import task_seed
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator
-from loraloom.starts.initialise import initialise, task_seed
+from loraloom.starts.initialise import initialise
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import make_atlas
 from loraloom.study.recipe import Recipe

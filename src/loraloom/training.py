@@ -35,6 +35,7 @@ from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems
 from loraloom.files.atomic import staged_folder, write_text
+from loraloom.files.hashing import write_json
 from loraloom.model.load import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
 from loraloom.model.processes import by_first, check_training, on_cpu, raise_of_all, rank_and_size, started
 from loraloom.model.tokens import encode
@@ -371,4 +372,4 @@ def _save(
         model.peft_config["default"].base_model_name_or_path = base_name(base)
         model.save_pretrained(str(staged), save_embedding_layers=False)
         (staged / "README.md").unlink(missing_ok=True)
-        write_text(staged / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
+        write_json(staged / PROVENANCE, provenance)

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 import tiny_probe
 from loraloom.adapters.update import Adapter, Update
+from loraloom.files.hashing import layer_seed
 from loraloom.merging import Merged, get_rule, merge, rule_names
-from loraloom.merging.plan import layer_seed
 from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 

@@ -28,8 +28,9 @@ import tiny
 from loraloom.adapters.peft import read_adapter
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
+from loraloom.files.hashing import task_seed
 from loraloom.merging import merge
-from loraloom.starts.initialise import Initialisation, initialise, initialise_all, task_seed
+from loraloom.starts.initialise import Initialisation, initialise, initialise_all
 from loraloom.starts.keep import keep_callback
 from loraloom.starts.subspace import Keep
 from loraloom.statistics.collect import collect_statistics

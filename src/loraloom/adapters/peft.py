@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from torch import Tensor
 from loraloom.adapters.update import Adapter, Shape, Update, module_scaling
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.atomic import staged_folder
+from loraloom.files.hashing import file_sha256, write_json
 from loraloom.files.tensors import TensorFile, all_finite, save_tensors, write_files
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "loraloom.json"
@@ -101,7 +101,7 @@ class AdapterWriter:
         problems = [f"{name}: overflows {self.dtype}" for name in self.overflowing]
         raise_problems(str(self.folder), problems, "nothing was written; use a smaller scale")
         self.weights.close()
-        _write_json(self.folder / CONFIG, self._config(), sort_keys=True)
+        write_json(self.folder / CONFIG, self._config(), sort_keys=True)
         _write_beside(self.folder, provenance, files, extra)
 
     def _write(self, name: str, tensor: Tensor) -> None:
@@ -178,7 +178,7 @@ def write_folder(
     """
     folder = Path(folder)
     with staged_folder(folder) as staged:
-        _write_json(staged / CONFIG, config, sort_keys=True)
+        write_json(staged / CONFIG, config, sort_keys=True)
         save_tensors({_PREFIX + name: tensor for name, tensor in tensors.items()}, staged / WEIGHTS)
         _write_beside(staged, provenance, files, extra)
     return folder
@@ -232,12 +232,7 @@ def files_by_task(folder: Path, place: str) -> dict[str, tuple[str, Path]]:
 
 def adapter_sha256(folder: str | Path) -> str:
     """Return the sha256 over config and weights of an adapter folder."""
-    sha = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        with open(Path(folder) / name, "rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-    return sha.hexdigest()
+    return file_sha256(Path(folder) / CONFIG, Path(folder) / WEIGHTS)
 
 
 class StoredUpdates(Mapping[str, Update]):
@@ -276,12 +271,8 @@ def _write_beside(
     files: Mapping[str, str] | None,
     extra: Mapping[str, Mapping[str, Tensor]] | None,
 ) -> None:
-    _write_json(folder / PROVENANCE, provenance)
+    write_json(folder / PROVENANCE, provenance)
     write_files(folder, files or {}, extra or {})
-
-
-def _write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

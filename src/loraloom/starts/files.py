@@ -11,7 +11,8 @@ from peft import LoraConfig
 from loraloom.adapters.peft import read_adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import check_folder
-from loraloom.starts.initialise import Initialisation, initialise, initialise_all, task_seed
+from loraloom.files.hashing import task_seed
+from loraloom.starts.initialise import Initialisation, initialise, initialise_all
 from loraloom.statistics.file import Statistics
 
 

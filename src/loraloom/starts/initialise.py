@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ import loraloom
 from loraloom.adapters.peft import write_folder
 from loraloom.adapters.update import Adapter, headless_config, pattern_value
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.files.hashing import task_seed
 from loraloom.model.wrappers import assign, each_weight, peeled
 from loraloom.starts.keep import AVOID, KeepInSubspace, lora_layers
 from loraloom.starts.spectra import Others, Pool
@@ -163,11 +163,6 @@ def initialise_all(
         one.provenance.update(_provenance(base, tasks[name], others, after, choice, one.subspaces))
         _write(Path(folder) / name, one, lora, base)
     return done
-
-
-def task_seed(seed: int, task: str) -> int:
-    """Return a seed of the task's own, drawn from the study's seed and the task's name."""
-    return int(hashlib.sha256(f"{seed}/{task}".encode()).hexdigest()[:7], 16)
 
 
 def _starts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from loraloom.adapters.peft import PROVENANCE, Input, inputs_by_task, read_adapt
 from loraloom.adapters.update import Adapter, compatibility_problems
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.files.atomic import check_folder, staged_file, write_text
+from loraloom.files.hashing import json_text, task_seed
 from loraloom.files.tensors import save_tensors
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, Supplied, names_of
@@ -20,7 +20,6 @@ from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator, evaluate
 from loraloom.progress import Reporter
 from loraloom.results import Score
-from loraloom.starts.initialise import task_seed
 from loraloom.statistics.file import Statistics
 from loraloom.study.recipe import Recipe
 from loraloom.study.stages import build_task, merged_adapters
@@ -161,7 +160,7 @@ def _note_alignment(merged: Path, how: str) -> None:
     # aligning again replaces its own note; what others noted stays
     notes = [note for note in known.get("notes", []) if not note.startswith(start)]
     told = {**known, "notes": [*notes, f"{start} to the merged features {how}"]}
-    write_text(merged / PROVENANCE, json.dumps(told, indent=2) + "\n")
+    write_text(merged / PROVENANCE, json_text(told))
 
 
 def _head_files(merged: Path, folders: Sequence[Path], tasks: Sequence[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ import torch
 
 from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance, write_adapter
 from loraloom.files.atomic import remove_leftovers, staged_folder
+from loraloom.files.hashing import text_sha256
 from loraloom.merging.card import merged_card
 from loraloom.merging.readout import scaled_readouts
 from loraloom.model.processes import check_alone
@@ -73,7 +73,7 @@ def _result(study: Study, merges: list[MergeScore], responses: list[Interference
         command=command,
         base=recipe.base,
         base_sha256=stages.read_statistics(first).fingerprint,
-        content_sha256=hashlib.sha256("".join(study.digests.values()).encode()).hexdigest(),
+        content_sha256=text_sha256("".join(study.digests.values())),
         versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch on {_device()}",
         seeds=recipe.seeds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from loraloom.adapters.heads import Head, align_heads
 from loraloom.adapters.peft import CONFIG, PROVENANCE, WEIGHTS, read_adapter
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import interference, ratio
+from loraloom.files.hashing import file_sha256, text_sha256, write_json
 from loraloom.merging import read_readout
 from loraloom.merging.needs import alignment_rows
 from loraloom.merging.readout import READOUTS
@@ -96,7 +96,7 @@ def make_statistics(
 
 def texts_sha256(rows: Dataset) -> str:
     """Return a hash of the texts in `rows`."""
-    return hashlib.sha256("\n".join(rows["text_a"]).encode()).hexdigest()
+    return text_sha256("\n".join(rows["text_a"]))
 
 
 def read_statistics(folder: Path) -> Statistics:
@@ -127,7 +127,7 @@ def make_init(
         energy_share=settings.energy_share,
         seed=seed,
     )
-    _write_json(folder / SCORES, {"diagnostics": done.diagnostics(), "notes": done.notes()})
+    write_json(folder / SCORES, {"diagnostics": done.diagnostics(), "notes": done.notes()})
 
 
 def make_single(folder: Path, evaluator: Evaluator, adapter: Adapter, task: Task, alignment: AlignmentSettings) -> None:
@@ -141,7 +141,7 @@ def make_single(folder: Path, evaluator: Evaluator, adapter: Adapter, task: Task
     }
     save_file({"unlabelled": features["unlabelled"]}, folder / FEATURES)
     scores = {split: scored(task, split, head, features[split]).model_dump() for split in ("heldout", "test")}
-    _write_json(folder / SCORES, scores)
+    write_json(folder / SCORES, scores)
 
 
 def own_features(folder: Path) -> Tensor:
@@ -172,7 +172,7 @@ def make_heldout_evaluation(
         {f"{name}/{path}": tensor for name, head in aligned.items() for path, tensor in head.tensors.items()},
         folder / HEADS,
     )
-    _write_json(folder / SCORES, _both(heads, aligned, heldout, tasks, "heldout"))
+    write_json(folder / SCORES, _both(heads, aligned, heldout, tasks, "heldout"))
 
 
 def make_test_evaluation(
@@ -188,7 +188,7 @@ def make_test_evaluation(
         name: evaluator.features(merged[name].updates, heads[name], evaluator.encode(task, "test"))
         for name, task in tasks.items()
     }
-    _write_json(folder / SCORES, _both(heads, aligned, features, tasks, "test"))
+    write_json(folder / SCORES, _both(heads, aligned, features, tasks, "test"))
 
 
 def read_aligned(folder: Path, heads: Mapping[str, Head]) -> dict[str, Head]:
@@ -220,7 +220,7 @@ def make_interference(
         {"when": when, "quantity": quantity, "values": values.tolist(), "ratio": ratio(values)}
         for when, quantity, values in tables
     ]
-    _write_json(folder / RESPONSES, {"tasks": after.tasks, "layers": after.layers, "tables": rows})
+    write_json(folder / RESPONSES, {"tasks": after.tasks, "layers": after.layers, "tables": rows})
 
 
 def _both(
@@ -236,11 +236,5 @@ def _both(
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def _file_sha256(path: Path) -> str:
-    if not path.is_file():
-        return f"missing: {path.name}"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_sha256(path) if path.is_file() else f"missing: {path.name}"

@@ -7,7 +7,6 @@ stages before it, hashes of data and base model. Device, workers, paths and the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -22,6 +21,7 @@ import filelock
 
 from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.files.atomic import staged_folder, write_text
+from loraloom.files.hashing import json_sha256, write_json
 
 RECORD = "stage.json"
 _SHORT = 12  # characters of the key in names
@@ -44,9 +44,7 @@ class Stage:
     def key(self) -> str:
         """Return the sha256 over kind, options and inputs. Raises TypeError for a value that JSON cannot hold."""
         inputs = {name: stage.key for name, stage in self.inputs.items()}
-        content = [self.kind, dict(self.options), inputs]
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json_sha256([self.kind, dict(self.options), inputs])
 
     @property
     def name(self) -> str:
@@ -160,7 +158,7 @@ class Store:
                     "seconds": round(time.monotonic() - started, 3),
                     "files": _sizes(folder),
                 }
-                (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                write_json(folder / RECORD, record)
         except Exception as error:
             # a full disk must not hide the fault that filled it
             with suppress(LoraloomError):

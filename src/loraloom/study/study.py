@@ -13,13 +13,13 @@ from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
+from loraloom.files.hashing import task_seed
 from loraloom.merging import get_rule, make_plan, write_merged
 from loraloom.merging.needs import sample, supply
 from loraloom.model.load import base_folder, base_name, base_sha256
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
 from loraloom.results import average
-from loraloom.starts.initialise import task_seed
 from loraloom.statistics.texts import generic_rows
 from loraloom.study import stages
 from loraloom.study.recipe import MergeSettings, Recipe, slug
