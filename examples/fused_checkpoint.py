@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from loraloom import MergeOptions
 from loraloom.merging.folders import fuse_folders, plan_folders
 from loraloom.progress import Reporter
 
@@ -20,7 +21,7 @@ parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--scale", type=float, default=0.3)
 given = parser.parse_args()
 
-plan = plan_folders(given.adapters, "task_arithmetic", given.output, {}, scale=given.scale)
+plan = plan_folders(given.adapters, MergeOptions("task_arithmetic", scale=given.scale), given.output)
 with Reporter() as shown:
     facts = fuse_folders(plan, given.base, given.output, "examples/fused_checkpoint.py", shown)
 for name, fact in facts.items():

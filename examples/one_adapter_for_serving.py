@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from loraloom import make_plan, read_adapter, read_provenance, write_merged
+from loraloom import MergeOptions, make_plan, read_adapter, read_provenance, write_merged
 from loraloom.merging.merger import energy_lost
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,7 +20,7 @@ parser.add_argument("--rule", default="tsv")
 given = parser.parse_args()
 
 # a plan is checked at once and computed layer by layer while it is written
-plan = make_plan([read_adapter(folder) for folder in given.adapters], given.rule, rank=given.rank)
+plan = make_plan([read_adapter(folder) for folder in given.adapters], MergeOptions(given.rule, rank=given.rank))
 folder = write_merged(plan, given.output)
 layers = read_provenance(folder)["layers"]
 worst = max(layers, key=lambda module: layers[module]["energy_lost"])

@@ -14,6 +14,7 @@ _PUBLIC = {
     "Head": "adapters.heads",
     "KeepInSubspace": "starts.keep",
     "LoraloomError": "errors",
+    "MergeOptions": "merging",
     "Moment": "statistics.moments",
     "Recipe": "study.recipe",
     "Statistics": "statistics.file",

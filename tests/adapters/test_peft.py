@@ -26,6 +26,7 @@ from loraloom.adapters.peft import (
 from loraloom.adapters.update import Adapter, Shape, Update
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge, write_merged
+from loraloom.merging.options import MergeOptions
 from loraloom.merging.plan import make_plan
 
 LAYERS = [f"layer.{i}.q" for i in range(24)]
@@ -84,7 +85,7 @@ def test_a_merge_into_a_folder_keeps_one_layer_in_memory(tmp_path: Path) -> None
         if done in (2, total // 2, total):
             sizes.append(living() - before)
 
-    write_merged(make_plan(inputs, "task_arithmetic"), tmp_path / "merged", progress=look)
+    write_merged(make_plan(inputs, MergeOptions("task_arithmetic")), tmp_path / "merged", progress=look)
     assert calls == [(i + 1, len(LAYERS)) for i in range(len(LAYERS))]
     assert max(sizes) < 5 * layer  # of 48 that were read, and 24 of twice the rank that were written
     in_memory = merge(inputs, "task_arithmetic").adapter
@@ -130,7 +131,7 @@ def test_a_file_that_goes_after_it_was_read_is_told(fault: str, tmp_path: Path) 
         read.updates[LAYERS[0]]
     assert "was it replaced?" in str(caught.value)
     with pytest.raises(LoraloomError, match="cannot be read any more"):
-        write_merged(make_plan({"one": read}, "weighted"), tmp_path / "merged")
+        write_merged(make_plan({"one": read}, MergeOptions("weighted")), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

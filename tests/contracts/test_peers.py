@@ -24,6 +24,7 @@ import tiny
 from loraloom.adapters.peft import CONFIG, WEIGHTS, read_adapter
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, merge, write_merged
+from loraloom.merging.options import MergeOptions
 from loraloom.merging.plan import make_plan
 
 TOKENS = torch.randint(5, len(tiny.WORDS), (4, 9), generator=torch.Generator().manual_seed(0))
@@ -385,7 +386,7 @@ def test_nothing_is_left_of_a_merge_that_fails(pair: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_merged(make_plan(inputs, "ties"), pair / "merged", progress=stop)
+        write_merged(make_plan(inputs, MergeOptions("ties")), pair / "merged", progress=stop)
     with pytest.raises(LoraloomError, match="density"):
         write_merged(merge(inputs, "ties", density=0), pair / "merged")
     assert listing(pair) == before

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from loraloom.adapters.peft import WEIGHTS, read_adapter, read_provenance, write
 from loraloom.adapters.update import Adapter, Update
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
-from loraloom.merging import merge
+from loraloom.merging import MergeOptions, Plan, merge
 from loraloom.merging.folders import dry_run, estimate, fuse_folders, merge_folders, plan_folders
 from loraloom.merging.readout import read_readout
 from loraloom.progress import Reporter
@@ -72,6 +72,19 @@ def folders(place: Path, *names: str) -> list[Path]:
     return [place / name for name in names or ("mood", "tone", "size")]
 
 
+def planned(
+    folders: list[Path],
+    rule: str,
+    output: Path,
+    options: dict[str, Any],
+    statistics: Sequence[Path] = (),
+    look: Any = None,
+    **settings: Any,
+) -> Plan:
+    asked = MergeOptions(rule, options, **settings)
+    return plan_folders(folders, asked, output, statistics=statistics, look=look)
+
+
 def command(*words: str | Path) -> tuple[int, str]:
     """Run `loraloom merge --json`; return its exit code with what it told."""
     result = CliRunner().invoke(app, ["merge", *map(str, words), "--json"], catch_exceptions=False)
@@ -98,7 +111,7 @@ def test_faults_of_folders_statistics_output_and_options_come_together(place: Pa
     (place / "mood.safetensors").write_bytes(b"")
     before = listing(place)
     with pytest.raises(LoraloomError) as caught:
-        plan_folders(
+        planned(
             [*folders(place), place / "gone"],
             "ties",
             place / "mine",
@@ -119,7 +132,7 @@ def test_faults_of_folders_statistics_output_and_options_come_together(place: Pa
 
 def test_what_the_plan_finds_comes_together(place: Path) -> None:
     with pytest.raises(LoraloomError) as caught:
-        plan_folders(
+        planned(
             folders(place), "tiess", place / "out", {}, weights=[1.0], rank=0, statistics=[place / "mood.safetensors"]
         )
     for part in ("1 weights for 3 adapters", "rank 0 is below 1", "1 statistics for 3 adapters", "'ties'"):
@@ -148,7 +161,7 @@ def test_the_rule_is_checked_before_a_base_is_loaded(place: Path) -> None:
         json.dumps({**config, "base_model_name_or_path": "org/another"})
     )
     with pytest.raises(LoraloomError, match="2 problems") as caught:
-        plan_folders(folders(place, "mood", "other"), "regmean", place / "out", {"shrnk": 1}, look=look)
+        planned(folders(place, "mood", "other"), "regmean", place / "out", {"shrnk": 1}, look=look)
     assert "has 'org/another'" in str(caught.value)
     assert "did you mean 'shrink'" in str(caught.value)
 
@@ -169,7 +182,7 @@ def dense_regmean(members: list[Adapter], seen: list[Statistics], shrink: float,
 
 def test_statistics_are_read_from_files_in_the_order_of_the_adapters(place: Path) -> None:
     names = ["tone", "mood", "size"]
-    plan = plan_folders(
+    plan = planned(
         folders(place, *names),
         "regmean",
         place / "out",
@@ -199,7 +212,7 @@ def test_the_command_takes_statistics_in_order(place: Path) -> None:
 
 def test_missing_and_misfit_statistics_are_told(place: Path) -> None:
     with pytest.raises(LoraloomError, match="needs statistics of each task's inputs: see `loraloom statistics`"):
-        plan_folders(folders(place), "regmean", place / "out", {})
+        planned(folders(place), "regmean", place / "out", {})
     whole = statistics(1)
     few = ("layer.0.q", "layer.0.v")
     narrow = {"layers": {name: whole.layers[name] for name in few}, "moments": {n: whole.moments[n] for n in few}}
@@ -209,7 +222,7 @@ def test_missing_and_misfit_statistics_are_told(place: Path) -> None:
     statistics(2, **odd).save(place / "odd.safetensors")
     files = [place / f"{name}.safetensors" for name in ("mood", "narrow", "odd")]
     with pytest.raises(LoraloomError, match="2 problems") as caught:
-        plan_folders(folders(place), "regmean", place / "out", {}, statistics=files)
+        planned(folders(place), "regmean", place / "out", {}, statistics=files)
     assert "'tone': the statistics lack 1 of its layers, layer.1.up first" in str(caught.value)
     assert "'size': layer.0.q reads 5 features, in the statistics 6" in str(caught.value)
 
@@ -218,7 +231,7 @@ def test_statistics_of_another_base_are_told(place: Path) -> None:
     write_adapter(adapter(0, 2), place / "marked", provenance={"base_fingerprint": "f1"})
     statistics(0, fingerprint="f2", base="org/another").save(place / "mood.safetensors")
     with pytest.raises(LoraloomError, match="'marked': the statistics are of another base model, org/another"):
-        plan_folders([place / "marked"], "regmean", place / "out", {}, statistics=[place / "mood.safetensors"])
+        planned([place / "marked"], "regmean", place / "out", {}, statistics=[place / "mood.safetensors"])
 
 
 # the result
@@ -228,7 +241,7 @@ def test_folders_merge_as_adapters_do(place: Path) -> None:
     settings: dict[str, Any] = {"weights": [0.5, -1.0, 2.0], "scale": 0.3, "rank": 4, "seed": 7}
     members = {name: read_adapter(place / name) for name in ("mood", "tone", "size")}
     expected = merge(members, "dare", density=0.6, **settings)
-    plan = plan_folders(folders(place), "dare", place / "out", {"density": 0.6}, **settings)
+    plan = planned(folders(place), "dare", place / "out", {"density": 0.6}, **settings)
     told = merge_folders(plan, place / "out", "loraloom merge it", QUIET)
     assert_same(read_adapter(place / "out"), expected.adapter)
     facts = read_provenance(place / "out")
@@ -269,7 +282,7 @@ def test_weights_of_the_command(place: Path) -> None:
 
 def test_a_result_is_replaced_and_a_foreign_folder_is_not(place: Path) -> None:
     for rule in ("task_arithmetic", "tsv"):
-        merge_folders(plan_folders(folders(place), rule, place / "out", {}), place / "out", "", QUIET)
+        merge_folders(planned(folders(place), rule, place / "out", {}), place / "out", "", QUIET)
         assert read_provenance(place / "out")["rule"] == rule
     assert not list(place.glob(".*.part"))
 
@@ -279,7 +292,7 @@ def test_a_result_is_replaced_and_a_foreign_folder_is_not(place: Path) -> None:
 
 def test_a_dry_run_tells_ranks_and_sizes_and_writes_nothing(place: Path) -> None:
     before = listing(place)
-    plan = plan_folders(folders(place), "task_arithmetic", place / "out", {}, weights=[1, 0.25, 1])
+    plan = planned(folders(place), "task_arithmetic", place / "out", {}, weights=[1, 0.25, 1])
     told = dry_run(plan, None)
     assert listing(place) == before
     assert told["adapters"] == {
@@ -313,7 +326,7 @@ def test_a_dry_run_tells_the_size_that_is_written(rule: str, rank: int | None, e
         }
         config = {"peft_type": "LORA", "target_modules": ["q"]}
         write_adapter(Adapter(updates, config, dtype=torch.float16), tmp_path / name, provenance={})
-    plan = plan_folders([tmp_path / "one", tmp_path / "two"], rule, tmp_path / "out", {}, rank=rank)
+    plan = planned([tmp_path / "one", tmp_path / "two"], rule, tmp_path / "out", {}, rank=rank)
     told = dry_run(plan, None)
     assert told["output rank"] == f"at most {expected}"
     megabytes = 6 * expected * 3500 * 2 / 1e6
@@ -328,7 +341,7 @@ def test_a_dry_run_of_a_fusion_tells_the_bases_size(place: Path) -> None:
     base = place / "base"
     base.mkdir()
     (base / "model.safetensors").write_bytes(b"\0" * 20_000_000)
-    plan = plan_folders(folders(place), "ties", place / "out", {})
+    plan = planned(folders(place), "ties", place / "out", {})
     assert dry_run(plan, base)["output size"] == f"0.02 GB, as {base}"
 
 
@@ -342,14 +355,14 @@ def test_the_dry_run_of_the_command_writes_nothing(place: Path) -> None:
 
 @pytest.mark.parametrize("rule", ["task_arithmetic", "ties", "tsv", "emr", "cp", "dare", "knots"])
 def test_the_estimate_is_a_time(rule: str, place: Path) -> None:
-    seconds = estimate(plan_folders(folders(place), rule, place / "out", {}, weights=[1.0, 0.0, 1.0]))
+    seconds = estimate(planned(folders(place), rule, place / "out", {}, weights=[1.0, 0.0, 1.0]))
     assert seconds is not None
     assert 0 < seconds < 5
 
 
 def test_no_time_is_told_where_it_depends_on_the_texts(place: Path) -> None:
     files = [place / f"{name}.safetensors" for name in ("mood", "tone", "size")]
-    plan = plan_folders(folders(place), "regmean", place / "out", {}, statistics=files)
+    plan = planned(folders(place), "regmean", place / "out", {}, statistics=files)
     assert estimate(plan) is None
     assert dry_run(plan, None)["estimated time"] == "not known: it depends on the texts"
 
@@ -370,7 +383,7 @@ def test_readouts_are_those_of_the_rule(rule: str, words: tuple[str, ...], place
     weights = [1.0, 0.0, -2.0] if "--weights" in words else None
     scale = 0.4 if "--scale" in words else None
     options = {"per_task": True} if words == ("--per-task",) else {}
-    plan = plan_folders(folders(place), rule, place / "again", options, weights=weights, scale=scale)
+    plan = planned(folders(place), rule, place / "again", options, weights=weights, scale=scale)
     assert plan.used == (["mood", "size"] if weights else ["mood", "tone", "size"])
     assert {path.stem for path in (place / "out" / "readouts" / "tasks").iterdir()} == set(plan.used)
     whole = read_adapter(place / "out")
@@ -467,7 +480,7 @@ def dense_logits(base: Path, plan: Any, head: dict[str, torch.Tensor], rank: int
 @pytest.mark.parametrize(("rule", "rank"), [("task_arithmetic", None), ("ties", None), ("ties", 2)])
 def test_a_merge_goes_whole_into_the_weights(rule: str, rank: int | None, trained: Path) -> None:
     """Nothing is truncated unless that was asked for, though `ties` has full rank; heads lie beside the weights."""
-    plan = plan_folders(folders(trained, "mood", "tone"), rule, trained / "out", {}, rank=rank)
+    plan = planned(folders(trained, "mood", "tone"), rule, trained / "out", {}, rank=rank)
     told = fuse_folders(plan, trained / "base", trained / "out", "loraloom merge", QUIET)
     assert (told["rule"], told["layers"], told["head"]) == (rule, 4, "the base's own")
     assert told["heads beside it"] == "mood, tone"
@@ -504,7 +517,7 @@ def test_one_adapter_goes_in_with_its_head(trained: Path) -> None:
 
 
 def test_averaged_heads_go_in(trained: Path) -> None:
-    plan = plan_folders(folders(trained, "mood", "tone"), "weighted", trained / "out", {}, heads="average")
+    plan = planned(folders(trained, "mood", "tone"), "weighted", trained / "out", {}, heads="average")
     told = fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
     assert (told["heads beside it"], told["head"]) == ("none", "classifier.bias, classifier.weight")
     heads = [read_adapter(trained / name).head["classifier.weight"] for name in ("mood", "tone")]
@@ -527,7 +540,7 @@ def test_nothing_is_left_of_a_fusion_that_fails(trained: Path) -> None:
     assert (code, str(trained / "gone") in told) == (2, True)
     before = listing(trained)
     (trained / "base" / "model.safetensors").write_bytes(b"x")
-    plan = plan_folders(folders(trained, "mood", "tone"), "ties", trained / "out", {})
+    plan = planned(folders(trained, "mood", "tone"), "ties", trained / "out", {})
     with pytest.raises(LoraloomError):
         fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
     assert set(listing(trained)) == set(before)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand
 
 from loraloom.cli.common import AsJson, Base, Output, Quiet, command, read_recipe, typed
+
+if TYPE_CHECKING:
+    from loraloom.merging.options import Heads
 
 # options that the command does not know are those of a merging rule
 RULE_OPTIONS = {"ignore_unknown_options": True}
@@ -64,7 +67,7 @@ def merge(
     """
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.cli.rule_options import number_list, split_arguments
-        from loraloom.merging import folders
+        from loraloom.merging import MergeOptions, folders
 
         paths, options = split_arguments(adapters, rule, _flags(context))
         look = None
@@ -73,19 +76,8 @@ def merge(
 
             recipe = read_recipe(tasks, base)
             look = looker(recipe, texts or recipe.probe_texts(rule, options), shown)
-        plan = folders.plan_folders(
-            paths,
-            rule,
-            output,
-            options,
-            statistics=statistics or (),
-            look=look,
-            weights=number_list(weights, "--weights"),
-            scale=scale,
-            rank=rank,
-            seed=seed,
-            heads=heads,
-        )
+        asked = MergeOptions(rule, options, number_list(weights, "--weights"), scale, rank, seed, cast("Heads", heads))
+        plan = folders.plan_folders(paths, asked, output, statistics=statistics or (), look=look)
         if dry_run:
             out.result(folders.dry_run(plan, fuse_into))
         elif fuse_into:

@@ -1,6 +1,7 @@
 """Merging: rules over low-rank updates, and `merge` which turns adapters into one adapter."""
 
 from loraloom.merging.merger import Merged, merge, write_merged
+from loraloom.merging.options import MergeOptions
 from loraloom.merging.plan import Plan, make_plan
 from loraloom.merging.readout import read_readout
 from loraloom.merging.registry import Rule, get_rule, rule, rule_names
@@ -17,6 +18,7 @@ from loraloom.merging.rules import (  # noqa: F401 (importing a family registers
 )
 
 __all__ = [
+    "MergeOptions",
     "Merged",
     "Plan",
     "Rule",

@@ -18,6 +18,7 @@ from loraloom.files.hashing import json_text
 from loraloom.merging.card import fused_card
 from loraloom.merging.fuse import fuse
 from loraloom.merging.merger import energy_lost, plan_facts, write_merged
+from loraloom.merging.options import MergeOptions
 from loraloom.merging.plan import Plan, make_plan
 from loraloom.merging.registry import Probe, Rule, get_rule
 from loraloom.progress import Reporter
@@ -32,18 +33,19 @@ _CROP = 512  # rows and columns of the layer that the estimate runs on
 
 def plan_folders(
     folders: Sequence[Path],
-    rule: str,
+    options: MergeOptions,
     output: Path,
-    options: Mapping[str, Any],
     *,
     statistics: Sequence[Path] = (),
     look: Look | None = None,
-    **settings: Any,
 ) -> Plan:
-    """Read adapter folders, and statistics files where given, and return the plan of their merge into `output`.
+    """Read adapter folders, and return the plan of their merge into `output`.
 
-    `settings` are `make_plan`'s. `look` gets what the rule needs of base model and texts. Raises LoraloomError that
-    tells what is wrong with the output, the rule, its options and any folder.
+    options: how they are merged; see `MergeOptions`.
+    statistics: a file of each adapter's inputs, in the adapters' order.
+    look: gets what the rule needs of base model and texts.
+
+    Raises LoraloomError that tells what is wrong with the output, the rule, its options and any folder.
     """
     errors: list[LoraloomError] = []
     members: list[Adapter] = []
@@ -58,16 +60,17 @@ def plan_folders(
             seen.append(Statistics.load(path))
     if errors:
         with collecting(errors):  # where all can be read, `make_plan` tells what is wrong with the rest
-            raise_problems("the rule", get_rule(rule).check(options)[1])
+            raise_problems("the rule", get_rule(options.rule).check(options.options)[1])
     raise_together(errors)
     named = dict(zip(names_of(folders), members, strict=True))
     supplied: Supplied = (seen, None)
     if look is not None:
-        found = get_rule(rule)
-        problems = compatibility_problems(members) + found.check(options)[1]
-        raise_problems(f"cannot merge by {rule}", problems, "nothing was merged or written")  # before a base is loaded
-        supplied = look(found, named, seen)
-    return make_plan(named, rule, statistics=supplied[0], probe=supplied[1], **settings, **options)
+        rule = get_rule(options.rule)
+        problems = compatibility_problems(members) + rule.check(options.options)[1]
+        # before a base is loaded
+        raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
+        supplied = look(rule, named, seen)
+    return make_plan(named, options, statistics=supplied[0], probe=supplied[1])
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

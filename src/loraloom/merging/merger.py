@@ -14,7 +14,8 @@ from torch import Tensor
 from loraloom.adapters.peft import adapter_sha256, adapter_writer
 from loraloom.adapters.update import Adapter
 from loraloom.merging.card import merged_card
-from loraloom.merging.plan import Heads, Layer, Plan, make_plan
+from loraloom.merging.options import Heads, MergeOptions
+from loraloom.merging.plan import Layer, Plan, make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
 from loraloom.merging.registry import Probe
 from loraloom.statistics.file import Statistics
@@ -60,30 +61,28 @@ def merge(
     scale: float | None = None,
     rank: int | None = None,
     seed: int = 0,
-    statistics: Mapping[str, Statistics] | Sequence[Statistics] | None = None,
-    probe: Probe | None = None,
     heads: Heads = "keep",
+    statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
+    probe: Probe | None = None,
     **options: Any,
 ) -> Merged:
-    """Merge `adapters` by `rule` into one; their order does not matter. No base model is loaded.
+    """Merge `adapters` by `rule` into one, in memory; their order does not matter. No base model is loaded.
 
-    Adapters given as a sequence are named by their folders. `weights` go to each update before the rule, `scale` to
-    its result; None takes the rule's own. `rank` truncates the result of any rule. `statistics`, one for each adapter,
-    and a `probe` are for the rules that need them. `heads` "average" puts the weighted mean of the inputs' heads into
-    the merged adapter. Raises LoraloomError that tells all problems at once; see `make_plan`.
+    adapters: by name; those of a sequence are named by their folders.
+    rule: name of the merging rule; `rule_names()` has all.
+    weights: one for each adapter, in their order, on its update before the rule; None takes the rule's own.
+    scale: factor on the rule's result; None takes the rule's own.
+    rank: the largest rank of the result, for any rule; None leaves it to the rule.
+    seed: for rules that draw at random; each layer draws its own from it.
+    heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
+    statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
+    probe: base model and texts of each task, for rules that need them.
+    options: the rule's own, as `density=0.3`; `loraloom rules NAME` tells a rule's.
+
+    Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    plan = make_plan(
-        adapters,
-        rule,
-        weights=weights,
-        scale=scale,
-        rank=rank,
-        seed=seed,
-        statistics=statistics,
-        probe=probe,
-        heads=heads,
-        **options,
-    )
+    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads)
+    plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from loraloom.adapters.lowrank import Shared, truncate, truncate_dense
 from loraloom.adapters.update import Adapter, Shape, Update, compatibility_problems, headless_config
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.hashing import layer_seed
+from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.registry import Probe, Result, Rule, get_rule
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import cover_problems
-
-Heads = Literal["keep", "average"]
 
 
 class Layer(NamedTuple):
@@ -150,45 +149,40 @@ class Plan:
 
 def make_plan(
     adapters: Mapping[str, Adapter] | Sequence[Adapter],
-    rule: str,
+    options: MergeOptions,
     *,
-    weights: Sequence[float] | None = None,
-    scale: float | None = None,
-    rank: int | None = None,
-    seed: int = 0,
-    statistics: Mapping[str, Statistics] | Sequence[Statistics] | None = None,
+    statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
-    heads: Heads = "keep",
-    **options: Any,
 ) -> Plan:
-    """Check a merge and return its plan; see `merge` for the arguments.
+    """Check a merge and return its plan; nothing is computed yet.
+
+    adapters: by name; those of a sequence are named by their folders.
+    options: how they are merged; see `MergeOptions`.
+    statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
+    probe: base model and texts of each task, for rules that need them.
 
     Raises LoraloomError that tells all problems at once: adapters that do not fit together, unknown or out-of-range
     options, weights that do not match, what the rule needs and was not given.
     """
     names, members = _named(adapters)
     problems = _name_problems(names) + compatibility_problems(members)
-    problems += _number_problems(len(members), weights, scale, rank)
+    problems += _number_problems(len(members), options)
     seen, wrong = _by_name(names, statistics)
     problems += wrong
     for name, member in zip(names, members, strict=True):
         problems += cover_problems(name, member, seen[name]) if name in seen else []
-    if heads not in get_args(Heads):
-        problems.append(f"heads {heads!r} is unknown: {did_you_mean(heads, get_args(Heads))}")
-    if heads == "average":
-        problems += _head_problems(names, members)
-        if weights is not None and sum(weights) == 0:
-            problems.append("heads cannot be averaged: the weights add up to 0")
+    problems += _head_problems(names, members, options)
     found: Rule | None = None
     chosen: dict[str, Any] = {}
     try:
-        found = get_rule(rule)
-        chosen, wrong = found.check(options)
-        problems += wrong + _need_problems(found, weights, seen, probe)
+        found = get_rule(options.rule)
+        chosen, wrong = found.check(options.options)
+        problems += wrong + _need_problems(found, options.weights, seen, probe)
     except LoraloomError as error:
         problems.append(f"{error.message}: {error.hint}")
     raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
     assert found is not None  # get_rule raised otherwise
+    weights = options.weights
     if weights is None:
         weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
     return Plan(
@@ -196,12 +190,12 @@ def make_plan(
         rule=found,
         options=chosen,
         weights=dict(zip(names, weights, strict=True)),
-        scale=found.default_scale if scale is None else scale,
-        rank=rank,
-        seed=seed,
+        scale=found.default_scale if options.scale is None else options.scale,
+        rank=options.rank,
+        seed=options.seed,
         statistics=seen,
         probe=probe,
-        heads=heads,
+        heads=options.heads,
     )
 
 
@@ -234,8 +228,8 @@ def _name_problems(names: Sequence[str]) -> list[str]:
     return problems + [f"several inputs are called {name!r}: give each a name of its own" for name in twice]
 
 
-def _number_problems(count: int, weights: Sequence[float] | None, scale: float | None, rank: int | None) -> list[str]:
-    problems = []
+def _number_problems(count: int, options: MergeOptions) -> list[str]:
+    problems, weights = [], options.weights
     if weights is not None and len(weights) != count:
         problems.append(f"{len(weights)} weights for {count} adapters: give one for each")
     for weight in weights or ():
@@ -243,32 +237,39 @@ def _number_problems(count: int, weights: Sequence[float] | None, scale: float |
             problems.append(f"weight {weight} is not finite")
     if weights and not any(weights):
         problems.append("every weight is 0")
-    if scale is not None and not math.isfinite(scale):
-        problems.append(f"scale {scale} is not finite")
-    if rank is not None and rank < 1:
-        problems.append(f"rank {rank} is below 1")
+    if options.scale is not None and not math.isfinite(options.scale):
+        problems.append(f"scale {options.scale} is not finite")
+    if options.rank is not None and options.rank < 1:
+        problems.append(f"rank {options.rank} is below 1")
     return problems
 
 
 def _by_name(
-    names: Sequence[str], statistics: Mapping[str, Statistics] | Sequence[Statistics] | None
+    names: Sequence[str], statistics: Mapping[str, Statistics] | Sequence[Statistics]
 ) -> tuple[dict[str, Statistics], list[str]]:
-    given = statistics or {}
-    if not isinstance(given, Mapping):
-        if len(given) != len(names):
-            return {}, [f"{len(given)} statistics for {len(names)} adapters: give one for each, in their order"]
-        given = dict(zip(names, given, strict=True))
-    missing = [f"no statistics for {name!r}" for name in names if given and name not in given]
-    return dict(given), missing
+    if not statistics:
+        return {}, []
+    if not isinstance(statistics, Mapping):
+        if len(statistics) != len(names):
+            return {}, [f"{len(statistics)} statistics for {len(names)} adapters: give one for each, in their order"]
+        statistics = dict(zip(names, statistics, strict=True))
+    return dict(statistics), [f"no statistics for {name!r}" for name in names if name not in statistics]
 
 
-def _head_problems(names: Sequence[str], members: Sequence[Adapter]) -> list[str]:
+def _head_problems(names: Sequence[str], members: Sequence[Adapter], options: MergeOptions) -> list[str]:
+    if options.heads not in get_args(Heads):
+        return [f"heads {options.heads!r} is unknown: {did_you_mean(options.heads, get_args(Heads))}"]
+    if options.heads == "keep":
+        return []
     shapes = [{path: tuple(tensor.shape) for path, tensor in member.head.items()} for member in members]
-    return [
+    problems = [
         f"heads cannot be averaged: {name} has {shape or 'none'}, {names[0]} has {shapes[0] or 'none'}"
         for name, shape in zip(names[1:], shapes[1:], strict=True)
         if shape != shapes[0]
     ]
+    if options.weights is not None and sum(options.weights) == 0:
+        problems.append("heads cannot be averaged: the weights add up to 0")
+    return problems
 
 
 def _need_problems(

@@ -8,7 +8,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.merging.options import MergeOptions
 from loraloom.model.tokens import Batch
 from loraloom.statistics.moments import Moment
 
@@ -29,7 +30,8 @@ Result = Update | Tensor | Shared  # of one layer
 Function = TypeVar("Function", bound=Callable[..., "Result | dict[str, Result]"])
 
 _PLAIN = (int, float, bool, str, type(None))
-_TAKEN = ("adapters", "rule", "weights", "scale", "seed", "statistics", "heads", "progress")  # arguments of merge()
+# arguments of merge()
+_TAKEN = ("adapters", "statistics", *(field.name for field in fields(MergeOptions)))
 _SUPPLIED = ("generator", "moments", "probe", "rank")  # keyword-only, without a default: given to the rule by `merge`
 _HELP = (
     "write it as `def f(updates, *, option: float = 0.2)`: keyword-only, each int, float, bool, str, Literal or None"
@@ -273,7 +275,7 @@ def _signature(
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise LoraloomError(f"rule {name!r}: the first parameter must be the updates", _HELP)
-    fields: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     supplied = set()
     for parameter in parameters[1:]:
         if parameter.name in _SUPPLIED and parameter.default is inspect.Parameter.empty:
@@ -282,9 +284,9 @@ def _signature(
         fault = _option_fault(parameter)
         if fault:
             raise LoraloomError(f"rule {name!r}: option {parameter.name!r} {fault}", _HELP)
-        fields[parameter.name] = (parameter.annotation, parameter.default)
+        found[parameter.name] = (parameter.annotation, parameter.default)
     config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-    model: type[BaseModel] = create_model(f"{name}_options", __config__=config, **fields)
+    model: type[BaseModel] = create_model(f"{name}_options", __config__=config, **found)
     space = model.model_fields.get("space")
     if len(spaces) > 1 and (space is None or set(typing.get_args(space.annotation)) != set(spaces)):
         raise LoraloomError(f"rule {name!r} has several spaces", f"give it `space: Literal[{str(spaces)[1:-1]}]`")

@@ -14,7 +14,7 @@ from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
-from loraloom.merging import get_rule, make_plan, write_merged
+from loraloom.merging import MergeOptions, get_rule, make_plan, write_merged
 from loraloom.merging.needs import sample, supply
 from loraloom.model.load import base_folder, base_name, base_sha256
 from loraloom.model.runner import Evaluator
@@ -321,15 +321,8 @@ class Study:
                 known={name: stages.read_statistics(output.path) for name, output in seen.items()},
                 progress=step,
             )
-            plan = make_plan(
-                one.adapters,
-                settings.rule,
-                scale=1.0,
-                seed=one.seed,
-                statistics=statistics or None,
-                probe=probe,
-                **settings.options,
-            )
+            asked = MergeOptions(settings.rule, settings.options, scale=1.0, seed=one.seed)
+            plan = make_plan(one.adapters, asked, statistics=statistics, probe=probe)
             write_merged(plan, folder / "adapter")
 
         return self._get("merging", self._stage("merge", label, options, inputs), make)

@@ -1,0 +1,31 @@
+"""What is asked of a merge: the options that travel together from a command, a recipe or a call to the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Heads = Literal["keep", "average"]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How adapters are merged. Nothing is checked here: `make_plan` tells all that is wrong at once.
+
+    rule: name of the merging rule; `rule_names()` has all.
+    options: the rule's own options by name; what is left out takes the rule's default.
+    weights: one for each adapter, in their order, on its update before the rule; None takes the rule's own.
+    scale: factor on the rule's result; None takes the rule's own.
+    rank: the largest rank of the result, for any rule; None leaves it to the rule.
+    seed: for rules that draw at random; each layer draws its own from it.
+    heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
+    """
+
+    rule: str = "tsv"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: Sequence[float] | None = None
+    scale: float | None = None
+    rank: int | None = None
+    seed: int = 0
+    heads: Heads = "keep"
