@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.update import Adapter, Update
-from loraloom.analysis.interference import interference, ratio, response
+from loraloom.analysis.interference import interference, ratio, response, responses
 from loraloom.errors import LoraloomError
 from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
@@ -37,7 +37,7 @@ def test_against_dense(count: int) -> None:
     rows = {name: normal(100 + i, count + i, N) for i, name in enumerate(TASKS)}
     adapters = {name: adapter(10 * i) for i, name in enumerate(TASKS)}
     found = interference(adapters, {name: statistics(h) for name, h in rows.items()})
-    assert (found.tasks, found.layers) == (TASKS, LAYERS)
+    assert (found.adapters, found.inputs, found.layers) == (TASKS, TASKS, LAYERS)
     relative: dict[str, list[float]] = {"A": [], "BA": []}
     for index, layer in enumerate(LAYERS):
         for i, one in enumerate(TASKS):
@@ -92,3 +92,19 @@ def test_the_order_of_layers_does_not_matter() -> None:
     seen = {name: statistics(h) for name, h in rows.items()}
     found = interference({"one": adapter(0), "two": turned}, seen)
     assert torch.equal(found.BA, interference({"one": adapter(0), "two": adapter(1)}, seen).BA)
+
+
+def test_adapters_of_other_layers_have_no_response_there() -> None:
+    """Any adapters, any inputs: what both have agrees with `interference`, the rest is not a number."""
+    part, whole = adapter(0, ["a.value"]), adapter(0)
+    seen = {name: statistics(normal(i, 30, N)) for i, name in enumerate(("x", "y"))}
+    found = responses({"part": part, "whole": whole}, seen)
+    assert (found.layers, found.inputs) == (["a.value", "a.query"], ["x", "y"])
+    assert found.BA[1, 0].isnan().all()
+    own = response(part.updates["a.value"], seen["y"].moment("a.value"))
+    assert (float(found.A[0, 0, 1]), float(found.BA[0, 0, 1])) == own
+    assert torch.equal(found.overall()[0], found.BA[0, 0])
+    assert float(found.overall()[1, 0]) == pytest.approx(float(found.BA[:, 1, 0].square().mean().sqrt()))
+    against = found.against("whole", "x")
+    assert against[:, 0].isnan().all()
+    assert torch.equal(against[:, 1], found.BA[:, 1, 1] / found.BA[:, 1, 0])

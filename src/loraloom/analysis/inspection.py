@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraloom.adapters.peft import files_by_task, read_adapter, read_provenance, task_of
 from loraloom.adapters.update import Adapter
-from loraloom.analysis.interference import response
+from loraloom.analysis.interference import Responses, responses
 from loraloom.analysis.outlook import Outlook, outlook
 from loraloom.analysis.overlap import Overlaps, overlaps
 from loraloom.analysis.prediction import Prediction, predict
@@ -26,37 +25,14 @@ SCALES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)  # at which the sum's er
 
 
 @dataclass(frozen=True)
-class Responses:
-    """|B A h|, root mean square over rows, of adapters to the inputs in statistics files; all go by path.
+class Inspection:
+    """Facts of every file, and what they tell together; None where the files do not suffice for it.
 
-    values: (L, A, S) float64, NaN where an adapter has no such layer. own: the statistics of an adapter's own task.
+    Adapters and statistics go by path; `own` is the statistics of an adapter's own task, where a file is.
     """
 
-    layers: list[str]
-    adapters: list[str]
-    statistics: list[str]
-    own: dict[str, str]
-    values: Tensor
-
-    def overall(self) -> Tensor:
-        """Return (A, S): the root mean square over rows and layers."""
-        return self.values.square().nanmean(dim=0).sqrt()
-
-    def against_own(self, adapter: str) -> Tensor | None:
-        """Return (L, S): the response over that to the own inputs, NaN for the own; None where no file is its own."""
-        if adapter not in self.own:
-            return None
-        of, own = self.values[:, self.adapters.index(adapter)], self.statistics.index(self.own[adapter])
-        found = of / of[:, own, None].clamp_min(1e-300)
-        found[:, own] = torch.nan
-        return found
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Facts of every file, and what they tell together; None where the files do not suffice for it."""
-
     files: dict[str, Any]
+    own: dict[str, str]
     shared: Overlaps | None
     outlook: Outlook | None
     responses: Responses | None
@@ -80,12 +56,12 @@ def inspect_paths(paths: Sequence[Path], rank: int = 8) -> Inspection:
     shared = overlaps(adapters) if len(adapters) > 1 else None
     if not adapters:
         expected = outlook(statistics, rank) if len(statistics) > 1 else None
-        return Inspection(files, shared, expected, None, None, _notes_of(expected) if expected else [])
+        return Inspection(files, {}, shared, expected, None, None, _notes_of(expected) if expected else [])
     if not statistics:
-        return Inspection(files, shared, None, None, None, [])
+        return Inspection(files, {}, shared, None, None, None, [])
     own = own_statistics(list(adapters), list(statistics))
     prediction, notes = _predicted(adapters, statistics, own)
-    return Inspection(files, shared, None, _responses(adapters, statistics, own), prediction, notes)
+    return Inspection(files, own, shared, None, _responses(adapters, statistics), prediction, notes)
 
 
 def own_statistics(adapters: Sequence[str], statistics: Sequence[str]) -> dict[str, str]:
@@ -130,16 +106,11 @@ def _adapter_facts(adapter: Adapter, path: Path) -> dict[str, Any]:
     }
 
 
-def _responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics], own: dict[str, str]) -> Responses:
-    layers = list(dict.fromkeys(module for adapter in adapters.values() for module in adapter.shapes))
-    values = torch.full((len(layers), len(adapters), len(statistics)), torch.nan, dtype=torch.float64)
-    for i, (name, adapter) in enumerate(adapters.items()):
-        for seen in statistics.values():
-            raise_problems("cannot inspect", cover_problems(name, adapter, seen), "collect them on its targets")
-        for module, update in adapter.updates.items():
-            for j, seen in enumerate(statistics.values()):
-                values[layers.index(module), i, j] = response(update, seen.moment(module))[1]
-    return Responses(layers, list(adapters), list(statistics), own, values)
+def _responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> Responses:
+    pairs = [(name, adapter, seen) for name, adapter in adapters.items() for seen in statistics.values()]
+    problems = [problem for pair in pairs for problem in cover_problems(*pair)]
+    raise_problems("cannot inspect", list(dict.fromkeys(problems)), "collect them on its targets")
+    return responses(adapters, statistics)
 
 
 def _predicted(
@@ -168,7 +139,7 @@ def facts(found: Inspection) -> dict[str, Any]:
     """Return everything as plain values, for JSON: None where a figure does not exist."""
     return {
         "files": found.files,
-        "responses": _responses_facts(found.responses) if found.responses else {},
+        "responses": _responses_facts(found.responses, found.own) if found.responses else {},
         "overlaps": found.shared.tables() if found.shared else {},
         "outlook": _outlook_facts(found.outlook) if found.outlook else {},
         "prediction": _prediction_facts(found.prediction) if found.prediction else {},
@@ -176,15 +147,14 @@ def facts(found: Inspection) -> dict[str, Any]:
     }
 
 
-def _responses_facts(found: Responses) -> dict[str, Any]:
-    relative = {name: found.against_own(name) for name in found.adapters}
+def _responses_facts(found: Responses, own: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "statistics": found.statistics,
-        "own": found.own,
+        "statistics": found.inputs,
+        "own": own,
         "rows": dict(zip(found.adapters, found.overall().tolist(), strict=True)),
         "layers": found.layers,
-        "by layer": {name: _plain(found.values[:, i]) for i, name in enumerate(found.adapters)},
-        "against own": {name: _plain(values) for name, values in relative.items() if values is not None},
+        "by layer": {name: _plain(found.BA[:, i]) for i, name in enumerate(found.adapters)},
+        "against own": {name: _plain(found.against(name, of)) for name, of in own.items()},
     }
 
 
@@ -237,7 +207,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, columns, ro
 def tables(found: Inspection) -> Iterator[Table]:
     """Yield what is known as tables for people."""
     if found.responses:
-        yield _responses_table(found.responses)
+        yield _responses_table(found.responses, found.own)
     if found.shared:
         names = _labels(found.shared.names)
         for title, table in found.shared.tables().items():
@@ -283,14 +253,14 @@ def _verdict(found: Outlook) -> list[str]:
     ]
 
 
-def _responses_table(found: Responses) -> Table:
+def _responses_table(found: Responses, own: Mapping[str, str]) -> Table:
     title = "|B A h|, root mean square over rows and layers; others / own: mean over layers"
-    columns = ("adapter", *_labels(found.statistics), "others / own", "worst layer")
+    columns = ("adapter", *_labels(found.inputs), "others / own", "worst layer")
     rows = []
     for name, overall in zip(found.adapters, found.overall(), strict=True):
-        relative, mean, worst = found.against_own(name), "-", "-"
-        if relative is not None and len(found.statistics) > 1:
-            by_layer = relative.nanmean(dim=1)
+        mean = worst = "-"
+        if name in own and len(found.inputs) > 1:
+            by_layer = found.against(name, own[name]).nanmean(dim=1)
             mean = f"{by_layer.nanmean():.2f}"
             top = int(by_layer.nan_to_num(-1).argmax())
             worst = f"{by_layer[top]:.2f} {_short(found.layers[top])}"

@@ -18,34 +18,58 @@ from loraloom.statistics.moments import Moment
 
 @dataclass(frozen=True)
 class Responses:
-    """Root-mean-square responses of every task's adapter to every task's inputs.
+    """Root-mean-square responses |A h| and |B A h| of adapters to the rows h that layers read of each task's texts.
 
-    A, BA: (layers, T, T) float64, [layer, adapter i, task j], of |A_i h_j| and |B_i A_i h_j| a row h_j; the diagonal
-    is the response to the task's own inputs.
+    adapters, inputs: names of the adapters and of the statistics.
+    layers: module paths, in the order in which the adapters name them.
+    A, BA: (layers, adapters, inputs) float64; NaN where an adapter has no such layer.
     """
 
-    tasks: list[str]
+    adapters: list[str]
+    inputs: list[str]
     layers: list[str]
     A: Tensor
     BA: Tensor
 
+    def overall(self) -> Tensor:
+        """Return |B A h|, (adapters, inputs) float64: the root mean square over rows and layers."""
+        return self.BA.square().nanmean(dim=0).sqrt()
+
+    def against(self, adapter: str, own: str) -> Tensor:
+        """Return |B A h| of `adapter` over that to the inputs `own`, (layers, inputs) float64: NaN for `own` itself."""
+        of, index = self.BA[:, self.adapters.index(adapter)], self.inputs.index(own)
+        found = of / of[:, index, None].clamp_min(1e-300)
+        found[:, index] = torch.nan
+        return found
+
+
+def responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> Responses:
+    """Return the responses of every adapter to the inputs in every statistics, both by name.
+
+    The statistics must cover the layers of each adapter; see `cover_problems`. No more than one layer is in memory.
+    """
+    layers = list(dict.fromkeys(layer for adapter in adapters.values() for layer in adapter.shapes))
+    A = torch.full((len(layers), len(adapters), len(statistics)), torch.nan, dtype=torch.float64)
+    BA = A.clone()
+    for index, layer in enumerate(layers):
+        updates = {i: one.updates[layer] for i, one in enumerate(adapters.values()) if layer in one.shapes}
+        for j, seen in enumerate(statistics.values()):
+            moment = seen.moment(layer)
+            for i, update in updates.items():
+                A[index, i, j], BA[index, i, j] = response(update, moment)
+    return Responses(list(adapters), list(statistics), layers, A, BA)
+
 
 def interference(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> Responses:
-    """Return the responses of `adapters`, by task, to the inputs in `statistics`, by task, of the same names.
+    """Return the responses of adapters to the inputs of all tasks, in one order, so that the diagonal is the own.
 
-    Use statistics of held-out texts: those that chose a subspace flatter it. Raises LoraloomError naming the tasks or
-    layers that are missing.
+    adapters: by task, all of the same layers.
+    statistics: by task, of the same names. Use those of held-out texts: those that chose a subspace flatter it.
+
+    Raises LoraloomError naming the tasks or layers that are missing.
     """
-    tasks, layers = list(adapters), list(next(iter(adapters.values())).updates)
     check_cover("interference cannot be measured", adapters, statistics)
-    A = torch.zeros(len(layers), len(tasks), len(tasks), dtype=torch.float64)
-    BA = torch.zeros_like(A)
-    for index, layer in enumerate(layers):
-        for i, adapter in enumerate(adapters.values()):
-            for j, task in enumerate(tasks):
-                update, moment = adapter.updates[layer], statistics[task].moment(layer)
-                A[index, i, j], BA[index, i, j] = response(update, moment)
-    return Responses(tasks, layers, A, BA)
+    return responses(adapters, {task: statistics[task] for task in adapters})
 
 
 def response(update: Update, moment: Moment) -> tuple[float, float]:

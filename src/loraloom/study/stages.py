@@ -220,7 +220,7 @@ def make_interference(
         {"when": when, "quantity": quantity, "values": values.tolist(), "ratio": ratio(values)}
         for when, quantity, values in tables
     ]
-    write_json(folder / RESPONSES, {"tasks": after.tasks, "layers": after.layers, "tables": rows})
+    write_json(folder / RESPONSES, {"tasks": after.adapters, "layers": after.layers, "tables": rows})
 
 
 def _both(
