@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import tiny
 from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import read_adapter
-from loraloom.adapters.update import Update
+from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
 from loraloom.model.load import head_modules, load_classifier, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate, labels, switched_in
+from loraloom.model.tokens import batches
+from loraloom.statistics.collect import fingerprint
+from loraloom.statistics.texts import make_atlas
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import Task
 
@@ -77,10 +82,64 @@ def test_logits_are_those_of_peft(kind: str, side: str, tmp_path: Path) -> None:
         assert expected.std(0).min() > 1e-3  # texts do differ
         value = evaluate(evaluator, adapter.updates, head, TASK).value
         assert value == metric_value("accuracy", expected, labels(TASK, "test"))
-    # all of the base but the head's first layers is as it was
-    for name, tensor in evaluator.model.named_parameters():
-        assert torch.equal(tensor, before[name]) or name in head.tensors, name
+    _unchanged(evaluator, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in evaluator.model.modules())
+
+
+def _unchanged(evaluator: Evaluator, before: dict[str, Tensor]) -> None:
+    after = dict(evaluator.model.named_parameters())
+    assert list(after) == list(before)
+    assert not [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+
+
+@pytest.mark.parametrize("kind", ["roberta", "t5"])
+def test_the_models_own_head_comes_back_and_gradients_outlive_it(kind: str, tmp_path: Path) -> None:
+    """Heads of two layers, of which the first stands in the model while it runs: also after an error."""
+    base = str(tiny.base_folder(kind, tmp_path / "base"))
+    evaluator = Evaluator(base)
+    before = {name: tensor.clone() for name, tensor in evaluator.model.named_parameters()}
+    adapters = [read_adapter(adapter_folder(base, kind, tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
+    batch = dict(next(batches(evaluator.encode(TASK, "test"), evaluator.tokenizer, 4))[1])
+
+    def slope(adapter: Adapter, in_between: Callable[[], object]) -> float:
+        scale = torch.ones((), requires_grad=True)
+        scaled = {path: Update(scale * update.B, update.A) for path, update in adapter.updates.items()}
+        with evaluator.running(scaled, Head.of(adapter.head)) as run:
+            features = run(batch)
+        in_between()
+        features.square().sum().backward()
+        return float(scale.grad)  # type: ignore[arg-type]
+
+    alone = slope(adapters[0], lambda: None)
+    assert slope(adapters[0], lambda: slope(adapters[1], lambda: None)) == alone != 0
+    with pytest.raises(KeyError), evaluator.running({}, Head.of(adapters[1].head)):
+        raise KeyError
+    _unchanged(evaluator, before)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_statistics_are_of_the_layers_that_adapters_of_a_classifier_have(kind: str, tmp_path: Path) -> None:
+    base = str(tiny.base_folder(kind, tmp_path / "base"))
+    adapter = read_adapter(adapter_folder(base, kind, tmp_path / "adapter"))
+    seen = make_atlas(base, tiny.TARGETS[kind], None, [], 3, 16)
+    assert sorted(seen.layers) == sorted(adapter.updates)
+    assert seen.fingerprint == fingerprint(load_classifier(base, 3, seed=5), seen.layers)
+
+
+def test_a_base_that_cannot_classify_gets_its_statistics_and_no_metric(tmp_path: Path) -> None:
+    config = GraniteConfig(
+        vocab_size=len(tiny.WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    whole = GraniteForCausalLM(config)
+    whole.save_pretrained(tmp_path)
+    tiny.tokenizer("llama").save_pretrained(tmp_path)
+    seen = make_atlas(str(tmp_path), ["q_proj", "v_proj"], None, [], 3, 16)
+    assert "model.layers.1.self_attn.v_proj" in seen.layers
+    assert seen.fingerprint == fingerprint(whole, seen.layers)
+    evaluator = Evaluator(str(tmp_path))
+    with pytest.raises(LoraloomError, match="has no layer score"):
+        evaluator.features({}, Head.of({"score.weight": torch.ones(2, 16)}), evaluator.encode(TASK, "test"))
 
 
 def test_a_padding_token_within_the_text(tmp_path: Path) -> None:

@@ -57,8 +57,7 @@ class TaskProbe:
         """Return the outputs (k, classes or 1) of the task's head, float32 on the CPU, differentiable in `updates`.
 
         `see(module, rows)` is called for every updated layer, in the order in which the layers run, with what it
-        reads: (tokens, n) float32, padding left out, differentiable too. The heads share their first layers' place in
-        the model, so gradients must be taken before another task runs. Raises LoraloomError where an update or the
+        reads: (tokens, n) float32, padding left out, differentiable too. Raises LoraloomError where an update or the
         head does not fit the base model.
         """
         head = self._heads[task]

@@ -13,7 +13,7 @@ from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.model.layers import LayerReader, layer_shape
-from loraloom.model.load import load_classifier, load_tokenizer
+from loraloom.model.load import load_backbone, load_tokenizer
 from loraloom.model.tokens import Encoded, batch_sides, batches, encode
 from loraloom.results import Score
 from loraloom.tasks.metrics import score
@@ -24,7 +24,7 @@ class Evaluator:
     """One base model that answers for any adapter and any head.
 
     Logits are the head's last linear layer on its inputs, the features. So one forward pass gives the metric with the
-    head as trained and with any head aligned later.
+    head as trained and with any head aligned later. The model itself stays as it was loaded.
     """
 
     def __init__(self, base: str, *, max_length: int = 128, batch_size: int = 64) -> None:
@@ -32,9 +32,7 @@ class Evaluator:
         self.max_length = max_length
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(base)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: nn.Module = load_classifier(base, outputs=2)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = load_backbone(base).to(device()).eval().requires_grad_(False)
 
     def encode(self, task: Task, split: str) -> Encoded:
         """Return the token ids of one split, for `features`."""
@@ -55,44 +53,26 @@ class Evaluator:
     @contextmanager
     def running(
         self, updates: Mapping[str, Update], head: Head, see: Callable[[str, Tensor], None] | None = None
-    ) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor]]:
+    ) -> Iterator[ForwardPass]:
         """Yield f(batch) -> (k, d) float32 on the CPU: the `features` of one padded batch, differentiable in `updates`.
 
         `see(path, rows)` is given what every updated layer reads, in the order in which the layers run: (tokens, n)
-        float32 on the CPU, padding left out, differentiable too. Gradients must be taken before another head runs.
-        Raises LoraloomError as `features` does.
+        float32 on the CPU, padding left out, differentiable too. Raises LoraloomError as `features` does.
         """
-        device, pad = next(self.model.parameters()).device, self.tokenizer.pad_token_id
-        last = self._load_head(head)
-        with switched_in(self.model, updates):
+        last = self._check_head(head)
+        before_last = {path: tensor for path, tensor in head.tensors.items() if not path.startswith(f"{head.last}.")}
+        with replaced(self.model, before_last), switched_in(self.model, updates):
             watched = {path: _submodule(self.model, path, self.base) for path in updates} if see else {}
             reader = LayerReader(self.model, {**watched, head.last: last})
+            yield ForwardPass(reader, head.last, self.tokenizer.pad_token_id, see)
 
-            def run(batch: Mapping[str, Tensor]) -> Tensor:
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                encoder, decoder = batch_sides(
-                    batch, two_sided=reader.encoder is not None, pad=pad, labelled_only=False
-                )
-                read_by_head: list[Tensor] = []
-
-                def hand_over(path: str, x: Tensor) -> None:
-                    if path == head.last:
-                        read_by_head.append(x)
-                    elif see:
-                        see(path, (encoder if reader.in_encoder(path, x) else decoder).rows(x, "token").cpu())
-
-                reader.run(batch, hand_over, list(reader.layers))
-                return _pooled(read_by_head.pop(), batch["input_ids"] != pad).float().cpu()
-
-            yield run
-
-    @torch.no_grad()
-    def _load_head(self, head: Head) -> nn.Module:
-        """Copy the head's layers before its last, which is applied outside the model, and return the model's last."""
+    def _check_head(self, head: Head) -> nn.Module:
+        """Return the model's layer in the place of the head's last. Raises LoraloomError where the two do not fit."""
         parameters = dict(self.model.named_parameters())
-        before = {path: tensor for path, tensor in head.tensors.items() if not path.startswith(f"{head.last}.")}
         problems = []
-        for path, tensor in before.items():
+        for path, tensor in head.tensors.items():
+            if path.startswith(f"{head.last}."):  # applied outside the model, so it may have any number of outputs
+                continue
             if path not in parameters:
                 problems.append(f"the model has no {path}")
             elif parameters[path].shape != tensor.shape:
@@ -102,9 +82,33 @@ class Evaluator:
         if width != reads:
             problems.append(f"{head.last} reads {reads} features, the model's reads {width}")
         raise_problems(f"{self.base}: this head does not fit", problems, "use the adapter's own base model")
-        for path, tensor in before.items():
-            parameters[path].copy_(tensor)
         return last
+
+
+class ForwardPass:
+    """The features of one batch after another, as `Evaluator.running` sets the model up for them."""
+
+    def __init__(
+        self, reader: LayerReader, last: str, pad: int, see: Callable[[str, Tensor], None] | None = None
+    ) -> None:
+        self._reader, self._last, self._pad, self._see = reader, last, pad, see
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return (k, d) float32 on the CPU: what the head's last layer reads of each row."""
+        batch = {name: tensor.to(device()) for name, tensor in batch.items()}
+        two_sided = self._reader.encoder is not None
+        self._sides = batch_sides(batch, two_sided=two_sided, pad=self._pad, labelled_only=False)
+        self._reader.run(batch, self._hand_over, list(self._reader.layers))
+        return _pooled(self._read_by_head, batch["input_ids"] != self._pad).float().cpu()
+
+    def _hand_over(self, path: str, x: Tensor) -> None:
+        """Keep what the head reads; show what an updated layer reads."""
+        if path == self._last:
+            self._read_by_head = x
+        elif self._see is not None:
+            encoder, decoder = self._sides
+            side = encoder if self._reader.in_encoder(path, x) else decoder
+            self._see(path, side.rows(x, "token").cpu())
 
 
 def evaluate(
@@ -128,6 +132,32 @@ def labels(task: Task, split: str) -> Tensor:
 def label_tensor(task: Task, rows: Dataset) -> Tensor:
     """Return the labels of some rows of a task: (k,) int64, or float32 for regression."""
     return torch.tensor(rows["label"], dtype=torch.int64 if task.labels else torch.float32)
+
+
+def device() -> str:
+    """Return where base models run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have `tensors`, by path, in place of the model's own parameters while the context lasts.
+
+    The parameters change places rather than values, so gradients through `tensors` may be taken after it too.
+    """
+    own = {path: model.get_parameter(path) for path in tensors}
+    try:
+        for path, tensor in tensors.items():
+            _set_parameter(model, path, nn.Parameter(tensor.to(own[path]), requires_grad=False))
+        yield
+    finally:
+        for path, parameter in own.items():
+            _set_parameter(model, path, parameter)
+
+
+def _set_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    module, _, name = path.rpartition(".")
+    setattr(model.get_submodule(module), name, parameter)
 
 
 @contextmanager
