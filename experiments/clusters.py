@@ -69,7 +69,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def embeddings(base: str, evaluator: Evaluator, task: Task) -> Tensor:
     """Return (k, n) float32: the base model's last hidden states of every training row, mean over its tokens."""
-    model, encoded = AutoModel.from_pretrained(base_folder(base)).eval(), evaluator.encode(task, "train")
+    model, encoded = AutoModel.from_pretrained(base_folder(base)).eval(), evaluator.encode(task.train)
     found: list[Tensor] = [torch.empty(0)] * len(encoded)
     for chosen, batch in batches(encoded, evaluator.tokenizer, 64):
         counted = batch["attention_mask"].unsqueeze(-1)

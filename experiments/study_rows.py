@@ -31,7 +31,6 @@ from loraloom.adapters.heads import Head, align_heads
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter
 from loraloom.files.atomic import staged_file
-from loraloom.merging.needs import alignment_rows
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator, labels
 from loraloom.results import StudyResult
@@ -124,10 +123,8 @@ class Part:
         if (key, split) not in self._features:
             found = {}
             for name, task in self.tasks.items():
-                if split == "test":
-                    texts = self.evaluator.encode(task, split)
-                else:
-                    texts = alignment_rows(self.evaluator, task, self.recipe.alignment.texts)
+                rows = task.test if split == "test" else task.sample("train", self.recipe.alignment.texts)
+                texts = self.evaluator.encode(rows)
                 found[name] = self.evaluator.features(adapters[name].updates, heads[name], texts)
             self._features[key, split] = found
         return self._features[key, split]

@@ -24,7 +24,6 @@ from loraloom.adapters.heads import Head, align_heads
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter
 from loraloom.merging import merge
-from loraloom.merging.needs import alignment_rows
 from loraloom.model.runner import scored
 from loraloom.study.stages import build_task
 
@@ -41,7 +40,7 @@ class Run:
         self.heads = {name: Head.of(adapter.head, name) for name, adapter in self.adapters.items()}
         evaluator = part.evaluator
         count = part.recipe.alignment.texts
-        self.texts = {name: alignment_rows(evaluator, task, count) for name, task in self.tasks.items()}
+        self.texts = {name: evaluator.encode(task.sample("train", count)) for name, task in self.tasks.items()}
         self.own = {
             name: evaluator.features(adapter.updates, self.heads[name], self.texts[name])
             for name, adapter in self.adapters.items()
@@ -75,7 +74,7 @@ class Run:
         found: dict[str, list[float]] = defaultdict(list)
         for name in names:
             task, evaluator = self.tasks[name], self.part.evaluator
-            features = evaluator.features(adapter.updates, self.heads[name], evaluator.encode(task, split))
+            features = evaluator.features(adapter.updates, self.heads[name], evaluator.encode(getattr(task, split)))
             for kind, chosen in heads.items():
                 found[kind].append(100 * scored(task, split, chosen[name], features).value)
         return {kind: mean(values) for kind, values in found.items()}

@@ -96,7 +96,7 @@ def test_two_steps_saved_and_read_again(
             assert not torch.allclose(trained["model"](**batch).logits, expected)
     adapter, evaluator = read_adapter(done.folder), Evaluator(base, batch_size=4)
     head = Head.of(adapter.head, adapter.name)
-    ours = head.logits(evaluator.features(adapter.updates, head, evaluator.encode(task, "test")))
+    ours = head.logits(evaluator.features(adapter.updates, head, evaluator.encode(task.test)))
     assert expected.shape == (len(task.test), task.outputs)
     assert (from_peft - expected).norm() < 1e-5 * expected.norm()
     assert (ours - expected).norm() < 1e-5 * expected.norm()

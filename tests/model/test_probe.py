@@ -36,7 +36,7 @@ def probe_of(kind: str, folder: Path, *, side: str = "right", batch_size: int = 
     probe = TaskProbe(
         evaluator,
         [Head.of(adapter.head) for adapter in adapters],
-        [evaluator.encode(task, "train") for task in TASKS],
+        [evaluator.encode(task.train) for task in TASKS],
         [labels(task, "train") for task in TASKS],
         [False, True],
         batch_size=batch_size,
@@ -113,7 +113,7 @@ def test_batches_keep_rows_and_labels_together(tmp_path: Path) -> None:
     probe, _ = probe_of("bert", tmp_path)
     evaluator = probe._evaluator
     for task in range(2):
-        encoded, known = evaluator.encode(TASKS[task], "train"), labels(TASKS[task], "train")
+        encoded, known = evaluator.encode(TASKS[task].train), labels(TASKS[task], "train")
         assert [len(own) for own in probe.labels[task]] == [5, 5, 5, 5, 4]
         found = []
         for number, (batch, own) in enumerate(zip(probe.batches[task], probe.labels[task], strict=True)):
@@ -143,7 +143,7 @@ def test_refusals(tmp_path: Path) -> None:
     probe, adapters = probe_of("bert", tmp_path)
     evaluator = probe._evaluator
     heads = [Head.of(adapter.head) for adapter in adapters]
-    encoded = [evaluator.encode(task, "train") for task in TASKS]
+    encoded = [evaluator.encode(task.train) for task in TASKS]
     with pytest.raises(LoraloomError) as told:
         TaskProbe(evaluator, heads, [encoded[0], [], encoded[1]], [labels(TASKS[0], "train")], [False])
     for problem in ("3 texts for 2 heads", "1 labels for 2 heads", "1 regression for 2 heads", "task 1 has no texts"):

@@ -66,7 +66,7 @@ def test_logits_are_those_of_peft(kind: str, side: str, tmp_path: Path) -> None:
     base = str(tiny.base_folder(kind, tmp_path / "base", padding_side=side))
     evaluator = Evaluator(base, batch_size=5)
     before = {name: tensor.clone() for name, tensor in evaluator.model.named_parameters()}
-    encoded = evaluator.encode(TASK, "test")
+    encoded = evaluator.encode(TASK.test)
     assert len({len(row["input_ids"]) for row in encoded}) > 3
     # GPT-2 counts padding into its positions, so left-padded texts are only what they are when batched alone
     if (kind, side) == ("gpt2", "left"):
@@ -170,7 +170,7 @@ def test_a_fresh_pooler_goes_with_the_adapter(tmp_path: Path) -> None:
     adapter = read_adapter(folder)
     assert "bert.pooler.dense.weight" in adapter.head
     head, evaluator = Head.of(adapter.head), Evaluator(str(base))
-    found = head.logits(evaluator.features(adapter.updates, head, evaluator.encode(TASK, "test")))
+    found = head.logits(evaluator.features(adapter.updates, head, evaluator.encode(TASK.test)))
     expected = peft_logits(str(base), folder, list(TASK.test["text_a"]))
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
@@ -195,16 +195,16 @@ def test_pairs_regression_and_an_empty_update(tmp_path: Path) -> None:
     found = evaluate(evaluator, adapter.updates, head, task)
     assert found.value == pytest.approx(metric_value("pearson_spearman", expected, labels(task, "test")), abs=1e-6)
     assert labels(task, "test").dtype == torch.float32
-    bare = evaluator.features({}, head, evaluator.encode(task, "test"))
+    bare = evaluator.features({}, head, evaluator.encode(task.test))
     zero = {path: Update(0 * update.B, update.A) for path, update in adapter.updates.items()}
-    assert torch.equal(bare, evaluator.features(zero, head, evaluator.encode(task, "test")))
+    assert torch.equal(bare, evaluator.features(zero, head, evaluator.encode(task.test)))
 
 
 def test_refusals(tmp_path: Path) -> None:
     base = str(tiny.base_folder("roberta", tmp_path / "base"))
     adapter = read_adapter(adapter_folder(base, "roberta", tmp_path / "adapter"))
     evaluator, head = Evaluator(base), Head.of(adapter.head)
-    encoded = evaluator.encode(TASK, "test")
+    encoded = evaluator.encode(TASK.test)
     query = "roberta.encoder.layer.0.attention.self.query"
     good = adapter.updates[query]
     updates = [

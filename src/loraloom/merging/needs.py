@@ -8,14 +8,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-from datasets import Dataset
-
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter
 from loraloom.merging.registry import Rule
 from loraloom.model.probe import TaskProbe
 from loraloom.model.runner import Evaluator, label_tensor
-from loraloom.model.tokens import Encoded, encode
 from loraloom.settings import StatisticsSettings
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import collect
@@ -44,23 +41,12 @@ def supply(
     if "moments" in rule.supplied and not known:
         targets = sorted(next(iter(adapters.values())).shapes)
         known = {
-            name: collect(load(), sample(tasks[name], "train", reading.texts), targets, reading) for name in adapters
+            name: collect(load(), tasks[name].sample("train", reading.texts), targets, reading) for name in adapters
         }
     if not rule.whole:
         return known, None
     heads = [Head.of(adapter.head, adapter.name) for adapter in adapters.values()]
     return known, _probe(load(), [tasks[name] for name in adapters], heads, texts, progress)
-
-
-def sample(task: Task, split: str, count: int) -> Dataset:
-    """Return `count` rows of a split, or all where there are fewer, the same at every call."""
-    rows = getattr(task, split)
-    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
-
-
-def alignment_rows(evaluator: Evaluator, task: Task, texts: int) -> Encoded:
-    """Return the `texts` unlabelled training texts that heads are aligned on, as token ids."""
-    return encode(sample(task, "train", texts), evaluator.tokenizer, evaluator.max_length)
 
 
 def _probe(
@@ -70,11 +56,11 @@ def _probe(
     texts: int,
     progress: Callable[[int, int], None] | None,
 ) -> TaskProbe:
-    rows = [sample(task, "train", texts) for task in tasks]
+    rows = [task.sample("train", texts) for task in tasks]
     return TaskProbe(
         evaluator,
         heads,
-        [encode(found, evaluator.tokenizer, evaluator.max_length) for found in rows],
+        [evaluator.encode(found) for found in rows],
         [label_tensor(task, found) for task, found in zip(tasks, rows, strict=True)],
         [task.labels is None for task in tasks],
         progress=progress,

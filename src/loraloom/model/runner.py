@@ -34,9 +34,9 @@ class Evaluator:
         self.tokenizer = load_tokenizer(base)
         self.model = load_backbone(base).to(device()).eval().requires_grad_(False)
 
-    def encode(self, task: Task, split: str) -> Encoded:
-        """Return the token ids of one split, for `features`."""
-        return encode(getattr(task, split), self.tokenizer, self.max_length)
+    def encode(self, rows: Dataset) -> Encoded:
+        """Return the token ids of the texts in `rows`, a split of a task or a sample of one, for `features`."""
+        return encode(rows, self.tokenizer, self.max_length)
 
     def features(self, updates: Mapping[str, Update], head: Head, encoded: Encoded) -> Tensor:
         """Return (k, d) float32: what the head's last linear layer reads for every row, with `updates` in the model.
@@ -115,7 +115,7 @@ def evaluate(
     evaluator: Evaluator, updates: Mapping[str, Update], head: Head, task: Task, *, split: str = "test"
 ) -> Score:
     """Return the task's metric on one split with `updates` in the base model and `head` on top."""
-    features = evaluator.features(updates, head, evaluator.encode(task, split))
+    features = evaluator.features(updates, head, evaluator.encode(getattr(task, split)))
     return scored(task, split, head, features)
 
 

@@ -15,7 +15,7 @@ from loraloom.files.hashing import json_text, task_seed
 from loraloom.files.tensors import save_tensors
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, Supplied, names_of
-from loraloom.merging.needs import alignment_rows, supply
+from loraloom.merging.needs import supply
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator, evaluate
 from loraloom.progress import Reporter
@@ -96,7 +96,7 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
     read = merged_adapters(merged, 1.0, files)
     heads, own, together = {}, {}, {}
     for key, name, (member, head) in zip(files, names, given, strict=True):
-        rows = alignment_rows(evaluator, _task(recipe, name), texts)
+        rows = evaluator.encode(_task(recipe, name).sample("train", texts))
         heads[key], own[key] = head, evaluator.features(member.updates, head, rows)
         together[key] = evaluator.features(read[key].updates, head, rows)
         reporter.advance("aligning")

@@ -18,7 +18,6 @@ from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import interference, ratio
 from loraloom.files.hashing import file_sha256, text_sha256, write_json
 from loraloom.merging import read_readout
-from loraloom.merging.needs import alignment_rows
 from loraloom.merging.readout import READOUTS
 from loraloom.model.runner import Evaluator, scored
 from loraloom.results import Score
@@ -133,11 +132,11 @@ def make_init(
 def make_single(folder: Path, evaluator: Evaluator, adapter: Adapter, task: Task, alignment: AlignmentSettings) -> None:
     """Evaluate a task's own adapter on held-out and test rows; keep its features of the unlabelled texts."""
     head = Head.of(adapter.head, adapter.name)
-    unlabelled = alignment_rows(evaluator, task, alignment.texts)
+    unlabelled = evaluator.encode(task.sample("train", alignment.texts))
     features = {
         "unlabelled": evaluator.features(adapter.updates, head, unlabelled),
-        "heldout": evaluator.features(adapter.updates, head, evaluator.encode(task, "heldout")),
-        "test": evaluator.features(adapter.updates, head, evaluator.encode(task, "test")),
+        "heldout": evaluator.features(adapter.updates, head, evaluator.encode(task.heldout)),
+        "test": evaluator.features(adapter.updates, head, evaluator.encode(task.test)),
     }
     save_file({"unlabelled": features["unlabelled"]}, folder / FEATURES)
     scores = {split: scored(task, split, head, features[split]).model_dump() for split in ("heldout", "test")}
@@ -164,8 +163,8 @@ def make_heldout_evaluation(
     """
     unlabelled, heldout = {}, {}
     for name, task in tasks.items():
-        first = alignment_rows(evaluator, task, alignment.texts)
-        features = evaluator.features(merged[name].updates, heads[name], first + evaluator.encode(task, "heldout"))
+        first = evaluator.encode(task.sample("train", alignment.texts))
+        features = evaluator.features(merged[name].updates, heads[name], first + evaluator.encode(task.heldout))
         unlabelled[name], heldout[name] = features[: len(first)], features[len(first) :]
     aligned = align_heads(heads, own, unlabelled, ridge=alignment.ridge)
     save_file(
@@ -185,7 +184,7 @@ def make_test_evaluation(
 ) -> None:
     """Evaluate a merged adapter, by task, on test rows with the heads as trained and as aligned before."""
     features = {
-        name: evaluator.features(merged[name].updates, heads[name], evaluator.encode(task, "test"))
+        name: evaluator.features(merged[name].updates, heads[name], evaluator.encode(task.test))
         for name, task in tasks.items()
     }
     write_json(folder / SCORES, _both(heads, aligned, features, tasks, "test"))

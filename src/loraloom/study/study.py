@@ -15,7 +15,7 @@ from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
 from loraloom.merging import MergeOptions, get_rule, make_plan, write_merged
-from loraloom.merging.needs import sample, supply
+from loraloom.merging.needs import supply
 from loraloom.model.load import base_folder, base_name, base_sha256
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
@@ -230,7 +230,7 @@ class Study:
         stage = self._stage("statistics", f"{name}.{split}", {**chosen, **options})
 
         def make(folder: Path, _: Path) -> None:
-            rows = sample(self.tasks[name], split, settings.texts)
+            rows = self.tasks[name].sample(split, settings.texts)
             stages.make_statistics(folder, self.evaluator, rows, settings, targets)
 
         return self._get("statistics", stage, make)

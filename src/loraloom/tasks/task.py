@@ -45,6 +45,11 @@ class Task:
         """Return the names of the text columns, in order."""
         return tuple(column for column in ("text_a", "text_b") if column in self.train.column_names)
 
+    def sample(self, split: str, count: int) -> datasets.Dataset:
+        """Return `count` rows of a split, or all where there are fewer, the same at every call."""
+        rows: datasets.Dataset = getattr(self, split)
+        return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
     def digest(self) -> str:
         """Return the sha256 of name, labels, metric and every row of every split."""
         sha = hashlib.sha256(json.dumps([self.name, self.labels, self.metric]).encode())
