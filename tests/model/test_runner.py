@@ -99,7 +99,7 @@ def test_the_models_own_head_comes_back_and_gradients_outlive_it(kind: str, tmp_
     evaluator = Evaluator(base)
     before = {name: tensor.clone() for name, tensor in evaluator.model.named_parameters()}
     adapters = [read_adapter(adapter_folder(base, kind, tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
-    batch = dict(next(batches(evaluator.encode(TASK, "test"), evaluator.tokenizer, 4))[1])
+    batch = dict(next(batches(evaluator.encode(TASK.test), evaluator.tokenizer, 4))[1])
 
     def slope(adapter: Adapter, in_between: Callable[[], object]) -> float:
         scale = torch.ones((), requires_grad=True)
@@ -139,7 +139,7 @@ def test_a_base_that_cannot_classify_gets_its_statistics_and_no_metric(tmp_path:
     assert seen.fingerprint == fingerprint(whole, seen.layers)
     evaluator = Evaluator(str(tmp_path))
     with pytest.raises(LoraloomError, match="has no layer score"):
-        evaluator.features({}, Head.of({"score.weight": torch.ones(2, 16)}), evaluator.encode(TASK, "test"))
+        evaluator.features({}, Head.of({"score.weight": torch.ones(2, 16)}), evaluator.encode(TASK.test))
 
 
 def test_a_padding_token_within_the_text(tmp_path: Path) -> None:
