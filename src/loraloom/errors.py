@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FILE = "loraloom_file"  # the attribute of an exception that names the file in whose reading it was raised
 
 
 class LoraloomError(Exception):
@@ -31,6 +39,13 @@ def raise_problems(what: str, problems: Sequence[str], hint: str = "") -> None:
         raise LoraloomError(f"{what}: {len(problems)} problems{lines}", hint)
 
 
+def printable(text: str) -> str:
+    """Return `text` with control characters, lone surrogates and their like as escapes; line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return a hint that names the `count` nearest of `known`, or all of them where nothing is near."""
     options = sorted(known)
@@ -55,3 +70,30 @@ def raise_together(errors: Sequence[LoraloomError]) -> None:
         messages = dict.fromkeys(error.message for error in errors)
         hints = dict.fromkeys(error.hint for error in errors if error.hint)
         raise LoraloomError("\n".join(messages), "; ".join(hints))
+
+
+def reads_file(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function as one that reads the file or folder which is its first path or text.
+
+    Where it raises what nobody foresaw, `file_of` tells the command line which file that was, and so whose fault.
+    """
+
+    @functools.wraps(function)
+    def marked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except LoraloomError:
+            raise
+        except Exception as error:
+            given = (one for one in (*args, *kwargs.values()) if isinstance(one, str | os.PathLike))
+            if file_of(error) is None:  # the innermost file is the one at fault
+                setattr(error, _FILE, os.fspath(next(given, "")) or None)
+            raise
+
+    return marked
+
+
+def file_of(error: BaseException) -> str | None:
+    """Return the file in whose reading `error` was raised, or None where it was raised elsewhere."""
+    found: str | None = getattr(error, _FILE, None)
+    return found

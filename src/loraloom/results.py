@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loraloom.errors import LoraloomError, raise_problems
+from loraloom.errors import LoraloomError, raise_problems, reads_file
 from loraloom.files.atomic import write_text
 
 
@@ -123,6 +123,7 @@ class StudyResult(_Record):
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
+    @reads_file
     def load(cls, path: Path) -> StudyResult:
         """Read and check a results file. Raises LoraloomError naming every field that is wrong."""
         try:

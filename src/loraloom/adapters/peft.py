@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraloom.adapters.update import Adapter, Shape, Update, module_scaling
-from loraloom.errors import LoraloomError, raise_problems
+from loraloom.errors import LoraloomError, raise_problems, reads_file
 from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import file_sha256, write_json
 from loraloom.files.tensors import TensorFile, all_finite, save_tensors, write_files
@@ -40,6 +40,7 @@ _NOT_AN_UPDATE = {
 }
 
 
+@reads_file
 def read_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder; its updates stay in the file until they are asked for.
 
@@ -184,6 +185,7 @@ def write_folder(
     return folder
 
 
+@reads_file
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """Return loraloom.json of an adapter folder, or an empty dict where there is none.
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraloom.errors import LoraloomError
+import loraloom
+from loraloom.errors import LoraloomError, file_of
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
@@ -44,7 +47,11 @@ def typed() -> str:
 
 @contextlib.contextmanager
 def command(quiet: bool, as_json: bool) -> Iterator[Out]:
-    """Set the tone of one command: output of one process, libraries that keep quiet, faults without a traceback."""
+    """Set the tone of one command: output of one process, libraries that keep quiet, faults without a traceback.
+
+    A fault in an input exits with 2, one of loraloom's own with 1; LORALOOM_RAISE in the environment lets what nobody
+    foresaw through as it is.
+    """
     from loraloom.cli.terminal import Out, hush_libraries, show_error
 
     hush_libraries()
@@ -57,3 +64,36 @@ def command(quiet: bool, as_json: bool) -> Iterator[Out]:
         raise typer.Exit(2) from error
     except KeyboardInterrupt as stop:
         raise typer.Exit(130) from stop
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except Exception as error:
+        if os.environ.get("LORALOOM_RAISE"):
+            raise
+        if first:
+            show_error(unforeseen(error))
+        raise typer.Exit(2 if blames_input(error) else 1) from error
+
+
+def unforeseen(error: Exception) -> LoraloomError:
+    """Return what to tell of an exception that nobody foresaw: the file at fault, or that the fault is loraloom's."""
+    what = f"{type(error).__name__}: {error}".strip().partition("\n")[0].removesuffix(": ")
+    if isinstance(error, OSError) and error.filename is not None:
+        return LoraloomError(
+            f"{os.fsdecode(error.filename)}: {error.strerror}", "check that it is there and may be used"
+        )
+    handle, place = tempfile.mkstemp(prefix="loraloom-fault-", suffix=".txt")
+    with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"loraloom {loraloom.__version__}, Python {sys.version}\n{typed()}\n\n")
+        traceback.print_exception(error, file=file)
+    report = f"report it, with the traceback in {place}"
+    path = file_of(error)
+    if path is not None:
+        return LoraloomError(
+            f"{path}: cannot be used: {what}", f"write the file again; if it is as it should be, {report}"
+        )
+    return LoraloomError(f"a fault of loraloom's own: {what}", report)
+
+
+def blames_input(error: Exception) -> bool:
+    """Tell whether an exception came of a file that was read, or of the system."""
+    return file_of(error) is not None or (isinstance(error, OSError) and error.filename is not None)

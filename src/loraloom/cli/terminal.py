@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, printable
 from loraloom.progress import Reporter
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class Out:
-    """One command's output: `--json` prints one JSON object, `--quiet` only what was asked for."""
+    """One command's output: `--json` prints one JSON object, `--quiet` only what was asked for.
+
+    Every text passes `printable`: names out of strangers' files must not steer the terminal.
+    """
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
@@ -33,34 +38,93 @@ class Out:
         self._out = Console(highlight=False)
         self._err = Console(stderr=True, highlight=False)
 
-    def result(self, facts: Mapping[str, Any], text: str = "") -> None:
-        """Print the command's result: `facts` as JSON, or `text`, or the facts a line each."""
+    @property
+    def _for_people(self) -> bool:
+        return not (self.as_json or self.quiet)
+
+    def result(self, facts: Mapping[str, Any], text: str | None = None) -> None:
+        """Print the command's result: `facts` as JSON, or `text` for people; without it the facts, a line each."""
         if self.as_json:
-            self._out.file.write(json.dumps(facts, indent=1, default=str) + "\n")
-        elif not self.quiet:
-            shown = text or "\n".join(lines(facts))
-            self._out.print(escape(shown), soft_wrap=True)
+            self._out.file.write(json.dumps(plain(facts), indent=1, allow_nan=False) + "\n")
+        elif self._for_people and text != "":
+            self._out.print(Text(printable("\n".join(lines(facts)) if text is None else text)), soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a sentence for people, wrapped where the line ends."""
+        if self._for_people:
+            self._out.print(Text(printable(text)))
+
+    def facts(self, title: str, facts: Iterable[tuple[str, str]]) -> None:
+        """Print facts for people, a line each under a title: what, and what it is."""
+        if not self._for_people:
+            return
+        grid = Table.grid(padding=(0, 2), pad_edge=False)
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for what, value in facts:
+            grid.add_row(Text(f"  {_cell(what)}", style="dim"), _cell(value))
+        self._out.print(Text(printable(title), style="bold"), grid, sep="\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table for people; nothing with --json, where `result` tells all."""
-        if self.as_json or self.quiet:
+        if not self._for_people:
             return
-        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=Text(printable(title), style="italic"),
+            title_justify="left",
+            header_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for index, column in enumerate(columns):
             # where the terminal is narrow, the first column gives way
-            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+            justify: Literal["left", "right"] = "left" if index == 0 else "right"
+            table.add_column(_cell(column), justify=justify, no_wrap=index > 0, overflow="fold")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*map(_cell, row))
         self._out.print(table)
 
     def hint(self, text: str) -> None:
-        """Tell what may be done next, on standard error."""
-        if not (self.quiet or self.as_json):
-            self._err.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+        """Tell what is good to know, on standard error."""
+        if self._for_people:
+            self._err.print(Text(printable(text), style="dim"))
+
+    def warn(self, text: str) -> None:
+        """Tell what may do harm, on standard error."""
+        if self._for_people:
+            self._err.print(Text.assemble(("warning: ", "yellow"), printable(text)))
+
+    def next(self, what: str, *words: object) -> None:
+        """Tell the command to type next, and what it does, on standard error; `words` are quoted for the shell."""
+        if self._for_people:
+            self._err.print(Text.assemble(("next: ", "dim"), printable(f"{what}:")))
+            self._err.print(Text(as_typed(words, self._err.width)), soft_wrap=True)
 
     def progress(self) -> Reporter:
         """Return the progress display that fits."""
-        return Reporter(quiet=self.quiet or self.as_json)
+        return Reporter(quiet=not self._for_people)
+
+
+def as_typed(words: Iterable[object], width: int) -> str:
+    """Return a command as it can be pasted into a shell, in lines of at most `width` where its words allow."""
+    typed = [""]
+    for word in (printable(shlex.quote(str(word))) for word in words):
+        if len(typed[-1]) + len(word) + 3 > width and typed[-1].strip():
+            typed.append(f"     {word}")
+        else:
+            typed[-1] += f" {word}" if typed[-1] else f"  {word}"
+    return " \\\n".join(typed)
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON knows it: numbers that are not finite as None, what it has no word for as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -76,9 +140,14 @@ def lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 def show_error(error: LoraloomError) -> None:
     """Print an error with its hint on standard error."""
     console = Console(stderr=True, highlight=False)
-    console.print(f"[bold red]error:[/bold red] {escape(error.message)}", soft_wrap=True)
+    console.print(Text.assemble(("error:", "bold red"), " ", printable(error.message)), soft_wrap=True)
     if error.hint:
-        console.print(f"  [dim]next:[/dim] {escape(error.hint)}", soft_wrap=True)
+        console.print(Text.assemble(("  next:", "dim"), " ", printable(error.hint)), soft_wrap=True)
+
+
+def _cell(text: str) -> Text:
+    """Return what stands in a cell of a table: one line."""
+    return Text(printable(text).replace("\n", "\\n"))
 
 
 def study_table(rows: Sequence[SummaryRow]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:

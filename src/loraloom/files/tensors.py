@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, reads_file
 
 # as the format names them: https://github.com/huggingface/safetensors
 _DTYPES = {
@@ -90,6 +90,7 @@ def write_files(folder: Path, texts: Mapping[str, str], tensors: Mapping[str, Ma
         save_tensors(content, folder / name)
 
 
+@reads_file
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a small safetensors file by name. Raises LoraloomError where it cannot be read."""
     try:

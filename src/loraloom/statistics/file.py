@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.atomic import staged_file
 from loraloom.files.tensors import all_finite
 from loraloom.model.tokens import Kind
@@ -139,6 +139,7 @@ class Statistics:
         save_moments(self.moments, Path(path), metadata)
 
     @classmethod
+    @reads_file
     def load(cls, path: str | Path) -> Statistics:
         """Read a file that `save` wrote.
 

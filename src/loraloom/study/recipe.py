@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.merging.registry import get_rule
 from loraloom.settings import AlignmentSettings, LoraSettings, Settings, StatisticsSettings, TrainingSettings
 from loraloom.starts.subspace import DEFAULT, Keep, Scale, meant_scale
@@ -189,6 +189,7 @@ class Recipe(Settings):
         return self
 
     @classmethod
+    @reads_file
     def load(cls, path: str | Path) -> Recipe:
         """Read a YAML recipe; relative paths in it start at its folder.
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from loraloom.errors import did_you_mean
+from loraloom.errors import did_you_mean, reads_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(#(?P<split>[\w.-]+))?")
@@ -54,6 +54,7 @@ def hub_name(source: str, split: str) -> HubName | None:
     return HubName(match["repo"], match["config"], match["split"] or _HUB_SPLITS[split])
 
 
+@reads_file
 def read_table(source: str, split: str, wanted: Sequence[str]) -> Table:
     """Read the rows of a file or of a data set on the Hub; of the typed sources, only the `wanted` columns.
 
