@@ -3,31 +3,43 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := loraloom-demo
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TOOLS := $(VENV)/tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test format benchmarks clean
+.PHONY: help demo test format benchmarks lock sbom licences clean
 
 help: ## Say what can be made
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 
-demo: $(VENV)/.demo ## Install, then train, merge and measure on a small real model; prints where report.html lies
+demo: $(VENV)/.installed ## Install, then train, merge and measure on a small real model; prints where report.html lies
 	$(BIN)/loraloom demo --output $(DEMO)
 
-test: $(VENV)/.dev ## Install what the checks need, then run ruff, mypy --strict and pytest
+test: $(VENV)/.installed ## Install what the checks need, then run ruff, mypy --strict and pytest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-format: $(VENV)/.dev ## Put the code into its format
+format: $(VENV)/.installed ## Put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/.dev ## Print the ratios of benchmarks/
+benchmarks: $(VENV)/.installed ## Print the ratios of benchmarks/
 	$(BIN)/python benchmarks/statistics_cost.py
 	$(BIN)/python benchmarks/merging.py
 	$(BIN)/python benchmarks/fuse.py
+
+lock: $(TOOLS)/.installed ## Write requirements.lock anew from constraints.txt: versions with the hashes of every file
+	grep -v '^torch==' constraints.txt | $(TOOLS)/bin/uv pip compile - --quiet --no-deps --universal --python-version 3.10 \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" -o requirements.lock
+
+sbom: $(VENV)/.installed $(TOOLS)/.installed ## Write sbom.json: what is installed, as CycloneDX
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.json $(BIN)/python
+
+licences: $(VENV)/.installed $(TOOLS)/.installed ## Write docs/licences.md: the licence of every package that is installed
+	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --format markdown --with-urls --ignore-packages loraloom \
+		> docs/licences.md
 
 clean: ## Remove the environment; studies and demo output stay
 	rm -rf $(VENV)
@@ -38,12 +50,16 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
-	@echo "installing loraloom with its demo into $(VENV): some minutes the first time"
-	$(INSTALL) -e '.[demo]'
+# Every package but torch is checked against the hashes of requirements.lock. torch is not: its CPU and CUDA builds differ
+# by machine and index, and the CUDA build brings packages that the CPU build must not, so no one list of hashes fits both.
+$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt requirements.lock
+	@echo "installing loraloom with its demo and checks into $(VENV): some minutes the first time"
+	$(INSTALL) --no-deps --require-hashes -r requirements.lock
+	$(INSTALL) -c constraints.txt torch
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
-	@echo "installing loraloom with its checks into $(VENV): some minutes the first time"
-	$(INSTALL) -e '.[dev]'
-	@touch $@ $(VENV)/.demo
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
+	@touch $@

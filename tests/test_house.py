@@ -147,3 +147,10 @@ def test_every_rule_has_its_row_in_the_rules_page() -> None:
     for name in rule_names():
         assert name in rows, name
         assert (", ".join(get_rule(name).needs) or "nothing") == rows[name][3], name
+
+
+def test_the_list_of_hashes_is_of_the_versions_that_are_pinned() -> None:
+    pinned = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.M)
+    locked = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.M)
+    versions = {(name.lower().replace("_", "-"), version) for name, version in pinned if name != "torch"}
+    assert versions == {(name.lower().replace("_", "-"), version) for name, version in locked}

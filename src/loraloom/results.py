@@ -68,6 +68,10 @@ class MergeScore(_Record):
     scale_chosen_with_labels: bool = Field(description="true where the held-out labels chose this scale")
     scores: dict[str, Score] = Field(description="by task")
     average: Score
+    resamples: list[float] = Field(
+        default_factory=list,
+        description="average on seeded resamples of the test rows, the same for every merge: differences are paired",
+    )
     kept: float = Field(description="average / average of the single-task adapters on the same split")
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any
 
+import numpy as np
 import pytest
 
 from loraloom.report import markdown_tables, merged_table, single_table, summary_rows, summary_table, verdict
-from loraloom.report.aggregate import Figures, off_diagonal_mean, over_seeds
+from loraloom.report.aggregate import Figures, Merged, off_diagonal_mean, over_seeds
 from loraloom.report.tables import points
-from loraloom.report.verdict import is_osrm
+from loraloom.report.verdict import comparisons
 from loraloom.results import MergeScore, Score, StudyResult
 
 
@@ -158,44 +158,76 @@ def test_tables_are_rectangular_and_complete(result: StudyResult) -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "opening", "sizes"),
+    ("levels", "parts"),
     [
-        ({"lora": 0.60, "osrm": 0.70}, "osrm merges better than the best other init (lora)", "+10.0 points"),
-        ({"lora": 0.70, "osrm": 0.60}, "osrm merges worse than the best other init (lora)", "−10.0 points"),
+        ({"lora": 0.60, "osrm": 0.70}, ("osrm merged by", "70.0", "+10.0 ±0.7 against lora (")),
+        ({"lora": 0.70, "osrm": 0.60}, ("lora merged by", "+10.0 ±0.7 against osrm (")),
+        ({"lora": 0.701, "osrm": 0.70}, ("lora merged by", "+0.1 ±0.7 against osrm (", "this is a tie")),
         (
-            {"lora": 0.701, "osrm": 0.70},
-            "merge equally well as far as this study can tell",
-            "within its standard error",
-        ),
-        ({"lora": 0.60, "pca": 0.70}, "The best init (pca) merges better than the best other init (lora)", "+10.0"),
-        (
-            {"lora": 0.70, "osrm": 0.71},
-            "osrm merges",
-            "+1.0 points, between one and two times its standard error (0.7)",
+            {"one": 0.70, "two": 0.68, "three": 0.65, "four": 0.6, "five": 0.5},
+            ("one merged by", "+2.0 ±0.7 against two", "+5.0 ±0.7 against three", "four", "and 1 more below"),
         ),
     ],
 )
-def test_verdict_says_what_the_numbers_say(
-    make: Callable[..., StudyResult], levels: dict[str, float], opening: str, sizes: str
+def test_verdict_names_the_best_and_every_rival(
+    make: Callable[..., StudyResult], levels: dict[str, float], parts: tuple[str, ...]
 ) -> None:
-    """Win, lose and tie are told as such, in points and against the standard error."""
-    sentence = verdict(make(inits=levels, seeds=(1,), noise=0.0))
-    assert opening in sentence
-    assert sizes in sentence
+    """Each side by name, in points with the error of the difference; a small lead is told as a tie."""
+    sentence = verdict(make(inits=levels, seeds=(1,), noise=0.0, aligned=(False,)))
+    for part in (*parts, "Picked on held-out rows", "heads as trained"):
+        assert part in sentence
     assert sentence.endswith(".")
 
 
-def test_options_tell_osrm_from_its_controls(make: Callable[..., StudyResult]) -> None:
-    """A rule in the options decides, whatever the init is called; the controls' rules are not OSRM."""
-    result = make(inits={"quiet": 0.7, "osrm by the authors' code": 0.6, "plain": 0.5}, seeds=(1,))
-    rules: list[dict[str, Any]] = [{"rule": "osrm"}, {"rule": "mean"}, {"rule": "default", "keep": "free"}]
-    inits = [one.model_copy(update={"options": rule}) for one, rule in zip(result.inits, rules, strict=True)]
-    named = result.model_copy(update={"inits": inits})
-    assert [is_osrm(named, init.name) for init in inits] == [True, False, False]
-    assert verdict(named).startswith("OSRM (quiet) merges better than the best other init (osrm by the authors' code)")
+def test_nobody_is_counted_on_another_ones_side(make: Callable[..., StudyResult]) -> None:
+    """Two inits of one method are rivals like any others: the better one is compared with the worse one too."""
+    result = make(inits={"LoRA": 0.71, "OSRM": 0.76, "apart": 0.74}, seeds=(1,), noise=0.0)
+    told = comparisons(result, aligned=False)
+    assert [(one.ours.init, one.other.init) for one in told] == [("OSRM", "apart"), ("OSRM", "LoRA")]
+
+
+def test_a_single_init_is_told_by_rules(make: Callable[..., StudyResult]) -> None:
+    """Given adapters have one init: its best rule stands against the others."""
+    sentence = verdict(make(inits={"given adapters": 0.7}, seeds=(1,), noise=0.0))
+    assert "task_arithmetic reaches" in sentence
+    assert "against ties" in sentence
+    assert "given adapters" not in sentence
+
+
+def test_errors_of_differences_are_paired(make: Callable[..., StudyResult]) -> None:
+    """Against numpy over the records: resamples common to both sides, and the spread of the seeds' differences."""
+    plain = make(inits={"a": 0.7, "b": 0.69}, noise=0.002)
+    shared = np.random.default_rng(0).normal(0, 0.03, 200)
+    merges = []
+    for index, merge in enumerate(plain.merges):
+        own = np.random.default_rng(index).normal(0, 0.001, 200)
+        merges.append(merge.model_copy(update={"resamples": (merge.average.value + shared + own).tolist()}))
+    result = plain.model_copy(update={"merges": merges})
+    (one,) = comparisons(result, aligned=True)
+    assert one.paired
+
+    def records(side: Merged) -> list[MergeScore]:
+        return [
+            merge
+            for merge in merges
+            if (merge.init, merge.rule, merge.space, merge.split, merge.aligned)
+            == (side.init, side.rule, side.space, "test", True)
+        ]
+
+    ours, other = records(one.ours), records(one.other)
+    rows = np.std(
+        np.mean([merge.resamples for merge in ours], axis=0) - np.mean([merge.resamples for merge in other], axis=0),
+        ddof=1,
+    )
+    seeds = [a.average.value - b.average.value for a, b in zip(ours, other, strict=True)]
+    assert one.stderr == pytest.approx(max(rows, np.std(seeds, ddof=1) / 2**0.5))
+    assert one.stderr < 0.005  # the rows' own spread, 0.03, is common to both sides
+    (alone,) = comparisons(plain, aligned=True)
+    assert not alone.paired
+    assert "taken as independent" in verdict(plain)
+    assert "paired over rows" in verdict(result)
 
 
 def test_verdict_without_anything_to_compare(make: Callable[..., StudyResult]) -> None:
-    """One init, or no merge at all, still gets an honest sentence."""
-    assert "nothing to compare" in verdict(make(inits={"osrm": 0.7}))
+    """No merge at all still gets an honest sentence."""
     assert verdict(make(inits={"osrm": 0.7}).model_copy(update={"merges": []})).startswith("No merged adapter")

@@ -40,7 +40,8 @@ def over_seeds(scores: Sequence[Score]) -> Score:
 class Merged:
     """One way to merge one init's adapters on the test split, over seeds.
 
-    `heldout` is the held-out average at the same scales, None where the study did not measure it.
+    `heldout` is the held-out average at the same scales, None where the study did not measure it; `by_seed` the test
+    average of every seed; `resamples` that of every resample of the test rows, mean over seeds, empty where not kept.
     """
 
     init: str
@@ -55,6 +56,8 @@ class Merged:
     average: Score
     kept: float
     heldout: float | None
+    by_seed: dict[int, float]
+    resamples: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Figures:
                     average=over_seeds([merge.average for merge in merges]),
                     kept=float(np.mean([merge.kept for merge in merges])),
                     heldout=float(np.mean(known)) if len(known) == len(merges) else None,
+                    by_seed={merge.seed: merge.average.value for merge in merges},
+                    resamples=_mean_resamples(merges),
                 )
             )
         order = list(self.labels.values())
@@ -210,6 +215,13 @@ def off_diagonal_mean(responses: NDArray[np.float64]) -> NDArray[np.float64]:
     count = known.sum(axis=-1)
     total = np.where(known, pairs, 0.0).sum(axis=-1)
     return np.asarray(np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0))
+
+
+def _mean_resamples(merges: Sequence[MergeScore]) -> tuple[float, ...]:
+    """Return the mean over seeds of every resample's average; nothing where a seed has none or other ones."""
+    if len({len(merge.resamples) for merge in merges}) > 1:
+        return ()
+    return tuple(np.mean([merge.resamples for merge in merges], axis=0).tolist())
 
 
 def _way(merge: MergeScore) -> tuple[str, str, str]:

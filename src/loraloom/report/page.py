@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loraloom.files.atomic import write_text
-from loraloom.report.aggregate import HEADS, Figures
+from loraloom.report.aggregate import HEADS, Figures, Merged
 from loraloom.report.charts import charts
 from loraloom.report.figure import Chart, color_of, symbol_of
 from loraloom.report.tables import merged_table, points, summary_rows, summary_table
@@ -63,18 +63,15 @@ def tiles(result: StudyResult) -> list[tuple[str, str, str]]:
     found = []
     best = figures.best(figures.merged)
     if best is not None:
-        found.append(("Best merged average", points(best.average), _way_of(best.init, best.label, best.aligned)))
+        found.append(("Best merged average", points(best.average), _way_of(best)))
         single = figures.single_averages.get(best.init)
         found.append(("Kept of single-task", f"{100 * best.kept:.1f} %", f"its adapters alone reach {points(single)}"))
-    for comparison in comparisons(result)[:1]:
-        error = f"{signed(comparison)} ±{100 * comparison.stderr:.1f}"
-        sides = (
-            f"points, {comparison.ours.init} against {comparison.other.init}, heads {HEADS[comparison.ours.aligned]}"
-        )
-        found.append(("Points against the best other", error, sides))
+    for comparison in comparisons(result, aligned=best.aligned)[:1] if best else ():
+        sides = f"{_way_of(comparison.ours)} against {_way_of(comparison.other)}"
+        found.append(("Points against the next", signed(comparison), sides))
         rows = {row.init: row for row in summary_rows(result)}
         ours, other = rows[comparison.ours.init], rows[comparison.other.init]
-        if ours.interference_after is not None and other.interference_after is not None:
+        if ours is not other and ours.interference_after is not None and other.interference_after is not None:
             figure = f"{ours.interference_after:.2f} vs {other.interference_after:.2f}"
             found.append(
                 ("Interference after training", figure, "the same two inits; 0 is none, 1 as loud as own inputs")
@@ -85,8 +82,8 @@ def tiles(result: StudyResult) -> list[tuple[str, str, str]]:
     return found
 
 
-def _way_of(init: str, label: str, aligned: bool) -> str:
-    return f"{init}, {label}, heads {HEADS[aligned]}"
+def _way_of(row: Merged) -> str:
+    return f"{row.init}, {row.label}, heads {HEADS[row.aligned]}"
 
 
 def _specification(drawn: list[Chart]) -> dict[str, Any]:

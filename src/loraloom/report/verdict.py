@@ -1,24 +1,24 @@
-"""The study's answer in one sentence: does OSRM merge better than what it is compared with, and by how much."""
+"""The study's answer in a few sentences: which merge is best, against whom, and by how much."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+
+import numpy as np
 
 from loraloom.report.aggregate import HEADS, Figures, Merged
 from loraloom.report.tables import points
 from loraloom.results import StudyResult
 
-_OSRM_RULES = ("osrm", "apart")
+_NAMED = 3  # rivals that a sentence names; the table has all
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best merge of one side against the best of the other, heads treated alike.
+    """The best merge on held-out rows, `ours`, against the best of another init, heads treated alike.
 
-    `stderr` takes the two averages as independent; both are measured on the same rows, so it is an upper estimate
-    where they rise and fall together.
+    Where there is one init alone, against the best of another rule.
     """
 
     ours: Merged
@@ -26,94 +26,82 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Ours minus other, as a fraction."""
+        """Ours minus other on the test rows, as a fraction."""
         return self.ours.average.value - self.other.average.value
 
     @property
+    def paired(self) -> bool:
+        """Tell whether both were counted on the same resamples of the test rows."""
+        return bool(self.ours.resamples) and len(self.ours.resamples) == len(self.other.resamples)
+
+    @property
     def stderr(self) -> float:
-        """Standard error of the difference."""
-        return math.hypot(self.ours.average.stderr, self.other.average.stderr)
+        """Standard error of the difference, paired over rows and over seeds, whichever is larger.
 
-    @property
-    def outcome(self) -> Literal["win", "tie", "lose"]:
-        """A difference within one standard error is a tie."""
-        if abs(self.difference) <= self.stderr:
-            return "tie"
-        return "win" if self.difference > 0 else "lose"
-
-    @property
-    def strength(self) -> str:
-        """How the difference stands to its standard error, in words."""
-        size, error = abs(self.difference), f"its standard error ({100 * self.stderr:.1f})"
-        if size <= self.stderr:
-            return f"within {error}"
-        return f"more than twice {error}" if size > 2 * self.stderr else f"between one and two times {error}"
+        Where the results hold no resamples the two averages count as independent, which errs on the careful side.
+        """
+        rows = math.hypot(self.ours.average.stderr, self.other.average.stderr)
+        if self.paired:
+            rows = float(np.std(np.subtract(self.ours.resamples, self.other.resamples), ddof=1))
+        seeds = sorted(self.ours.by_seed.keys() & self.other.by_seed.keys())
+        apart = [self.ours.by_seed[seed] - self.other.by_seed[seed] for seed in seeds]
+        spread = float(np.std(apart, ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
+        return max(rows, spread)
 
 
-def is_osrm(result: StudyResult, init: str) -> bool:
-    """Tell an OSRM init from its controls: it starts, or keeps, A where the other tasks' inputs are quiet.
+def comparisons(result: StudyResult, *, aligned: bool) -> list[Comparison]:
+    """Compare the best merge with the best of every other init, strongest first; of every other rule in a single init.
 
-    Its options decide; where they name no rule, its name does.
-    """
-    facts = next(facts for facts in result.inits if facts.name == init)
-    if "rule" in facts.options:
-        return facts.options["rule"] in _OSRM_RULES or facts.options.get("keep") == "projected"
-    return "osrm" in init.lower()
-
-
-def comparisons(result: StudyResult) -> list[Comparison]:
-    """Compare the best OSRM merge with the best of every other init, for heads as trained and for aligned heads.
-
-    Which init and rule is best is decided on the held-out split. Without an OSRM init (or with nothing else) the
-    best init stands against the best of the rest. Empty where there is nothing to compare.
+    Which merge is best, and which is the best of a rival, is decided on the held-out split; figures are of test rows.
     """
     figures = Figures(result)
-    osrm = {init for init in figures.inits if is_osrm(result, init)}
-    found = []
-    for aligned in HEADS:
-        rows = [row for row in figures.merged if row.aligned == aligned]
-        best = figures.best(rows)
-        if best is None:
-            continue
-        sides = osrm if osrm and osrm != set(figures.inits) else {best.init}
-        ours = figures.best(row for row in rows if row.init in sides)
-        other = figures.best(row for row in rows if row.init not in sides)
-        if ours and other:
-            found.append(Comparison(ours, other))
-    return found
+    rows = [row for row in figures.merged if row.aligned == aligned]
+    ours = figures.best(rows)
+    if ours is None:
+        return []
+    by_init = len({row.init for row in rows}) > 1
+    sides: dict[str, list[Merged]] = {}
+    for row in rows:
+        sides.setdefault(row.init if by_init else row.label, []).append(row)
+    rivals = [figures.best(side) for name, side in sides.items() if name != (ours.init if by_init else ours.label)]
+    found = [Comparison(ours, rival) for rival in rivals if rival]
+    return sorted(found, key=lambda comparison: -comparison.other.average.value)
 
 
 def verdict(result: StudyResult) -> str:
-    """Return the answer in one sentence, with points and standard errors."""
-    found = comparisons(result)
-    if not found:
-        best = Figures(result).best(Figures(result).merged)
-        if best is None:
-            return "No merged adapter was measured on the test rows, so there is no answer yet."
-        kept = f"{100 * best.kept:.1f} % of the single-task average"
-        return (
-            f"{best.init} merged with {best.label} reaches {points(best.average)} points, {kept}; nothing to compare."
-        )
-    first = found[0]
-    other, name = "the best other init", first.ours.init
-    subject = f"The best init ({name})"
-    if is_osrm(result, name):
-        subject = name if "osrm" in name.lower() else f"OSRM ({name})"
-    opening = {
-        "win": f"{subject} merges better than {other} ({first.other.init})",
-        "lose": f"{subject} merges worse than {other} ({first.other.init})",
-        "tie": f"{subject} and {other} ({first.other.init}) merge equally well as far as this study can tell",
-    }[first.outcome]
-    figures = f"{points(first.ours.average)} against {points(first.other.average)}, heads {HEADS[first.ours.aligned]}"
-    sentence = f"{opening}: {figures}, a difference of {signed(first)} points, {first.strength}"
-    if len(found) > 1:
-        second = found[1]
-        sentence += f"; with heads {HEADS[second.ours.aligned]} it is {signed(second)} points, {second.strength}"
-        if (second.ours.init, second.other.init) != (first.ours.init, first.other.init):
-            sentence += f", {second.ours.init} against {second.other.init}"
-    return sentence + "."
+    """Return the answer: the merge that held-out rows pick, as trained and aligned, and its lead over each rival."""
+    told = [_sentence(result, aligned) for aligned in HEADS]
+    return " ".join(sentence for sentence in told if sentence) or (
+        "No merged adapter was measured on the test rows, so there is no answer yet."
+    )
 
 
 def signed(comparison: Comparison) -> str:
-    """Format the difference in points with its sign."""
-    return f"{100 * comparison.difference:+.1f}".replace("-", "−")
+    """Format the difference in points with its sign and standard error."""
+    error = f"±{100 * comparison.stderr:.1f}"
+    return f"{100 * comparison.difference:+.1f} {error}".replace("-", "−")
+
+
+def _sentence(result: StudyResult, aligned: bool) -> str:
+    figures = Figures(result)
+    ours = figures.best(row for row in figures.merged if row.aligned == aligned)
+    if ours is None:
+        return ""
+    picked = "Picked on held-out rows" if ours.heldout is not None else "Picked on the test rows, which flatters it"
+    several = len(figures.inits) > 1
+    subject = f"{ours.init} merged by {ours.label}" if several else ours.label
+    kept = f"{100 * ours.kept:.1f} % of its adapters alone"
+    opening = f"{picked}, heads {HEADS[aligned]}: {subject} reaches {points(ours.average)} points, {kept}"
+    found = comparisons(result, aligned=aligned)
+    if not found:
+        return f"{opening}; there is nothing to compare it with."
+    rivals = [
+        f"{signed(one)} against {f'{one.other.init} ({one.other.label})' if several else one.other.label}"
+        for one in found[:_NAMED]
+    ]
+    left = f" and {len(found) - _NAMED} more below" if len(found) > _NAMED else ""
+    errors = "paired over rows" if all(one.paired for one in found[:_NAMED]) else "the averages taken as independent"
+    undecided = [one for one in found if abs(one.difference) <= one.stderr]
+    tie = "; within the error of the first this is a tie" if undecided and undecided[0] is found[0] else ""
+    worse = "; on the test rows it is not the best" if found[0].difference < 0 and not tie else ""
+    return f"{opening}: {', '.join(rivals)}{left} (errors {errors}){tie}{worse}."

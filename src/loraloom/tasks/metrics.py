@@ -29,17 +29,26 @@ def metric_value(metric: str, logits: Tensor, labels: Tensor) -> float:
 
 
 def score(metric: str, logits: Tensor, labels: Tensor) -> Score:
-    """Return the metric with its standard error over rows: exact for accuracy, else from 200 seeded resamples."""
+    """Return the metric with its standard error over rows: exact for accuracy, else from `resampled`."""
     predicted, true = _predictions(metric, logits), labels.numpy()
     value = _value(metric, predicted, true)
     if metric == "accuracy":
         return Score(value=value, stderr=math.sqrt(value * (1 - value) / len(true)))
+    return Score(value=value, stderr=float(numpy.std(resampled(metric, logits, labels), ddof=1)))
+
+
+def resampled(metric: str, logits: Tensor, labels: Tensor) -> list[float]:
+    """Return the metric on 200 seeded resamples of the rows.
+
+    They are the same rows at every call for as many labels, so that the difference of two models is paired over rows.
+    """
+    predicted, true = _predictions(metric, logits), labels.numpy()
     generator = numpy.random.default_rng(0)
     samples = []
     for _ in range(_RESAMPLES):
         chosen = generator.integers(0, len(true), len(true))
         samples.append(_value(metric, predicted[chosen], true[chosen]))
-    return Score(value=value, stderr=float(numpy.std(samples, ddof=1)))
+    return samples
 
 
 def _predictions(metric: str, logits: Tensor) -> NDArray[Any]:
