@@ -28,6 +28,7 @@ ROOMS = (
 )
 # who may import transformers and peft: others see a model, a tokenizer or a config that they are given
 TRANSFORMERS_ALLOWED = (
+    "loraloom.model.architecture",
     "loraloom.model.load",
     "loraloom.starts.files",
     "loraloom.starts.initialise",

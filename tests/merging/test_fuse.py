@@ -293,29 +293,6 @@ def test_a_stale_copy_in_another_shard_is_no_tensor_of_the_model(llama: Path) ->
     assert torch.equal(load_file(facts.folder / last.name)[f"{QUERY}.weight"], stale)
 
 
-def test_small_files_are_copied_and_the_rest_is_told(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(loraloom.merging.fuse, "_SMALL", 10**5)
-    base = base_of("bert", tmp_path / "base")
-    adapter = adapter_of("bert", base, tmp_path / "adapter", "query")
-    left = [
-        "README.md",
-        ".gitattributes",
-        "pytorch_model.bin",
-        "model.onnx",
-        "tf_model.h5",
-        "big.dat",
-        "consolidated.safetensors",
-    ]
-    for name in [*left, "vocab.txt", "modeling_own.py", "chat_template.jinja", "spiece.model"]:
-        (base / name).write_bytes(b"x" * (10**6 if name == "big.dat" else 3))
-    (base / "onnx").mkdir()
-    facts = fuse_adapter(base, tmp_path / "out", adapter, files={"README.md": "mine"})
-    assert sorted(facts.left_out) == sorted([*left, "onnx"])
-    assert (tmp_path / "out" / "README.md").read_text() == "mine"
-    for name in ("vocab.txt", "modeling_own.py", "chat_template.jinja", "spiece.model", "tokenizer.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-
-
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -342,37 +319,6 @@ def refused(base: Path, *words: str, out: str = "out", shapes: Mapping[str, Any]
         assert word in str(caught.value)
     assert sorted(base.parent.rglob("*")) == before
     return str(caught.value)
-
-
-def test_a_base_without_safetensors_is_refused(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    refused(base, "config.json: cannot be read", "neither model.safetensors nor")
-    base.mkdir()
-    (base / "config.json").write_text("{}")
-    (base / "model.fp16.safetensors").write_text("")
-    refused(base, "holds model.fp16.safetensors")
-    (base / "pytorch_model.bin").write_text("")
-    refused(base, "pytorch_model.bin is a pickle", "save_pretrained")
-    (base / "model.safetensors").write_bytes(b"\x09\0\0\0\0\0\0\0{}")
-    (base / "config.json").write_text("{")
-    refused(base, "model.safetensors: cannot be read", "config.json: not valid JSON", "2 problems")
-
-
-def test_broken_shards_are_told_together(llama: Path) -> None:
-    files = sorted(llama.glob("*.safetensors"))
-    files[0].unlink()
-    files[1].write_bytes(files[1].read_bytes()[:-1])
-    index = json.loads((llama / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= {"ghost": files[2].name, "evil": "../base/model.safetensors"}
-    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(
-        llama,
-        f"{files[0].name}: missing",
-        f"{files[1].name}: cannot be read",
-        f"{files[2].name}: lacks tensor ghost",
-        "'../base/model.safetensors', which is not a file of this folder",
-        "4 problems",
-    )
 
 
 def test_modules_that_do_not_fit_are_told_together(llama: Path) -> None:

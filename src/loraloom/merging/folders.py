@@ -16,7 +16,7 @@ from loraloom.errors import LoraloomError, collecting, raise_problems, raise_tog
 from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import json_text
 from loraloom.merging.card import fused_card
-from loraloom.merging.fuse import fuse
+from loraloom.merging.fuse import FusedFacts, fuse
 from loraloom.merging.merger import energy_lost, plan_facts, write_merged
 from loraloom.merging.options import MergeOptions
 from loraloom.merging.plan import Plan, make_plan
@@ -107,7 +107,7 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
     single = next(iter(plan.members.values())).head if len(plan.members) == 1 else {}
-    provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": command, "fused_into": str(base)}
+    provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": command, "fused_into": base.resolve().name}
     reporter.begin("fusing", 100)
 
     def show(done: int, total: int) -> None:
@@ -124,6 +124,8 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         {module: (shape.m, shape.n) for module, shape in plan.shapes.items()},
         transposed=bool(plan.config.get("fan_in_fan_out")),
         head=plan.head or single,
+        task_type=plan.config.get("task_type"),
+        labels=_labels(plan),
         files={"loraloom.json": json_text(provenance), "README.md": fused_card(provenance)},
         extra={} if single else {f"heads/{name}.safetensors": head for name, head in plan.task_heads.items()},
         progress=show,
@@ -137,9 +139,26 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         "size": f"{fused.size / 1e9:.2f} GB",
         "head": ", ".join([*fused.replaced, *fused.added]) or "the base's own",
         "heads beside it": "none" if single else ", ".join(plan.task_heads) or "none",
+        "config.json": _classifier(fused),
         "untied": "lm_head.weight is a tensor of its own now" if fused.untied else "nothing",
         "left out": ", ".join(fused.left_out) or "nothing",
     }
+
+
+def _labels(plan: Plan) -> list[str] | None:
+    """Return the names of the labels that all members were trained on, where their loraloom.json tells them."""
+    tasks = [read_provenance(member.path).get("task") if member.path else None for member in plan.members.values()]
+    labels = [task.get("labels") if isinstance(task, dict) else None for task in tasks]
+    known = labels[0] if all(one == labels[0] for one in labels) else None
+    return [str(label) for label in known] if isinstance(known, list) else None
+
+
+def _classifier(fused: FusedFacts) -> str:
+    if not fused.classified:
+        return f"says nothing of {', '.join(fused.added)}: load it with the class and the labels it was trained with"
+    if "architectures" in fused.config:
+        return f"{fused.config['architectures'][0]} with {len(fused.config['id2label'])} labels"
+    return "as the base's"
 
 
 def dry_run(plan: Plan, fuse_into: Path | None) -> dict[str, Any]:

