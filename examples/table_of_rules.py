@@ -1,6 +1,6 @@
 """Every merging rule on the same adapters, in one Markdown table: held-out rows choose the scale, test rows report.
 
-    python examples/table_of_rules.py support/ legal/ sales/ --tasks tasks.yaml --output comparison/
+    python examples/table_of_rules.py support/ legal/ sales/ --recipe tasks.yaml --output comparison/
 
 `tasks.yaml` is a recipe with `name`, `base` and `tasks`; an adapter's task is the one it was trained on, or its
 folder's name. `comparison/` gets report.html, results.json and each merged adapter at its chosen scale.
@@ -18,12 +18,12 @@ from loraloom.study.recipe import Recipe
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapters", nargs="+", type=Path)
-parser.add_argument("--tasks", type=Path, required=True)
+parser.add_argument("--recipe", type=Path, required=True)
 parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--rules", nargs="*", default=[], help="all without")
+parser.add_argument("--rule", action="append", default=[], help="give it once for each; without it all are tried")
 given = parser.parse_args()
 
 result = compare(
-    by_task(given.adapters), Recipe.load(given.tasks), given.output, rules=given.rules, reporter=Reporter()
+    by_task(given.adapters), Recipe.load(given.recipe), given.output, rules=given.rule, reporter=Reporter()
 )
 print(markdown_tables(result))

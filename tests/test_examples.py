@@ -72,7 +72,15 @@ def test_table_of_rules(finished: Path, tmp_path: Path, rules: tuple[str, ...]) 
     trained = [finished / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
     out = tmp_path / "comparison"
     told = run(
-        *("table_of_rules.py", *trained, "--tasks", finished / "recipe.yaml", "--output", out, "--rules", *rules)
+        *(
+            "table_of_rules.py",
+            *trained,
+            "--recipe",
+            finished / "recipe.yaml",
+            "--output",
+            out,
+            *(word for rule in rules for word in ("--rule", rule)),
+        )
     )
     assert all(f"| {rule} " in told for rule in rules)
     assert (out / "report.html").is_file()

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from loraloom.cli.rule_options import number_list, options_help, split_arguments
+from loraloom.cli.main import app
+from loraloom.cli.rule_options import one_rule, options_help, rule_list, split_arguments, typed
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, rule_names
+from loraloom.merging.registry import TAKEN
 
-OWN = ["--rule", "--output", "--scale", "--weights", "--rank", "--seed", "--heads", "--dry-run"]
+OWN = ["--rule", "--output", "--scale", "--weight", "--rank", "--seed", "--heads", "--dry-run"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_a_value_is_needed() -> None:
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("--weight", "--weights"), ("--scael", "--scale"), ("--ouput", "--output"), ("--dry_run", "--dry-run")],
+    [("--weihgt", "--weight"), ("--scael", "--scale"), ("--ouput", "--output"), ("--dry_run", "--dry-run")],
 )
 def test_a_slip_in_an_option_of_the_command_is_told(word: str, meant: str) -> None:
     with pytest.raises(LoraloomError, match=f"no option {word}") as caught:
@@ -71,20 +74,62 @@ def test_a_slip_in_an_option_of_the_command_is_told(word: str, meant: str) -> No
     assert f"did you mean '{meant}'" in caught.value.hint
 
 
+@pytest.mark.parametrize("words", ["--weights 0.5,0.3", "--weights=0.5,0.3"])
+def test_a_list_is_told_as_an_option_for_each(words: str) -> None:
+    with pytest.raises(LoraloomError, match="no option --weights") as caught:
+        split_arguments(["a", *words.split()], "ties", OWN)
+    assert caught.value.hint == "did you mean --weight 0.5 --weight 0.3?"
+
+
+def test_no_option_of_a_rule_is_one_of_the_command() -> None:
+    """A rule's option would never reach it: the command would take it, or refuse its value."""
+    group = typer.main.get_command(app)
+    merge = group.commands["merge"]  # type: ignore[attr-defined]
+    own = {flag for parameter in merge.params for flag in parameter.opts if flag.startswith("--")} | {"--help"}
+    assert own <= {typed(name) for name in TAKEN}, "the registry must refuse these names to the rules of plugins"
+    for rule in rule_names():
+        assert not {typed(name) for name in get_rule(rule).options.model_fields} & own, rule
+
+
 @pytest.mark.parametrize(
-    ("text", "numbers"),
-    [(None, None), ("1", [1.0]), ("0.5,-0.3, 2e-1", [0.5, -0.3, 0.2]), ("0,0", [0.0, 0.0])],
+    ("rule", "words", "options"), [("consensus", "--tasks 1", {"tasks": 1}), ("fisher", "--texts 7", {"texts": 7})]
 )
-def test_number_list(text: str | None, numbers: list[float] | None) -> None:
-    assert number_list(text, "--weights") == numbers
+def test_options_that_commands_once_took(rule: str, words: str, options: dict[str, Any]) -> None:
+    assert split_arguments(["a", *words.split(), "b"], rule, OWN)[1] == options
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,,2", "1;2", "1,"])
-def test_number_list_refuses(text: str) -> None:
-    with pytest.raises(LoraloomError) as caught:
-        number_list(text, "--weights")
-    assert f"--weights {text!r}: not numbers" in str(caught.value)
-    assert caught.value.hint == "write it as --weights 0.5,0.5"
+def test_every_page_of_rules_fits_a_terminal() -> None:
+    every = [get_rule(name) for name in rule_names()]
+    for page in (rule_list(every), options_help(), *map(one_rule, every)):
+        assert max(map(len, page.splitlines())) <= 80
+
+
+def test_the_list_of_rules_has_each_once() -> None:
+    page = rule_list([get_rule(name) for name in rule_names()]).split("\n\n")[0]
+    first = [line.split()[0] for line in page.splitlines() if not line.startswith(" ")]
+    assert first == list(rule_names())
+
+
+def test_one_rule_is_told_whole() -> None:
+    page = " ".join(one_rule(get_rule("cp")).split())
+    for part in (
+        "cp: one CP decomposition",
+        "formula U diag(Σ cᵢ) Vᵀ",
+        "paper after Tensorized",
+        "needs nothing beside the adapters",
+        "cost factors; ALS",
+        "rank the largest of the adapters' ranks",
+        "weights 1/T each by default",
+        "--per-task keep what each task reads",
+        "by TensorLy's alternating least squares",
+    ):
+        assert part in page
+    assert "--k INTEGER singular triples kept per task; default: its rank (above 0)" in " ".join(
+        one_rule(get_rule("tsv")).split()
+    )
+    assert "--space full|core|knots where entries are compared (full by default)" in " ".join(
+        one_rule(get_rule("ties")).split()
+    )
 
 
 def test_the_help_holds_every_option_once_under_its_rule() -> None:
@@ -94,8 +139,7 @@ def test_the_help_holds_every_option_once_under_its_rule() -> None:
     options = {rule: list(get_rule(rule).options.model_fields) for rule in rule_names()}
     assert list(found) == [rule for rule in rule_names() if options[rule]]
     for rule, lines in found.items():
-        assert [line.split()[0] for line in lines] == [f"--{name.replace('_', '-')}" for name in options[rule]]
-    assert (
-        found["ties"][0].strip()
-        == "--density (float, default 0.2, > 0, <= 1): share of entries kept per task and layer"
-    )
+        first = [line.split()[0].rstrip(":") for line in lines if line.startswith("    --")]
+        assert first == [typed(name) for name in options[rule]]
+    density = "--density NUMBER: share of entries kept per task and layer (above 0, at most 1, 0.2 by default)"
+    assert " ".join(" ".join(found["ties"]).split()).startswith(density)

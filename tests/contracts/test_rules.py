@@ -273,8 +273,6 @@ def test_the_split_into_factors_does_not_matter(world: World, rule: str, options
     members = world.adapters()
     other = {name: mapped(member, lambda u: turned(world, u)) for name, member in members.items()}
     expected = dense(plain(world, members, rule, options).adapter)
-    if get_rule(rule).factorwise:
-        pytest.skip("declared factor-wise")
     assert_same(plain(world, other, rule, options), expected)
 
 

@@ -91,6 +91,15 @@ def command(*words: str | Path) -> tuple[int, str]:
     return result.exit_code, result.stdout if result.exit_code == 0 else " ".join(result.stderr.split())
 
 
+def each(flag: str, *values: float) -> tuple[str, ...]:
+    return tuple(word for value in values for word in (flag, str(value)))
+
+
+def plain(told: str) -> str:
+    """Return what a message in a frame says."""
+    return " ".join(told.replace("│", " ").split())
+
+
 def listing(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -146,8 +155,8 @@ def test_unknown_options_of_the_command(place: Path) -> None:
     assert code == 2
     assert "no option 'densty': did you mean 'density'?" in told
     assert "option 'density': Input should be less than or equal to 1, not 7" in told
-    code, told = command(*folders(place), "--rule", "ties", "--weigths", "1,1,1", "-o", place / "out")
-    assert (code, "did you mean '--weights'" in told) == (2, True)
+    code, told = command(*folders(place), "--rule", "ties", "--wieght", "1", "-o", place / "out")
+    assert (code, "did you mean '--weight'" in told) == (2, True)
     assert not (place / "out").exists()
 
 
@@ -264,7 +273,7 @@ def test_folders_merge_as_adapters_do(place: Path) -> None:
 
 
 def test_weights_of_the_command(place: Path) -> None:
-    words = (*folders(place), "--rule", "task_arithmetic", "--weights", "0.5,-1,2", "--scale", "1")
+    words = (*folders(place), "--rule", "task_arithmetic", *each("--weight", 0.5, -1, 2), "--scale", "1")
     code, told = command(*words, "-o", place / "out")
     assert (code, json.loads(told)["rank"]) == (0, 6)
     members = [read_adapter(place / name) for name in ("mood", "tone", "size")]
@@ -275,8 +284,12 @@ def test_weights_of_the_command(place: Path) -> None:
     assert (code, json.loads(told)["heads"]) == (0, "averaged")
     head = load_file(place / "averaged" / WEIGHTS)["base_model.model.classifier.weight"]
     torch.testing.assert_close(head, torch.full((2, 9), (0.5 * 0 - 1 * 1 + 2 * 2) / 1.5))
-    code, told = command(*folders(place), "--rule", "ties", "--weights", "1;2;3", "-o", place / "x")
-    assert (code, "--weights '1;2;3': not numbers parted by commas" in told) == (2, True)
+    code, told = command(*folders(place), "--rule", "ties", "--weights", "1, 2,3", "-o", place / "x")
+    assert (code, "did you mean --weight 1 --weight 2 --weight 3?" in told) == (2, True)
+    code, told = command(*folders(place), "--rule", "ties", "--weight", "1,2,3", "-o", place / "x")
+    assert (code, "did you mean --weight 1 --weight 2 --weight 3?" in plain(told)) == (2, True)
+    code, told = command(*folders(place), "--rule", "ties", "--weight", "much", "-o", place / "x")
+    assert (code, "'much' is not a number" in plain(told)) == (2, True)
     assert not (place / "x").exists()
 
 
@@ -375,12 +388,12 @@ def dense64(update: Update) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("rule", "words"), [("emr", ()), ("emr", ("--scale", "0.4", "--weights", "1,0,-2")), ("cp", ("--per-task",))]
+    ("rule", "words"), [("emr", ()), ("emr", ("--scale", "0.4", *each("--weight", 1, 0, -2))), ("cp", ("--per-task",))]
 )
 def test_readouts_are_those_of_the_rule(rule: str, words: tuple[str, ...], place: Path) -> None:
     code, _ = command(*folders(place), "--rule", rule, *words, "-o", place / "out")
     assert code == 0
-    weights = [1.0, 0.0, -2.0] if "--weights" in words else None
+    weights = [1.0, 0.0, -2.0] if "--weight" in words else None
     scale = 0.4 if "--scale" in words else None
     options = {"per_task": True} if words == ("--per-task",) else {}
     plan = planned(folders(place), rule, place / "again", options, weights=weights, scale=scale)

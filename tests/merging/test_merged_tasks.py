@@ -80,12 +80,12 @@ def test_folders_named_other_than_their_tasks(finished: Path, tmp_path: Path) ->
     for task in ("mood", "tone"):
         one, two = read_readout(out, task).updates, read_readout(alike, task).updates
         assert all(torch.equal(one[module].dense(), two[module].dense()) for module in two)
-    found = said("align", out, *adapters, "--tasks", recipe)["heads"]
+    found = said("align", out, *adapters, "--recipe", recipe)["heads"]
     assert found == {"mood": "heads/support-v2.safetensors", "tone": "heads/legal.safetensors"}
-    said("align", alike, plain / "mood", plain / "tone", "--tasks", recipe)
+    said("align", alike, plain / "mood", plain / "tone", "--recipe", recipe)
     assert said("evaluate", recipe, out) == said("evaluate", recipe, alike)
     adapters[0].rename(tmp_path / "renamed")  # since the merge: its task finds its file
-    assert said("align", out, tmp_path / "renamed", adapters[1], "--tasks", recipe)["heads"] == found
+    assert said("align", out, tmp_path / "renamed", adapters[1], "--recipe", recipe)["heads"] == found
     assert {path.stem for path in (out / "heads").iterdir()} == {"support-v2", "legal"}
 
 
@@ -109,7 +109,7 @@ def test_inputs_of_one_task_go_by_name(finished: Path, tmp_path: Path) -> None:
         read_readout(out, "mood")
     assert "new" in caught.value.hint
     read_readout(out, "new")
-    found = said("align", out, *adapters, "--tasks", recipe)["heads"]
+    found = said("align", out, *adapters, "--recipe", recipe)["heads"]
     assert found == {name: f"heads/{name}.safetensors" for name in ("old", "new", "tone")}
 
 
@@ -123,17 +123,17 @@ def test_folders_of_before_tasks_were_told(finished: Path, tmp_path: Path) -> No
     (out / PROVENANCE).unlink()
     assert said("evaluate", recipe, out) == now
     read_readout(out, "tone")
-    assert said("align", out, *adapters, "--tasks", recipe)["heads"]["tone"] == "heads/tone.safetensors"
+    assert said("align", out, *adapters, "--recipe", recipe)["heads"]["tone"] == "heads/tone.safetensors"
 
 
 def test_what_was_not_merged_is_not_aligned(finished: Path, tmp_path: Path) -> None:
     adapters = folders(finished, tmp_path, mood="mood", tone="tone", copy="tone")
     out = merged(tmp_path, adapters[:1])
-    told = refused("align", out, *adapters, "--tasks", finished / "recipe.yaml")
+    told = refused("align", out, *adapters, "--recipe", finished / "recipe.yaml")
     assert f"{tmp_path / 'tone'}: was not merged into it" in told
     assert "these were: mood" in told
     out = merged(tmp_path, adapters[:2])
-    told = refused("align", out, *adapters, "--tasks", finished / "recipe.yaml")
+    told = refused("align", out, *adapters, "--recipe", finished / "recipe.yaml")
     assert f"{adapters[1]} and {adapters[2]} are both 'tone'" in told
 
 
@@ -164,5 +164,5 @@ def test_an_input_may_have_the_name_of_a_task_that_it_shares(finished: Path, tmp
     adapters = folders(finished, tmp_path, **{"mood": "mood", "mood-v2": "mood"})
     out = merged(tmp_path, adapters)
     assert list(said("evaluate", recipe, out)) == ["mood", "mood-v2"]
-    found = said("align", out, *adapters, "--tasks", recipe)["heads"]
+    found = said("align", out, *adapters, "--recipe", recipe)["heads"]
     assert found == {name: f"heads/{name}.safetensors" for name in ("mood", "mood-v2")}

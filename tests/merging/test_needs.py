@@ -59,7 +59,7 @@ def of_stage(study: Path, rule: str) -> dict[str, torch.Tensor]:
 
 
 def by_command(place: Path, out: Path, *words: str) -> dict[str, torch.Tensor]:
-    given = [*adapters(place).values(), "--tasks", place / "recipe.yaml", "--scale", "1", "-o", out, *words]
+    given = [*adapters(place).values(), "--recipe", place / "recipe.yaml", "--scale", "1", "-o", out, *words]
     done = CliRunner().invoke(app, ["merge", *map(str, given), "--json"], catch_exceptions=False)
     assert (done.exit_code, done.stderr) == (0, "")
     return weights(out)
@@ -77,7 +77,7 @@ def test_a_study_and_the_command_merge_alike_to_the_bit(rule: str, place: Path, 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_texts_are_those_of_the_probe_alone(rule: str, place: Path, tmp_path: Path) -> None:
-    fewer = by_command(place, tmp_path / "out", "--rule", rule, "--texts", "3")
+    fewer = by_command(place, tmp_path / "out", "--rule", rule, "--probe-texts", "3")
     assert same(of_stage(place / "study", rule), fewer) == (rule == "regmean")
 
 

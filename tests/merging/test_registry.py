@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from loraloom.merging import get_rule, merge, rule, rule_names
 from loraloom.merging import registry as rules
 from loraloom.merging.rules.linear import task_arithmetic
 
-FACTS = {"paper": "none", "summary": "a test", "exact": True}
+FACTS = {"formula": "dW", "paper": "none", "summary": "a test", "cost": "none", "exact": True}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,7 @@ def listed(updates, *, density: list[float] = ()) -> Update: ...  # type: ignore
 def listed_or_none(updates, *, density: list[float] | None = None) -> Update: ...
 def required(updates, *, density: float) -> Update: ...
 def taken(updates, *, rank: int = 3) -> Update: ...
+def taken_by_the_command(updates, *, recipe: str = "") -> Update: ...
 def catch_all(updates, **density: float) -> Update: ...
 
 
@@ -66,7 +68,8 @@ def catch_all(updates, **density: float) -> Update: ...
         (listed, "'density' has the unsupported type"),
         (listed_or_none, "'density' has the unsupported type"),
         (required, "'density' has no default"),
-        (taken, "'rank' has the name of an argument of merge"),
+        (taken, "'rank' has a name that `merge` takes for itself"),
+        (taken_by_the_command, "'recipe' has a name that `merge` takes for itself"),
         (catch_all, "'density' is not keyword-only"),
     ],
 )
@@ -96,13 +99,31 @@ def test_schema_defaults_bounds_and_help_come_from_the_signature() -> None:
 
     found = get_rule("mine")
     assert found.check({"density": 1}) == ({"density": 1.0, "mode": "a", "count": None}, [])
-    assert "density (float, default 0.2, > 0, <= 1): share kept" in found.help()
-    assert "mode ('a' or 'b', default 'a')" in found.help()
+    assert found.schema()["options"] == {
+        "density": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": 1,
+            "default": 0.2,
+            "description": "share kept",
+        },
+        "mode": {"type": "string", "enum": ["a", "b"], "default": "a"},
+        "count": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
+    }
     values, problems = found.check({"densty": 1, "density": float("nan"), "mode": "c", "count": 1.5})
     assert values == {}
     assert len(problems) == 4
     assert problems[0] == "rule 'mine' has no option 'densty': did you mean 'density'?"
     assert "option 'mode': Input should be 'a' or 'b', not 'c'" in problems
+
+
+@pytest.mark.parametrize("name", rule_names())
+def test_the_schema_of_every_rule_is_json_and_whole(name: str) -> None:
+    schema = get_rule(name).schema()
+    assert json.loads(json.dumps(schema)) == schema
+    assert all(schema[key] for key in ("name", "formula", "paper", "summary", "cost", "spaces", "notes"))
+    for option in schema["options"].values():
+        assert {"default", "description"} <= option.keys()
 
 
 def test_an_unknown_rule_tells_the_nearest() -> None:
@@ -128,7 +149,7 @@ PLUGIN = """
 from loraloom.adapters.update import Update
 from loraloom.merging import rule
 
-@rule("first_only", paper="none", summary="the first update", exact=True)
+@rule("first_only", formula="dW_1", paper="none", summary="the first update", cost="none", exact=True)
 def first_only(updates, *, factor: float = 2.0) -> Update:
     return Update(factor * updates[0].B, updates[0].A)
 """

@@ -161,8 +161,8 @@ def test_base_and_tasks_are_enough(finished: Path, tmp_path: Path) -> None:
             tiny_study.write_rows(tmp_path / f"{name}.{split}.jsonl", f"{name}.{split}", count)
     recipe = {"name": "few words", "base": str(finished / "base"), "tasks": tasks}
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(recipe))
-    words = [*adapters(finished).values(), "--tasks", tmp_path / "tasks.yaml", "-o", tmp_path / "out"]
-    words += ["--rules", "regmean, weighted", "--scales", "1", "--json"]
+    words = [*adapters(finished).values(), "--recipe", tmp_path / "tasks.yaml", "-o", tmp_path / "out"]
+    words += ["--rule", "regmean", "--rule", "weighted", "--scale", "1", "--json"]
     done = CliRunner().invoke(app, ["compare", *map(str, words)], catch_exceptions=False)
     assert (done.exit_code, done.stderr) == (0, "")
     assert json.loads(done.stdout)["results"] == str(tmp_path / "out" / "results.json")
@@ -224,13 +224,23 @@ def test_an_unknown_rule_is_told_with_the_rest(finished: Path, tmp_path: Path) -
     assert "0 adapters" in str(caught.value)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--scales", "1,inf"), ("--scales", "nan"), ("--rules", "ties,ties")])
-def test_odd_words_are_refused_without_a_traceback(flag: str, value: str, finished: Path, tmp_path: Path) -> None:
-    words = [*adapters(finished).values(), "--tasks", finished / "recipe.yaml", "-o", tmp_path / "out"]
-    words += [flag, value] + (["--rules", "ties"] if flag == "--scales" else [])
-    done = CliRunner().invoke(app, ["compare", *map(str, words)])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--scale 1 --scale inf --rule ties", "scale inf is not finite"),
+        ("--scale nan --rule ties", "scale nan is not finite"),
+        ("--rule ties --rule ties", "rule 'ties' is given twice"),
+        ("--rule ties,tsv", "did you mean --rule ties --rule tsv?"),
+        ("--scale 0.5,1", "did you mean --scale 0.5 --scale 1?"),
+        ("--scale much", "'much' is not a number"),
+        ("--rules ties", "No such option: --rules"),
+    ],
+)
+def test_odd_words_are_refused_without_a_traceback(words: str, told: str, finished: Path, tmp_path: Path) -> None:
+    given = [*adapters(finished).values(), "--recipe", finished / "recipe.yaml", "-o", tmp_path / "out", *words.split()]
+    done = CliRunner().invoke(app, ["compare", *map(str, given)])
     assert done.exit_code == 2, done.exception
-    assert value.split(",")[-1] in done.stderr
+    assert told in " ".join(done.stderr.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
 
 

@@ -26,6 +26,9 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder or file to write; it appears whole or not at all.")
 ]
 RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe.")]
+RecipeOption = Annotated[
+    Path, typer.Option("--recipe", help="YAML recipe that names the base model and the tasks, by adapter.")
+]
 Base = Annotated[str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or folder.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
 StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]

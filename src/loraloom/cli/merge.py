@@ -1,17 +1,20 @@
-"""The commands around merging: merge, compare, rules."""
+"""The commands around merging: merge, align, compare, rules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand
 
-from loraloom.cli.common import AsJson, Base, Output, Quiet, command, read_recipe, typed
+from loraloom.cli.common import AsJson, Base, Output, Quiet, RecipeOption, command, read_recipe, typed
 
 if TYPE_CHECKING:
     from loraloom.merging.options import Heads
+
+_Value = TypeVar("_Value", float, str)
 
 # options that the command does not know are those of a merging rule
 RULE_OPTIONS = {"ignore_unknown_options": True}
@@ -28,35 +31,67 @@ class RuleCommand(TyperCommand):
         typer.echo(options_help())
 
 
+def _one(read: Callable[[str], _Value], flag: str) -> Callable[[str], _Value]:
+    """Return what reads a value of an option that is given once for each, and tells how a list is written."""
+
+    def parse(text: str) -> _Value:
+        from loraloom.cli.rule_options import each
+
+        if "," in text:
+            raise typer.BadParameter(f"{text!r} is a list: did you mean {each(flag, text)}?")
+        try:
+            return read(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is not a number") from error
+
+    return parse
+
+
 def merge(
     context: typer.Context,
-    adapters: Annotated[list[str], typer.Argument(help="Adapter folders, and options of the rule.")],
+    adapters: Annotated[list[str], typer.Argument(help="Adapter folders. Options of the rule may stand among them.")],
     output: Output,
-    rule: Annotated[str, typer.Option("--rule", help="See `loraloom rules`.")] = "tsv",
-    scale: Annotated[float | None, typer.Option(help="Factor on the result; the rule's own without.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="One for each adapter, in order, with commas: 0.5,0.3,0.2.")
+    rule: Annotated[
+        str, typer.Option("--rule", help="Merging rule. `loraloom rules` lists all, `loraloom rules NAME` tells one.")
+    ] = "tsv",
+    scale: Annotated[
+        float | None, typer.Option(help="Factor on the result. Without it the rule's own, or 1 for a single adapter.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Truncate the result; the energy lost is told.")] = None,
-    seed: Annotated[int, typer.Option(help="For rules that draw at random.")] = 0,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--weight",
+            parser=_one(float, "--weight"),
+            metavar="NUMBER",
+            help="Weight of an adapter. Give it once for each, in order.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the result at most. The energy that this loses is told.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the rules that draw at random.")] = 0,
     heads: Annotated[
-        str, typer.Option(help="keep each task's head beside the result, or average them in it.")
+        str, typer.Option(help="`keep` lays each task's head beside the result, `average` puts their mean into it.")
     ] = "keep",
     statistics: Annotated[
-        list[Path] | None, typer.Option("--statistics", help="Statistics file, once for each adapter, in order.")
+        list[Path] | None,
+        typer.Option("--statistics", help="Statistics of an adapter's task. Give it once for each, in order."),
     ] = None,
-    tasks: Annotated[
-        Path | None, typer.Option("--tasks", help="Recipe with base and tasks, for rules that look at texts.")
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="YAML recipe that names the base model and the tasks, for rules that need them."),
     ] = None,
-    texts: Annotated[
-        int | None, typer.Option(min=1, help="Texts a task that its probe has; the recipe's for the rule without.")
+    probe_texts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Texts a task for a rule that looks at texts. Without it as the recipe has them."),
     ] = None,
     base: Base = None,
     fuse_into: Annotated[
-        Path | None, typer.Option("--fuse-into", help="Checkpoint folder: write it with the result in its weights.")
+        Path | None,
+        typer.Option("--fuse-into", help="Checkpoint folder of the base model. It is written with the result in it."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, tell the plan, sizes and time, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, tell the plan, sizes and time, and write nothing.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -66,17 +101,17 @@ def merge(
     No base model is loaded, except for rules that look at texts.
     """
     with command(quiet, as_json) as out, out.progress() as shown:
-        from loraloom.cli.rule_options import number_list, split_arguments
+        from loraloom.cli.rule_options import split_arguments
         from loraloom.merging import MergeOptions, folders
 
         paths, options = split_arguments(adapters, rule, _flags(context))
         look = None
-        if tasks:
+        if recipe:
             from loraloom.study.by_hand import looker
 
-            recipe = read_recipe(tasks, base)
-            look = looker(recipe, texts or recipe.probe_texts(rule, options), shown)
-        asked = MergeOptions(rule, options, number_list(weights, "--weights"), scale, rank, seed, cast("Heads", heads))
+            read = read_recipe(recipe, base)
+            look = looker(read, probe_texts or read.probe_texts(rule, options), shown)
+        asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads))
         plan = folders.plan_folders(paths, asked, output, statistics=statistics or (), look=look)
         if dry_run:
             out.result(folders.dry_run(plan, fuse_into))
@@ -87,9 +122,9 @@ def merge(
 
 
 def align(
-    merged: Annotated[Path, typer.Argument(help="Folder of the merged adapter; its heads are written anew.")],
-    adapters: Annotated[list[Path], typer.Argument(help="The adapters that were merged, in the same order.")],
-    tasks: Annotated[Path, typer.Option("--tasks", help="Recipe with base and tasks; an adapter's task by its name.")],
+    merged: Annotated[Path, typer.Argument(help="Folder of the merged adapter. Its heads are written anew.")],
+    adapters: Annotated[list[Path], typer.Argument(help="The adapters that were merged.")],
+    recipe: RecipeOption,
     base: Base = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -98,16 +133,30 @@ def align(
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.study.by_hand import align_folder
 
-        out.result({"folder": str(merged), "heads": align_folder(read_recipe(tasks, base), merged, adapters, shown)})
+        out.result({"folder": str(merged), "heads": align_folder(read_recipe(recipe, base), merged, adapters, shown)})
 
 
 def compare(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, each with its task's head.")],
-    tasks: Annotated[Path, typer.Option("--tasks", help="Recipe with base and tasks; an adapter's task by its name.")],
+    recipe: RecipeOption,
     output: Output,
-    rules: Annotated[str | None, typer.Option(help="Rules, with commas; all without.")] = None,
-    scales: Annotated[
-        str | None, typer.Option(help="Scales to try, with commas; multiples of the rule's own without.")
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            parser=_one(str, "--rule"),
+            metavar="NAME",
+            help="Rule to try. Give it once for each; without it all are tried.",
+        ),
+    ] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--scale",
+            parser=_one(float, "--scale"),
+            metavar="NUMBER",
+            help="Scale to try. Give it once for each; without it multiples of the rule's own are tried.",
+        ),
     ] = None,
     base: Base = None,
     quiet: Quiet = False,
@@ -115,18 +164,16 @@ def compare(
 ) -> None:
     """Merge the same adapters by every rule: held-out rows choose the scale, test rows report; HTML and JSON."""
     with command(quiet, as_json) as out:
-        from loraloom.cli.rule_options import number_list
         from loraloom.cli.terminal import rules_table
         from loraloom.study.compare import by_task
         from loraloom.study.compare import compare as run_compare
 
-        chosen = [name.strip() for name in rules.split(",")] if rules else []
         result = run_compare(
             by_task(adapters),
-            read_recipe(tasks, base),
+            read_recipe(recipe, base),
             output,
-            rules=chosen,
-            scales=number_list(scales, "--scales"),
+            rules=rule or (),
+            scales=scale,
             command=typed(),
             reporter=out.progress(),
         )
@@ -135,15 +182,21 @@ def compare(
         out.result(places)
 
 
-def rules(quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """List the merging rules with formula, paper, spaces and options."""
+def rules(
+    rule: Annotated[str | None, typer.Argument(help="A rule to tell whole: formula, paper, cost and options.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the merging rules, or tell one whole."""
     with command(quiet, as_json) as out:
+        from loraloom.cli.rule_options import one_rule, rule_list
         from loraloom.merging import get_rule, rule_names
 
-        names = rule_names()
-        out.result(
-            {name: get_rule(name).help() for name in names}, "\n\n".join(get_rule(name).help() for name in names)
-        )
+        if rule:
+            out.result(get_rule(rule).schema(), one_rule(get_rule(rule)))
+        else:
+            every = [get_rule(name) for name in rule_names()]
+            out.result({one.name: one.schema() for one in every}, rule_list(every))
 
 
 def _flags(context: typer.Context) -> list[str]:

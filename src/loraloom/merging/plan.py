@@ -281,7 +281,7 @@ def _need_problems(
     if "moments" in rule.supplied and not statistics:
         problems.append(f"rule {rule.name!r} needs statistics of each task's inputs: see `loraloom statistics`")
     if rule.whole and probe is None:
-        problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --tasks")
+        problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --recipe")
     if rule.labelled and probe is not None and not probe.labels:
         problems.append(f"rule {rule.name!r} needs labelled texts")
     return problems

@@ -30,8 +30,11 @@ Result = Update | Tensor | Shared  # of one layer
 Function = TypeVar("Function", bound=Callable[..., "Result | dict[str, Result]"])
 
 _PLAIN = (int, float, bool, str, type(None))
-# arguments of merge()
-_TAKEN = ("adapters", "statistics", *(field.name for field in fields(MergeOptions)))
+# names that mean something else in a call of merge(), or among the options of the command `merge`
+TAKEN = (
+    *("adapters", "statistics", *(field.name for field in fields(MergeOptions))),
+    *("weight", "recipe", "probe_texts", "base", "output", "fuse_into", "dry_run", "quiet", "json", "help"),
+)
 _SUPPLIED = ("generator", "moments", "probe", "rank")  # keyword-only, without a default: given to the rule by `merge`
 _HELP = (
     "write it as `def f(updates, *, option: float = 0.2)`: keyword-only, each int, float, bool, str, Literal or None"
@@ -90,21 +93,28 @@ class Rule:
     for; `probe: Probe`, the base model with each task's texts. With a probe the rule merges ALL layers:
     `function(layers: Mapping[str, Sequence[Update]], *, probe, ...)` returns its result by module path.
 
-    `exact` tells whether an Update equals the dense rule; `factorwise`, whether the result depends on how dW is split
-    into B and A; `labelled`, whether the probe must hold labels. `output_rank` is the rank that `merge` truncates to
-    where the caller names none: sum r_i or max r_i.
+    formula: what it computes of one layer, in one line.
+    paper: where it was published.
+    summary: what it does, in words.
+    cost: what it takes beside reading and writing.
+    exact: whether the low-rank result equals the dense rule.
+    spaces: where entries may be compared; of a rule in factors, whose result does not depend on it, "full" alone.
+    default_scale, default_weights: in force where the caller names none; weights of one, or of 1/T.
+    output_rank: the rank that `merge` truncates to where the caller names none: sum r_i or max r_i.
+    labelled: whether the probe must hold labels.
     """
 
     name: str
     function: Callable[..., Any]
+    formula: str
     paper: str
     summary: str
+    cost: str
     exact: bool
     spaces: tuple[Space, ...]
     default_scale: float
     default_weights: Literal["one", "mean"]
     output_rank: Literal["sum", "max"]
-    factorwise: bool
     labelled: bool
     supplied: frozenset[str]
     options: type[BaseModel]
@@ -122,6 +132,11 @@ class Rule:
         if "generator" in self.supplied:
             found.append("seed")
         return tuple(found)
+
+    @property
+    def notes(self) -> str:
+        """Return what the function's docstring tells: what is computed, how it differs from what was published."""
+        return inspect.cleandoc(self.function.__doc__ or "")
 
     @property
     def whole(self) -> bool:
@@ -173,42 +188,41 @@ class Rule:
         everything = {"generator": torch.Generator().manual_seed(seed), **more}
         return {name: everything[name] for name in self.supplied}
 
-    def help(self) -> str:
-        """Return the rule in words: formula, paper, needs, defaults, and one line an option."""
-        lines = [f"{self.name}: {self.summary}", f"  paper: {self.paper}", f"  space: {', '.join(self.spaces)}"]
-        lines.append(f"  needs: {', '.join(self.needs) or 'nothing'}")
-        lines.append(f"  exact in factors: {'yes' if self.exact else 'no'}")
-        lines.append(f"  output rank: {self._rank_in_words()}")
-        lines.append(f"  default scale: {self.default_scale:g}; default weight: {self.default_weights}")
-        lines += [f"  {name}{text}" for name, text in self.option_help().items()]
-        return "\n".join(lines)
-
-    def option_help(self) -> dict[str, str]:
-        """Return type, default, bounds and meaning of every option, by name."""
-        found = {}
-        for name, field in self.options.model_fields.items():
-            bounds = "".join(_in_words(bound) for bound in field.metadata)
-            about = f": {field.description}" if field.description else ""
-            found[name] = f" ({_type_name(field.annotation)}, default {field.default!r}{bounds}){about}"
-        return found
-
-    def _rank_in_words(self) -> str:
-        if self.output_rank == "max":
-            return "the largest of the inputs unless asked otherwise"
-        return "up to the sum of the inputs'" + ("" if self.exact else ", by truncation of a dense result")
+    def schema(self) -> dict[str, Any]:
+        """Return the rule as JSON would hold it; `options` as JSON Schema, by name, with type, bounds and default."""
+        options = self.options.model_json_schema()["properties"]
+        return {
+            "name": self.name,
+            "formula": self.formula,
+            "paper": self.paper,
+            "summary": self.summary,
+            "cost": self.cost,
+            "needs": list(self.needs),
+            "spaces": list(self.spaces),
+            "exact": self.exact,
+            "output_rank": self.output_rank,
+            "default_scale": self.default_scale,
+            "default_weights": self.default_weights,
+            "notes": self.notes,
+            "options": {
+                name: {key: value for key, value in option.items() if key != "title"}
+                for name, option in options.items()
+            },
+        }
 
 
 def rule(
     name: str,
     *,
+    formula: str,
     paper: str,
     summary: str,
+    cost: str,
     exact: bool,
     spaces: tuple[Space, ...] = ("full",),
     default_scale: float = 1.0,
     default_weights: Literal["one", "mean"] = "one",
     output_rank: Literal["sum", "max"] = "sum",
-    factorwise: bool = False,
     labelled: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function as a merging rule and return it untouched; see `Rule` for the arguments.
@@ -226,14 +240,15 @@ def rule(
         _RULES[name] = Rule(
             name=name,
             function=function,
+            formula=formula,
             paper=paper,
             summary=summary,
+            cost=cost,
             exact=exact,
             spaces=spaces,
             default_scale=default_scale,
             default_weights=default_weights,
             output_rank=output_rank,
-            factorwise=factorwise,
             labelled=labelled,
             supplied=supplied,
             options=options,
@@ -293,22 +308,11 @@ def _signature(
     return frozenset(supplied), model
 
 
-def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return " or ".join(repr(value) for value in typing.get_args(annotation))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-def _in_words(bound: Any) -> str:
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    return "".join(f", {sign} {getattr(bound, key):g}" for key, sign in signs.items() if hasattr(bound, key))
-
-
 def _option_fault(parameter: inspect.Parameter) -> str:
     if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
         return "is not keyword-only"
-    if parameter.name in (*_TAKEN, *_SUPPLIED):
-        return "has the name of an argument of merge()"
+    if parameter.name in (*TAKEN, *_SUPPLIED):
+        return "has a name that `merge` takes for itself: choose another"
     if parameter.annotation is inspect.Parameter.empty:
         return "has no type annotation"
     if not _is_plain(parameter.annotation):

@@ -39,12 +39,13 @@ def lego(deltas: Sequence[np.ndarray], ranks: Sequence[int], options: dict[str, 
 
 
 def robust(deltas: Sequence[np.ndarray], ranks: Sequence[int], options: dict[str, Any]) -> np.ndarray:
-    raise NotImplementedError("it needs the factors: tests/merging/test_factors.py")
+    raise NotImplementedError("it needs the factors: tests/merging/rules/test_factors.py")
 
 
 REFERENCES: dict[str, Callable[..., np.ndarray]] = {"lego": lego, "robust": robust}
 VARIANTS: dict[str, list[dict[str, Any]]] = {"robust": [{}, {"density": 0.7, "free": 1.0}]}
 IDENTITY_AT: dict[str, dict[str, Any]] = {"robust": {"density": 1.0}}  # pruning is the point of the rule
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("reference", "robust"): "dW alone does not tell the factors; see tests/merging/test_factors.py"
+    ("reference", "robust"): "dW alone does not tell the factors; see tests/merging/rules/test_factors.py",
+    ("gauge", "robust"): "it prunes the factors themselves",
 }

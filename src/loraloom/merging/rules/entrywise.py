@@ -20,8 +20,10 @@ from loraloom.merging.spaces import SPACES, Entries, SpaceOption, agree, count, 
 
 @rule(
     "ties",
+    formula="trim |dWᵢ| to the largest share, elect sign(Σ), mean of those that agree",
     paper="Yadav et al. 2023, TIES-Merging, arXiv 2306.01708",
     summary="keep each task's largest entries, elect a sign, average the entries that agree",
+    cost="dense, row blocks; R x R in the core",
     exact=False,
     spaces=SPACES,
 )
@@ -44,8 +46,10 @@ def ties(
 
 @rule(
     "knots",
+    formula="TIES on S Vᵢᵀ of [dW₁ … dW_T] = U S [V₁ᵀ … V_Tᵀ]",
     paper="Stoica et al. 2024, Model merging with SVD to tie the KnOTS, arXiv 2410.19735",
-    summary="TIES on what each task makes of the left singular directions that all share",
+    summary="ties in KnOTS space by another name: on what each task makes of the left directions that all share",
+    cost="factors; R x n entries",
     exact=True,
     spaces=("knots",),
     default_scale=0.6,
@@ -66,8 +70,10 @@ def knots(
 
 @rule(
     "dare",
+    formula="Σ mᵢ ∘ dWᵢ / p, mᵢ ~ Bernoulli(p)",
     paper="Yu et al. 2024, Language Models are Super Mario (DARE), arXiv 2311.03099",
     summary="drop entries at random, divide those kept by the density, sum",
+    cost="dense, row blocks",
     exact=False,
     spaces=SPACES,
     default_scale=0.3,
@@ -91,8 +97,10 @@ def dare(
 
 @rule(
     "dare_ties",
+    formula="DARE's mask, then sign election and mean",
     paper="Yu et al. 2024, DARE, arXiv 2311.03099, with Yadav et al. 2023, TIES-Merging, arXiv 2306.01708",
     summary="drop entries at random, divide those kept by the density, elect a sign, average the entries that agree",
+    cost="dense, row blocks",
     exact=False,
     spaces=SPACES,
 )
@@ -115,8 +123,10 @@ def dare_ties(
 
 @rule(
     "della",
+    formula="as DARE, keep-chance p ± ε by magnitude rank in a row, then election",
     paper="Deep et al. 2024, DELLA-Merging, arXiv 2406.11617",
     summary="drop small entries of a row more often than large ones, rescale, elect a sign, average those that agree",
+    cost="dense + a sort a row",
     exact=False,
     spaces=SPACES,
 )
@@ -157,8 +167,10 @@ def della(
 
 @rule(
     "breadcrumbs",
+    formula="drop the largest γ and the small, sum",
     paper="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv 2312.06795",
     summary="drop each task's largest entries and its small ones, sum",
+    cost="dense, row blocks",
     exact=False,
     spaces=SPACES,
     default_scale=0.3,
@@ -192,8 +204,10 @@ def breadcrumbs(
 
 @rule(
     "sce",
+    formula="select by variance over tasks, weigh by Σ dWᵢ², erase minority signs",
     paper="Wan et al. 2024, FuseChat (SCE), arXiv 2408.07990",
     summary="select entries on which the tasks differ most, erase minority signs, average weighted by squared size",
+    cost="dense, two passes",
     exact=False,
     spaces=SPACES,
 )
@@ -212,30 +226,31 @@ def sce(
     (published: none).
     """
     X = entries(updates, space)
-
-    def variance(block: Tensor) -> Tensor:
-        spread = (block - block.mean(dim=0)).square().mean(dim=0)
-        return torch.where(spread > X.tie * block.square().mean(dim=0), spread, 0.0)
-
-    spreads = X.dense(variance)
-    least = (1 - X.tie) * kth_largest(spreads, count(density, int(spreads.count_nonzero())))[0]
-    del spreads
+    spreads = X.dense(lambda block: _spread(block, X.tie))
+    varying = int(spreads.count_nonzero())
+    least = (1 - X.tie) * kth_largest(spreads, count(density, varying))[0]
+    del spreads  # as large as the layer
 
     def select(block: Tensor) -> Tensor:
-        return torch.where(variance(block) >= least, block, 0.0)
+        return torch.where(_spread(block, X.tie) >= least, block, 0.0)
 
-    energies = torch.zeros(len(X.left), dtype=torch.float64)
-    for rows in X.blocks():
-        energies += select(X.block(rows)).double().square().sum(dim=(1, 2))
+    energies = torch.stack([select(X.block(rows)).double().square().sum(dim=(1, 2)) for rows in X.blocks()]).sum(dim=0)
     weights = (energies / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)).to(X.left[0].dtype)
 
-    def merge(block: Tensor) -> Tensor:
+    def erase_and_average(block: Tensor) -> Tensor:
         selected = select(block)
-        shares = (selected * elect(selected, X.tie) > 0) * weights[:, None, None]
-        total = shares.sum(dim=0)
-        return (shares * selected).sum(dim=0) / torch.where(total > 0, total, 1.0)
+        agreeing = selected * elect(selected, X.tie) > 0
+        counted = agreeing * weights[:, None, None]
+        total = counted.sum(dim=0)
+        return (counted * selected).sum(dim=0) / torch.where(total > 0, total, 1.0)
 
-    return X.merge(merge)
+    return X.merge(erase_and_average)
+
+
+def _spread(block: Tensor, tie: float) -> Tensor:
+    """Return the variance over the tasks of each entry of `block` (T, rows, columns); 0 where it is but rounding."""
+    spread = (block - block.mean(dim=0)).square().mean(dim=0)
+    return torch.where(spread > tie * block.square().mean(dim=0), spread, 0.0)
 
 
 def _dropper(X: Entries, density: float, generator: torch.Generator) -> Callable[[Tensor], Tensor]:

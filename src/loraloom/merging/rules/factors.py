@@ -18,8 +18,10 @@ _STEPS = 100  # of k-means at most
 
 @rule(
     "lego",
+    formula="k-means of rank-1 units up to sign; centres at the members' strength",
     paper="Zhao et al. 2025, Merging LoRAs like Playing LEGO (LoRA-LEGO), arXiv 2409.16167",
     summary="cluster the rank-1 units of all updates and keep one unit a cluster, at the mean strength of its members",
+    cost="factors; R x R",
     exact=True,
     output_rank="max",
 )
@@ -51,12 +53,13 @@ def lego(updates: Sequence[Update], *, rank: int | None) -> Update:
 
 @rule(
     "robust",
+    formula="(Σ B̃ᵢ diag(sᵢ) / Σ sᵢ)(Σ Ãᵢ), pruned factors",
     paper="Zeng et al. 2025, RobustMerge, arXiv 2502.17159",
     summary="prune A and B, rescale each rank by what A lost, add the As and average the Bs",
+    cost="factors",
     exact=True,
     default_scale=4.0,
     output_rank="max",
-    factorwise=True,
 )
 def robust(
     updates: Sequence[Update],

@@ -34,8 +34,10 @@ _REACH, _FINEST = 0.5, 0.01  # of the steps of LoraHub's search: first ones, and
 
 @rule(
     "adamerging",
+    formula="Σ λᵢₗ dWᵢ, λ per task and layer by entropy on unlabelled texts",
     paper="Yang et al. 2024, AdaMerging, arXiv 2310.02575",
     summary="a scale for every task and layer such that the merged model is sure of its predictions",
+    cost="steps x tasks passes, forward and back",
     exact=True,
 )
 def adamerging(layers: Layers, *, probe: Probe, init: Init = 0.3, steps: Steps = 50, rate: Rate = 0.01) -> Results:
@@ -62,8 +64,10 @@ def adamerging(layers: Layers, *, probe: Probe, init: Init = 0.3, steps: Steps =
 
 @rule(
     "nsc",
+    formula="λ per task and layer by what Aᵢ leaves of its inputs' energy",
     paper="Lee et al. 2026, Label-Free Cross-Task LoRA Merging with Null-Space Compression, arXiv 2603.26317",
     summary="a scale for every task and layer such that deep layers read what the task's own A can see",
+    cost="steps x tasks passes, forward and back",
     exact=True,
 )
 def nsc(
@@ -107,8 +111,10 @@ def nsc(
 
 @rule(
     "soups",
+    formula="softmax weights per layer, learned on labelled texts",
     paper="Prabhakar et al. 2025, LoRA Soups (CAT), arXiv 2410.13025",
     summary="weights of the tasks in every layer, summing to one, learned on labelled texts",
+    cost="steps x tasks passes, forward and back",
     exact=True,
     labelled=True,
 )
@@ -128,8 +134,10 @@ def soups(layers: Layers, *, probe: Probe, steps: Steps = 50, rate: Rate = 0.05)
 
 @rule(
     "lorahub",
+    formula="one w per task by search in [−1.5, 1.5], loss + 0.05 mean |w|",
     paper="Huang et al. 2024, LoraHub, arXiv 2307.13269",
     summary="one weight a task, found without gradients on labelled texts",
+    cost="steps x tasks passes, forward",
     exact=True,
     labelled=True,
 )

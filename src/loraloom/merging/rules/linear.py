@@ -11,8 +11,10 @@ from loraloom.merging.registry import rule
 
 @rule(
     "task_arithmetic",
+    formula="λ Σ wᵢ dWᵢ",
     paper="Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089",
     summary="scale times the sum of the updates",
+    cost="concatenation",
     exact=True,
     default_scale=0.3,
 )
@@ -23,8 +25,10 @@ def task_arithmetic(updates: Sequence[Update]) -> Update:
 
 @rule(
     "weighted",
+    formula="Σ wᵢ dWᵢ, wᵢ = 1/T",
     paper="Wortsman et al. 2022, Model Soups, arXiv 2203.05482; PEFT's combination_type 'cat'",
-    summary="weighted average of the updates",
+    summary="task_arithmetic by another name, with weights of 1/T and scale 1: the average of the updates",
+    cost="concatenation",
     exact=True,
     default_weights="mean",
 )
@@ -35,8 +39,10 @@ def weighted(updates: Sequence[Update]) -> Update:
 
 @rule(
     "svd",
+    formula="rank-q truncation of Σ wᵢ dWᵢ",
     paper="Eckart and Young 1936; PEFT's combination_type 'svd'",
     summary="best low-rank approximation of the weighted average, of rank max r_i unless `rank` is given",
+    cost="QR + R x R SVD",
     exact=True,
     default_weights="mean",
     output_rank="max",

@@ -26,8 +26,10 @@ Shrink = Annotated[float, Field(ge=0, le=1, description="factor on the off-diago
 
 @rule(
     "regmean",
+    formula="(Σ dWᵢ Gᵢ)(Σ Gᵢ)⁻¹",
     paper="Jin et al. 2023, Dataless Knowledge Fusion by Merging Weights of Language Models, arXiv 2212.09849",
     summary="the update whose outputs on every task's inputs are nearest to those of the task's own update",
+    cost="factors; n x n Cholesky, or rows x rows",
     exact=True,
 )
 def regmean(updates: Sequence[Update], *, moments: Sequence[Moment], shrink: Shrink = 0.9) -> Update:
@@ -46,8 +48,10 @@ def regmean(updates: Sequence[Update], *, moments: Sequence[Moment], shrink: Shr
 
 @rule(
     "optimal_rank",
+    formula="RegMean's objective under rank ≤ q: reduced-rank regression",
     paper="Izenman 1975, Reduced-rank regression for the multivariate linear model; on the objective of RegMean",
     summary="the best update of the given rank for RegMean's objective, where regmean cut by SVD is not",
+    cost="as RegMean + R x R",
     exact=True,
     output_rank="max",
 )
@@ -71,8 +75,10 @@ def optimal_rank(
 
 @rule(
     "regmean_pp",
+    formula="RegMean with Gᵢ from the model merged so far, layer by layer",
     paper="Nguyen et al. 2025, RegMean++, arXiv 2508.03121",
     summary="RegMean with the inputs that each layer sees in the model merged so far, layer by layer",
+    cost="a forward pass a group of layers",
     exact=True,
 )
 def regmean_pp(layers: Layers, *, probe: Probe, shrink: Shrink = 0.9) -> dict[str, Result]:
@@ -92,8 +98,13 @@ def regmean_pp(layers: Layers, *, probe: Probe, shrink: Shrink = 0.9) -> dict[st
 
 @rule(
     "iteris",
+    formula=(
+        "(Σ lᵢ dWᵢ (XᵢᵀYᵢ + εI))(Σ lᵢ (YᵢᵀYᵢ + εI))⁻¹, Xᵢ read in task i's own model, "
+        "Yᵢ in the model merged so far; lᵢ = 1 / mean ‖dWᵢ x‖²"
+    ),
     paper="Chen et al. 2025, IterIS: Iterative Inference-Solving Alignment for LoRA Merging, arXiv 2411.15231",
     summary="the update that does in the model merged so far what each task's own does in its own model",
+    cost="two forward passes a group of layers",
     exact=True,
 )
 def iteris(

@@ -26,8 +26,10 @@ from loraloom.merging.registry import rule
 
 @rule(
     "tsv",
+    formula="polar(U) S polar(V)ᵀ over the tasks' singular triples",
     paper="Gargiulo et al. 2025, Task Singular Vectors (TSV-M), arXiv 2412.00081",
     summary="concatenate the tasks' singular triples and make their singular vectors orthogonal",
+    cost="factors; polar of m x R",
     exact=True,
     default_scale=0.75,
 )
@@ -64,8 +66,10 @@ def tsv(
 
 @rule(
     "iso_c",
+    formula="mean(S) U Vᵀ of Σ dWᵢ = U S Vᵀ",
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging (Iso-C), arXiv 2502.04959",
     summary="the sum of the updates with all its singular values made equal to their mean",
+    cost="factors",
     exact=True,
 )
 def iso_c(updates: Sequence[Update], *, rank: int | None) -> Update:
@@ -84,8 +88,10 @@ def iso_c(updates: Sequence[Update], *, rank: int | None) -> Update:
 
 @rule(
     "iso_cts",
+    formula="as Iso-C on common triples and each task's own outside of them",
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging (Iso-CTS), arXiv 2502.04959",
     summary="top directions of the sum and each task's own outside of them, orthogonalised, at equal strength",
+    cost="factors",
     exact=True,
 )
 def iso_cts(
@@ -123,8 +129,10 @@ def iso_cts(
 
 @rule(
     "wudi",
+    formula="(Σ dWᵢ Kᵢ)(Σ Kᵢ + ε I)⁻¹, Kᵢ = dWᵢᵀ dWᵢ / ‖dWᵢ‖²",
     paper="Cheng et al. 2025, Whoever Started the Interference Should End It (WUDI-Merging), arXiv 2503.08099",
     summary="the update that differs least from each task's on the inputs which that task's update reads",
+    cost="factors; R x R solve",
     exact=True,
 )
 def wudi(

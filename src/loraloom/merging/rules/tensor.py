@@ -22,8 +22,10 @@ _TINY = 1e-300  # of what a zero is divided by
 
 @rule(
     "cp",
+    formula="U diag(Σ cᵢ) Vᵀ of the CP decomposition dWᵢ ≈ U diag(cᵢ) Vᵀ",
     paper="after Tensorized Clustered LoRA Merging (TC-LoRA), 2025, arXiv 2508.03999",
     summary="one CP decomposition of all updates; the merged one takes the mean over the tasks of their coefficients",
+    cost="factors; ALS on R x R x T",
     exact=True,
     default_weights="mean",
     output_rank="max",
@@ -58,8 +60,10 @@ def cp(
 
 @rule(
     "ctm",
+    formula="Uᵀ dWᵢ V in shared rank-q bases (Tucker-2), TIES or DARE there",
     paper="He et al. 2026, Compress then Merge: From Multiple LoRAs into One Low-Rank Adapter, arXiv 2606.03723",
     summary="project all updates into one shared pair of rank-q subspaces, then TIES or DARE on the q x q cores",
+    cost="factors; HOOI on R x R x T",
     exact=True,
     default_scale=0.75,
     output_rank="max",

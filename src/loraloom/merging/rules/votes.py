@@ -21,8 +21,10 @@ _CLIPPED = 1e-4  # share of entries that PCB clips at either end of the magnitud
 
 @rule(
     "emr",
+    formula="M = sign(Σ Mᵢ) ∘ max |agreeing|; task i reads lᵢ (mᵢ ∘ M)",
     paper="Huang et al. 2024, EMR-Merging, arXiv 2405.17461",
     summary="one update of elected signs and largest sizes, and for each task a mask and a factor to read it by",
+    cost="factors; R x R",
     exact=True,
     spaces=("core",),
 )
@@ -49,8 +51,10 @@ def emr(updates: Sequence[Update]) -> Shared:
 
 @rule(
     "consensus",
+    formula="Σ dWᵢ where ≥ 2 tasks have |dWᵢ| > λ |Σ − dWᵢ|",
     paper="Wang et al. 2024, Localizing Task Information (TALL masks, Consensus Merging), arXiv 2405.07813",
     summary="sum the updates where enough tasks want the entry",
+    cost="dense, row blocks",
     exact=False,
     spaces=SPACES,
     default_scale=0.3,
@@ -81,8 +85,10 @@ def consensus(
 
 @rule(
     "pcb",
+    formula="mean weighted by exp(T N(aᵢ)²) dWᵢ Σⱼ dWⱼ, cut to the best share",
     paper="Du et al. 2024, Parameter Competition Balancing (PCB-Merging), arXiv 2410.02396",
     summary="average weighted by a score of each entry: its size in its task times its accord with the sum",
+    cost="dense, two passes",
     exact=False,
     spaces=SPACES,
 )
