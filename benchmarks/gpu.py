@@ -33,6 +33,7 @@ from loraloom.errors import LoraloomError
 from loraloom.files.atomic import write_text
 from loraloom.merging import merge
 from loraloom.starts.initialise import initialise
+from loraloom.starts.options import StartOptions
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 
@@ -187,7 +188,7 @@ def of_initialising_and_training(bench: Bench) -> Iterator[str]:
 
         def start() -> None:
             for name, own in seen.items():
-                initialise(Path(folder) / name, own, others(name), lora, rule="apart")
+                initialise(Path(folder) / name, own, others(name), lora)
 
         needed = bench.seconds(start)
     each = needed / TASKS / len(seen["0"].layers)
@@ -195,7 +196,7 @@ def of_initialising_and_training(bench: Bench) -> Iterator[str]:
 
     lora.task_type = "SEQ_CLS"
     adapted = get_peft_model(bench.model, lora)
-    callback = initialise(adapted, seen["0"], others("0"), rule="apart", keep="projected").callback()
+    callback = initialise(adapted, seen["0"], others("0"), options=StartOptions(keep="projected")).callback()
     adapted.train()
     optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-5)
     batch = {key: value[:4] for key, value in bench.batches(0)[0].items()}

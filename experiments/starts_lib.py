@@ -53,7 +53,7 @@ class Ground:
             seed, start, lora = task_seed(self.seed, name), folder.with_name(f"{folder.name}.start"), self.recipe.lora
             if apart and not start.exists():
                 known = {"atlas": self.atlas}
-                initialise(start, None, known, lora_config(lora, []), rule="apart", seed=seed, after=after)
+                initialise(start, None, known, lora_config(lora, []), seed=seed, after=after)
             train_adapter(
                 self.recipe.base,
                 task,

@@ -26,6 +26,7 @@ from loraloom.model.load import load_classifier, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate
 from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.initialise import initialise
+from loraloom.starts.options import StartOptions
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.tasks.task import Task
@@ -289,7 +290,7 @@ def test_from_a_start(bert: str, seen: Statistics, keep: Any, tmp_path: Path) ->
     lora = LoraSettings(rank=2, targets=LORA.targets, rslora=True, rank_pattern={"value": 3})
     config = lora_config(lora, [])
     config.base_model_name_or_path = bert
-    initialise(tmp_path / "start", seen, {"other": seen}, config, keep=keep)
+    initialise(tmp_path / "start", seen, {"other": seen}, config, StartOptions(keep=keep))
     with pytest.raises(Killed):
         train_adapter(
             bert, TASK, tmp_path / "out", init=tmp_path / "start", settings=SETTINGS, seed=1, progress=kill_at(5)

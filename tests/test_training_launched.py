@@ -29,6 +29,7 @@ from loraloom.model.load import load_classifier
 from loraloom.progress import Reporter
 from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.initialise import initialise
+from loraloom.starts.options import StartOptions
 from loraloom.statistics.collect import collect_statistics
 from loraloom.study.by_hand import train_from_recipe
 from loraloom.study.recipe import Recipe
@@ -51,7 +52,7 @@ def write_start(base: str, folder: Path) -> Path:
         seen.append(collect_statistics(load_classifier(base, 2), [batch], LORA.targets))
     config = lora_config(LORA, [])
     config.base_model_name_or_path = base
-    initialise(folder, seen[0], {"other": seen[1]}, config, keep="projected")
+    initialise(folder, seen[0], {"other": seen[1]}, config, StartOptions(keep="projected"))
     return folder
 
 

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraloom.errors import raise_problems
 
 
 class Settings(BaseModel):
     """Options that refuse unknown names and never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def checked(schema: type[S], what: str, given: Mapping[str, Any]) -> S:
+    """Return the options in `given` as `schema`. Raises LoraloomError, `what` first, that tells every wrong one."""
+    try:
+        return schema.model_validate(dict(given))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, fault['loc']))}: {explained(dict(fault))}" for fault in error.errors()]
+        raise_problems(what, [problem.removeprefix(": ") for problem in problems])
+        raise
+
+
+def explained(fault: Mapping[str, Any]) -> str:
+    """Return what a pydantic fault says is wrong, with the value that was given."""
+    message, given = str(fault["msg"]).removeprefix("Value error, "), fault.get("input")
+    if fault["type"] == "string_type" and isinstance(given, bool):
+        message += "; put it in quotes: YAML reads yes, no, on and off as true and false"
+    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) and given != "" else ""
+    return message + shown
 
 
 class LoraSettings(Settings):
@@ -25,6 +50,18 @@ class LoraSettings(Settings):
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
+
+    def for_peft(self) -> dict[str, Any]:
+        """Return these settings as arguments of PEFT's LoraConfig."""
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": self.targets,
+            "use_rslora": self.rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+        }
 
 
 class StatisticsSettings(Settings):

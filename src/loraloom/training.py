@@ -159,17 +159,7 @@ def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftMod
 
 def lora_config(lora: LoraSettings, head: list[str]) -> LoraConfig:
     """Return PEFT's config for a sequence classifier with the given head modules saved whole."""
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        use_rslora=lora.rslora,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
-        modules_to_save=head,
-        task_type=TaskType.SEQ_CLS,
-    )
+    return LoraConfig(**lora.for_peft(), modules_to_save=head, task_type=TaskType.SEQ_CLS)
 
 
 def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path, epochs: int) -> TrainingArguments:

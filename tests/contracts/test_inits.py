@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tiny
 from loraloom.adapters.peft import read_adapter
-from loraloom.starts.initialise import Keep, Scale, initialise
+from loraloom.starts.initialise import initialise
+from loraloom.starts.options import Keep, Scale, StartOptions
 from loraloom.starts.subspace import RULES
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
@@ -46,9 +47,9 @@ class Kind:
         ids = torch.randint(3, len(tiny.WORDS), (4, 6), generator=torch.Generator().manual_seed(seed))
         return collect_statistics(self.model(), [self.inputs(ids)], tiny.TARGETS[self.kind])
 
-    def start(self, into: Any, **options: Any) -> Any:
+    def start(self, into: Any, lora: LoraConfig | None = None, **options: Any) -> Any:
         others = {name: found for name, found in self.statistics.items() if name != "one"}
-        return initialise(into, self.statistics["one"], others, **options)
+        return initialise(into, self.statistics["one"], others, lora, StartOptions(**options))
 
 
 @pytest.fixture(scope="module", params=["bert", "llama", "gpt2", "t5"])

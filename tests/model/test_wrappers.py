@@ -31,6 +31,7 @@ from loraloom.errors import LoraloomError
 from loraloom.model.layers import base_running
 from loraloom.model.wrappers import plain_path
 from loraloom.starts.initialise import initialise
+from loraloom.starts.options import StartOptions
 from loraloom.statistics.collect import collect_statistics, fingerprint
 from loraloom.statistics.file import Statistics
 from tiny_launch import two_processes
@@ -146,7 +147,7 @@ def trained(wrap: Wrap, keep: Any = "projected") -> tuple[dict[str, Tensor], Any
     """Initialise inside the wrapper, take three steps; return the factors, what was made, and own statistics."""
     model = wrap(adapted())
     own, other = (collect_statistics(model, batches(seed), TARGETS["bert"]) for seed in (0, 5))
-    done = initialise(model, own, {"other": other}, keep=keep)
+    done = initialise(model, own, {"other": other}, options=StartOptions(keep=keep))
     callback = done.callback()
     model.train()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -199,7 +200,7 @@ def test_what_is_written_to_fsdp2_after_a_call_stays(one_process: None) -> None:
     model: Any = fully_shard(adapted())
     with torch.no_grad():
         model.eval()(**batches()[0])
-    done = initialise(model, seen, {"other": seen}, keep="free")
+    done = initialise(model, seen, {"other": seen})
     model.reshard()
     factors = weights(model)
     for module, A in done.A.items():
@@ -277,7 +278,7 @@ def test_wrapped_models_that_are_refused(one_process: None) -> None:
     with pytest.raises(LoraloomError, match="DistributedDataParallel is no PeftModel"):
         initialise(DistributedDataParallel(base()), seen, {"other": seen})
     with pytest.raises(LoraloomError, match="then wrap in DDP"):
-        initialise(DistributedDataParallel(adapted()), seen, {"other": seen}, keep="frozen")
+        initialise(DistributedDataParallel(adapted()), seen, {"other": seen}, options=StartOptions(keep="frozen"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -319,7 +320,7 @@ def test_quantised_base(bits: int, tmp_path: Path) -> None:
     other = collect_statistics(get_peft_model(load(), lora), batches(5), TARGETS["bert"])
     assert other.fingerprint == found.fingerprint
     peft_model = get_peft_model(load(), lora)  # on a CPU, 4-bit layers that have run in eval mode cannot be trained
-    done = initialise(peft_model, found, {"other": other}, keep="projected")
+    done = initialise(peft_model, found, {"other": other}, options=StartOptions(keep="projected"))
     optimiser = torch.optim.SGD([p for p in peft_model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(3):
         given = {**batches()[0], "labels": torch.tensor([0, 1, 1, 0])}

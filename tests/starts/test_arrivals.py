@@ -17,7 +17,8 @@ from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
 from loraloom.starts.initialise import initialise
 from loraloom.starts.keep import keep_callback
-from loraloom.starts.subspace import Scale, loud_directions
+from loraloom.starts.options import Scale, StartOptions
+from loraloom.starts.subspace import loud_directions
 from loraloom.statistics.file import Statistics
 
 # every layer of the tiny BERT here reads 16 inputs
@@ -42,7 +43,7 @@ def earlier(seen: dict[str, Statistics], tmp_path_factory: pytest.TempPathFactor
     scale: Scale
     for name, rank, targets, scale in (("first", 3, ["query"], "unit"), ("second", 2, ["query", "value"], "response")):
         lora = LoraConfig(r=rank, lora_alpha=6, target_modules=targets)
-        initialise(folder / name, None, seen, lora, rule="random", keep="free", scale=scale, seed=rank)
+        initialise(folder / name, None, seen, lora, StartOptions(rule="random", scale=scale), seed=rank)
         found[name] = read_adapter(folder / name)
     return found
 
@@ -61,9 +62,7 @@ def test_without_own_the_response_is_that_of_the_others(
     """|A H^T|^2 over the rows of all others is what PEFT's A, of variance 1 / 3n, is expected to give them."""
     others = {name: seen[name] for name in names}
     lora = LoraConfig(r=2, target_modules=ALL)
-    done = initialise(
-        tmp_path / "start", None, others, lora, rule=rule, keep="free", scale="response", energy_share=0.5
-    )
+    done = initialise(tmp_path / "start", None, others, lora, StartOptions(rule=rule, scale="response"))
     for module, A in done.A.items():
         gram = torch.stack([one.moment(module).as_gram() for one in others.values()]).sum(0)
         response = float(torch.trace(A.double() @ gram @ A.double().T))
@@ -73,7 +72,8 @@ def test_without_own_the_response_is_that_of_the_others(
 def test_without_own_base_and_layers_are_those_of_the_others(
     base: str, seen: dict[str, Statistics], tmp_path: Path
 ) -> None:
-    done = initialise(tmp_path / "start", None, seen, None, rule="apart", keep="projected", scale="unit")
+    options = StartOptions(rule="apart", keep="projected", scale="unit")
+    done = initialise(tmp_path / "start", None, seen, None, options)
     assert done.A.keys() == seen["one"].layers.keys()
     assert all(A.shape == (8, WIDTH) for A in done.A.values())
     noted = json.loads((tmp_path / "start" / "loraloom.json").read_text())
@@ -85,7 +85,7 @@ def test_without_own_base_and_layers_are_those_of_the_others(
     loaded = PeftModel.from_pretrained(bert(base), str(tmp_path / "start"))
     assert all(torch.equal(A, done.A[module]) for module, A in factors(loaded).items())
     in_place = get_peft_model(bert(base), LoraConfig(r=8, target_modules=ALL))
-    initialise(in_place, None, seen, rule="apart", keep="projected", scale="unit")
+    initialise(in_place, None, seen, None, options)
     assert all(torch.equal(A, done.A[module]) for module, A in factors(in_place).items())
 
 
@@ -101,10 +101,10 @@ def test_off_the_rows_of_earlier_adapters_in_every_layer(
     tmp_path: Path,
 ) -> None:
     own = statistics(bert(base), ALL, 9) if with_own else None
-    options: dict[str, Any] = {"rule": rule, "keep": keep, "scale": "response", "energy_share": 0.5}
+    options = StartOptions(rule=rule, keep=keep, scale="response")
     lora = LoraConfig(r=4, target_modules=ALL)
-    done = initialise(tmp_path / "start", own, seen, lora, after=earlier, **options)
-    alone = initialise(tmp_path / "alone", own, seen, lora, **options)
+    done = initialise(tmp_path / "start", own, seen, lora, options, after=earlier)
+    alone = initialise(tmp_path / "alone", own, seen, lora, options)
     assert json.loads((tmp_path / "start" / "loraloom.json").read_text())["after"] == ["first", "second"]
     for module, A in done.A.items():
         loud = loud_directions([one.moment(module) for one in seen.values()], 0.5)
@@ -122,11 +122,11 @@ def test_off_the_rows_of_earlier_adapters_in_every_layer(
 def test_an_adapter_named_twice_changes_nothing(
     seen: dict[str, Statistics], earlier: dict[str, Adapter], tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"rule": "apart", "keep": "projected", "scale": "unit", "energy_share": 0.5}
+    options = StartOptions(rule="apart", keep="projected", scale="unit")
     lora = LoraConfig(r=4, target_modules=["query"])
-    once = initialise(tmp_path / "a", seen["one"], seen, lora, after=earlier, **options)
+    once = initialise(tmp_path / "a", seen["one"], seen, lora, options, after=earlier)
     again = {**earlier, "again": earlier["first"]}
-    twice = initialise(tmp_path / "b", seen["one"], seen, lora, after=again, **options)
+    twice = initialise(tmp_path / "b", seen["one"], seen, lora, options, after=again)
     for module, A in once.A.items():
         assert twice.subspaces[module].avoid.shape == once.subspaces[module].avoid.shape
         assert (twice.A[module] - A).abs().max() < 1e-5
@@ -136,15 +136,15 @@ def test_an_adapter_named_twice_changes_nothing(
 def test_training_stays_off_earlier_adapters(
     base: str, seen: dict[str, Statistics], earlier: dict[str, Adapter], from_folder: bool, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"rule": "apart", "keep": "projected", "scale": "response", "energy_share": 0.5}
+    options = StartOptions(rule="apart", keep="projected", scale="response")
     lora = LoraConfig(r=2, target_modules=["query", "value"])
     if from_folder:
-        initialise(tmp_path / "start", None, seen, lora, after=earlier, **options)
+        initialise(tmp_path / "start", None, seen, lora, options, after=earlier)
         model = PeftModel.from_pretrained(bert(base), str(tmp_path / "start"), is_trainable=True)
         callback = keep_callback(tmp_path / "start")
     else:
         model = get_peft_model(bert(base), lora)
-        callback = initialise(model, None, seen, after=earlier, **options).callback()
+        callback = initialise(model, None, seen, None, options, after=earlier).callback()
     before = factors(model)
     classifier_trainer(model, tmp_path / "out", [callback]).train()
     after = factors(model)
@@ -172,7 +172,7 @@ def test_all_that_does_not_fit_is_told_at_once(base: str, seen: dict[str, Statis
         "fine": adapter_of([QUERY.format(1), "pooler.dense"], WIDTH),
     }
     with pytest.raises(LoraloomError) as told:
-        initialise(tmp_path / "start", None, others, lora, rule="apart", keep="free", scale="unit", after=after)
+        initialise(tmp_path / "start", None, others, lora, after=after)
     lines = str(told.value).splitlines()
     assert lines[0].startswith("cannot initialise: 4 problems")
     for line, part in zip(lines[1:5], ("'strange' come from", "'wide'", "'wide'", "'elsewhere'"), strict=True):
@@ -187,7 +187,7 @@ def test_no_room_beside_earlier_adapters(seen: dict[str, Statistics], rule: str,
     lora = LoraConfig(r=2, target_modules=["query"])
     after = {"large": adapter_of([QUERY.format(1)], WIDTH, rank=15)}
     with pytest.raises(LoraloomError, match=r"leave [01] of 16, too few for rank 2") as told:
-        initialise(tmp_path / "start", None, seen, lora, rule=rule, keep=keep, scale="unit", after=after)
+        initialise(tmp_path / "start", None, seen, lora, StartOptions(rule=rule, keep=keep), after=after)
     assert "fewer adapters" in (told.value.hint or "")
     assert not (tmp_path / "start").exists()
 
@@ -198,7 +198,7 @@ def test_nothing_to_stay_off_is_refused(
     lora = LoraConfig(r=2, target_modules=["query"])
     for own in (None, seen["one"]):
         with pytest.raises(LoraloomError, match="neither of other tasks nor an atlas"):
-            initialise(tmp_path / "start", own, {}, lora, rule="apart", keep="free", scale="unit", after=earlier)
+            initialise(tmp_path / "start", own, {}, lora, after=earlier)
     assert not (tmp_path / "start").exists()
 
 
@@ -207,4 +207,4 @@ def test_a_rule_that_would_not_stay_off_earlier_adapters_is_refused(
 ) -> None:
     after = {"first": adapter_of([QUERY.format(1)], WIDTH, rank=2)}
     with pytest.raises(LoraloomError, match="rule 'osrm' does not stay off earlier adapters"):
-        initialise(tmp_path / "start", None, seen, LoraConfig(r=2), rule="osrm", after=after)
+        initialise(tmp_path / "start", None, seen, LoraConfig(r=2), StartOptions(rule="osrm"), after=after)

@@ -117,12 +117,23 @@ def init(
     Of all tasks at once by their statistics files, or of one by --own, --other and --atlas.
     """
     with command(quiet, as_json) as out:
-        from loraloom.starts.files import initialise_from_files
+        from loraloom.errors import raise_problems
+        from loraloom.settings import LoraSettings, checked
+        from loraloom.starts.files import initialise_all_from_files, initialise_from_files
+        from loraloom.starts.options import StartOptions
 
-        lora = {"rank": rank, "alpha": alpha, "targets": target, "rslora": rslora}
-        options = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share, "seed": seed}
         others = [*(other or []), *([atlas] if atlas else [])]
-        done = initialise_from_files(output, tasks or [], own, others, after or [], lora, options)
+        mixed = [f"{path} is given with the files of all tasks" for path in [*([own] if own else []), *others] if tasks]
+        raise_problems("init", mixed, "give the files of all tasks, or --own, --other and --atlas for one of them")
+        shape = {"rank": rank, "alpha": alpha, "targets": target or "all-linear", "rslora": rslora}
+        lora = checked(LoraSettings, "init", shape)
+        chosen = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
+        options = checked(StartOptions, "init", chosen)
+        earlier = after or []
+        if tasks:
+            done = initialise_all_from_files(output, tasks, lora, options, seed=seed or 0, after=earlier)
+        else:
+            done = {output: initialise_from_files(output, own, others, lora, options, seed=seed, after=earlier)}
         facts = {
             folder.name: {"folder": str(folder), **one.provenance["init"], "diagnostics": one.diagnostics()}
             for folder, one in done.items()

@@ -2,58 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 
 from loraloom.adapters.peft import read_adapter
+from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import task_seed
+from loraloom.settings import LoraSettings
 from loraloom.starts.initialise import Initialisation, initialise, initialise_all
+from loraloom.starts.options import StartOptions
 from loraloom.statistics.file import Statistics
 
 
 def initialise_from_files(
     output: Path,
-    tasks: Sequence[Path],
     own: Path | None,
     others: Sequence[Path],
-    after: Sequence[Path],
-    lora: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> dict[Path, Initialisation]:
-    """Write adapter folders from statistics files, and return by folder what was written.
+    lora: LoraSettings,
+    options: StartOptions,
+    *,
+    seed: int | None = None,
+    after: Sequence[Path] = (),
+) -> Initialisation:
+    """Write the adapter folder that one task starts from; see `initialise`.
 
-    Of `tasks`, one folder each in `output`, by the file's name: see `initialise_all`. Without them the folder `output`,
-    of the task `own` off `others`: see `initialise`. Others and earlier adapters go by path. Without a seed it is drawn
-    from the folder's name: teams that share an atlas must not start at the same A.
+    output: the folder.
+    own: statistics file of the task, if there is one.
+    others: statistics files to stay off, of the other tasks or an atlas; they go by path.
+    lora: the adapter's shape; target modules "all-linear" are all layers of the statistics.
+    seed: None draws it from the folder's name: teams that share an atlas must not start at the same A.
+    after: adapter folders that are there already; they go by path.
+
+    Raises LoraloomError that tells together every file that cannot be read.
     """
-    mixed = [f"{path} is given with the files of all tasks" for path in [*([own] if own else []), *others] if tasks]
-    raise_problems("init", mixed, "give the files of all tasks, or --own, --other and --atlas for one of them")
-    names = [path.stem for path in tasks]
+    read, earlier = _read([output], [*([own] if own else []), *others], after)
+    return initialise(
+        output,
+        read[own] if own else None,
+        {str(path): read[path] for path in others},
+        LoraConfig(**lora.for_peft()),
+        options,
+        seed=task_seed(0, output.resolve().name) if seed is None else seed,
+        after=earlier,
+    )
+
+
+def initialise_all_from_files(
+    output: Path,
+    files: Sequence[Path],
+    lora: LoraSettings,
+    options: StartOptions,
+    *,
+    seed: int = 0,
+    after: Sequence[Path] = (),
+) -> dict[Path, Initialisation]:
+    """Write the adapter folders that all tasks start from, each off the others, and return what was written by folder.
+
+    output: where the folders lie, each by the name of its task's file.
+    files: statistics file of every task.
+    lora, after: as for `initialise_from_files`. options, seed: as for `initialise_all`.
+
+    Raises LoraloomError that tells together every file that cannot be read.
+    """
+    names = [path.stem for path in files]
     twice = [f"two files are named {name}" for name in sorted(set(names)) if names.count(name) > 1]
     raise_problems("init", twice, "name each file after its task")
-    config = LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], use_rslora=lora["rslora"]
-    )
+    read, earlier = _read([output / name for name in names], files, after)
+    tasks = {path.stem: read[path] for path in files}
+    done = initialise_all(output, tasks, LoraConfig(**lora.for_peft()), options, seed=seed, after=earlier)
+    return {output / name: one for name, one in done.items()}
+
+
+def _read(
+    folders: Iterable[Path], files: Iterable[Path], after: Iterable[Path]
+) -> tuple[dict[Path, Statistics], dict[str, Adapter]]:
+    """Return what is in statistics files and in earlier adapters' folders, once `folders` are known to be writable."""
     errors: list[LoraloomError] = []
     read: dict[Path, Statistics] = {}
-    for folder in [output / name for name in names] or [output]:
+    earlier: dict[str, Adapter] = {}
+    for folder in folders:
         with collecting(errors):
             check_folder(folder)
-    for path in [*tasks, *([own] if own else []), *others]:
+    for path in files:
         with collecting(errors):
             read[path] = Statistics.load(path)
+    for path in after:
+        with collecting(errors):
+            earlier[str(path)] = read_adapter(path)
     raise_together(errors)
-    earlier = {str(path): read_adapter(path) for path in after}
-    if tasks:
-        every = {name: read[path] for name, path in zip(names, tasks, strict=True)}
-        done = initialise_all(output, every, config, after=earlier, **{**options, "seed": options["seed"] or 0})
-        return {output / name: one for name, one in done.items()}
-    if options["seed"] is None:
-        options = {**options, "seed": task_seed(0, output.resolve().name)}
-    known = {str(path): read[path] for path in others}
-    return {output: initialise(output, read[own] if own else None, known, config, after=earlier, **options)}
+    return read, earlier

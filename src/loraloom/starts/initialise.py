@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import peft
 import torch
@@ -22,18 +22,9 @@ from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.hashing import task_seed
 from loraloom.model.wrappers import assign, each_weight, peeled
 from loraloom.starts.keep import AVOID, KeepInSubspace, lora_layers
+from loraloom.starts.options import Keep, StartOptions
 from loraloom.starts.spectra import Others, Pool
-from loraloom.starts.subspace import (
-    DEFAULT,
-    Keep,
-    Scale,
-    Subspace,
-    check_room,
-    meant_scale,
-    project_out,
-    response_scale,
-    subspace_off,
-)
+from loraloom.starts.subspace import Subspace, check_room, project_out, response_scale, subspace_off
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import base_differences, cover_problems
 from loraloom.statistics.moments import pooled
@@ -74,129 +65,161 @@ def initialise(
     own: Statistics | None,
     others: Mapping[str, Statistics],
     lora: LoraConfig | None = None,
+    options: StartOptions | None = None,
     *,
-    rule: str = DEFAULT,
-    keep: Keep = "free",
-    scale: Scale | None = None,
-    energy_share: float = 0.5,
     seed: int = 0,
     after: Mapping[str, Adapter] | None = None,
     adapter_name: str = "default",
 ) -> Initialisation:
-    """Start one task's adapter: write a PEFT folder, or fill the adapter `adapter_name` of a PeftModel in place, DDP or
-    FSDP around it or not.
+    """Start one task's adapter: write a PEFT folder, or fill an adapter of a PeftModel in place. B is 0, so the model
+    starts as the base model exactly.
 
-    own, others: statistics of the task and, by name, of the other tasks, on one base model. An atlas (statistics of
-    generic text) can stand for all others; without `own` it stands for the task's own inputs too. lora: settings for a
-    folder (a PeftModel has its own); without target_modules every layer of the statistics is adapted. rule: see
-    `osrm_subspace`. keep: let A go, fix it, or (`projected`) keep it off the loud directions by the callback. scale:
-    `unit` leaves A's rows as the rule gives them, `response` multiplies A by one number a layer so that it responds to
-    the own inputs as PEFT's default A would; as the rule is meant without, see `meant_scale`. after: adapters that are
-    there already, by name; the rows of their A's are stayed off as the loud directions are. B is 0, so the model starts
-    as the base model exactly. No base model is loaded for a folder.
+    into: a folder, for which no base model is loaded; or a PeftModel, DDP or FSDP around it or not.
+    own: statistics of the task's own inputs; without them an atlas among `others` stands for these too.
+    others: statistics to stay off, by name, on one base model: of the other tasks, or an atlas (of generic text).
+    lora: PEFT's settings of a folder; without target modules every layer of the statistics is adapted. A PeftModel has
+    its own.
+    options: where A starts and how it is kept; see `StartOptions`.
+    seed: of the rules that draw at random; each layer draws its own from it.
+    after: adapters that are there already, by name; the rows of their A's are stayed off as the loud directions are.
+    adapter_name: the adapter of a PeftModel that is filled.
 
-    Raises LoraloomError that tells together every layer that does not fit.
+    Returns A of every layer, float32, with what it came from; see `Initialisation`. Raises LoraloomError that tells
+    together every layer that does not fit; nothing is written then.
     """
-    after = after or {}
-    base, options = _settled(own, others, rule, keep, scale, energy_share, after)
-    options["seed"] = seed
-    if isinstance(into, torch.nn.Module):
-        model = peeled(into)
-        if not isinstance(model, PeftModel):
-            raise LoraloomError(f"{type(into).__name__} is no PeftModel", "give get_peft_model's, or a folder")
-        if keep == "frozen" and isinstance(into, torch.nn.parallel.DistributedDataParallel):
-            raise LoraloomError("DDP waits for the gradient of an A that is frozen", "initialise, then wrap in DDP")
-        if lora is not None:
-            raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")
-        lora = _config_of(model, adapter_name)
-        ranks = {name: layer.r[adapter_name] for name, layer in lora_layers(model, adapter_name).items()}
-        _check_layers(list(ranks), base)
-    else:
-        lora, ranks = _config_and_ranks(lora, base)
-    _check_config(lora, ranks, base)
+    options, after = options or StartOptions(), after or {}
+    _check_given(own, others, options, after)
+    base = own or next(iter(others.values()))
 
-    def view(name: str) -> list[Others]:
-        return [Others.of([seen.moments[name] for seen in others.values()], own.moments[name] if own else None)]
+    def start(config: LoraConfig, ranks: Mapping[str, int]) -> Initialisation:
+        _check_config(config, ranks, base)
 
-    (done,) = _starts(base, ranks, view, [options], after)
-    done.provenance.update(_provenance(base, own, others, after, options, done.subspaces))
+        def view(name: str) -> list[Others]:
+            return [Others.of([seen.moments[name] for seen in others.values()], own.moments[name] if own else None)]
+
+        return _starts([_Task(own, others, seed)], base, ranks, view, options, after)[0]
+
     if isinstance(into, torch.nn.Module):
-        _fill(into, done, adapter_name)
-    else:
-        _write(Path(into), done, lora, base)
-    return done
+        return _in_place(into, adapter_name, lora, options.keep, base, start)
+    return _in_folder(Path(into), lora, base, start)
 
 
 def initialise_all(
     folder: str | Path,
     tasks: Mapping[str, Statistics],
     lora: LoraConfig | None = None,
+    options: StartOptions | None = None,
     *,
-    rule: str = DEFAULT,
-    keep: Keep = "free",
-    scale: Scale | None = None,
-    energy_share: float = 0.5,
     seed: int = 0,
     after: Mapping[str, Adapter] | None = None,
 ) -> dict[str, Initialisation]:
-    """Write the PEFT folder of every task in `tasks`, each off all others, under `folder` by its name.
+    """Write the PEFT folder of every task, each off all others, layer by layer.
 
-    As `initialise` for each task, with a seed of its own drawn from `seed` and its name (of the rule `shared`: `seed`
-    itself), but layer by layer: what a layer's moments are factored into serves all tasks, and no other layer's
-    moments need be in memory. Raises LoraloomError as it does, before anything is written.
+    What a layer's moments are factored into serves all tasks, and no other layer's moments need be in memory.
+
+    folder: where the tasks' folders lie, each by its name.
+    tasks: statistics of each task's own inputs, by name, on one base model.
+    seed: each task draws its own from it and its name; of the rule `shared` all take it as it is.
+    lora, options, after: as for `initialise`.
+
+    Returns what `initialise` returns for each task. Raises LoraloomError as it does, before anything is written.
     """
-    after = after or {}
-    rest = dict(list(tasks.items())[1:])
-    base, chosen = _settled(next(iter(tasks.values()), None), rest, rule, keep, scale, energy_share, after)
-    lora, ranks = _config_and_ranks(lora, base)
-    _check_config(lora, ranks, base)
+    options, after = options or StartOptions(), after or {}
+    base = next(iter(tasks.values()), None)
+    _check_given(base, dict(list(tasks.items())[1:]), options, after)
+    assert base is not None  # no task leaves nothing to stay off
+    config, ranks = _config_and_ranks(lora, base)
+    _check_config(config, ranks, base)
 
     def views(name: str) -> Iterable[Others]:
         pool = Pool([seen.moments[name] for seen in tasks.values()])
         return (pool.without(index) for index in range(len(tasks)))
 
-    seeds = [seed if rule == "shared" else task_seed(seed, name) for name in tasks]
-    options = [{**chosen, "seed": own_seed} for own_seed in seeds]
-    done = dict(zip(tasks, _starts(base, ranks, views, options, after), strict=True))
-    for (name, one), choice in zip(done.items(), options, strict=True):
-        others = {other: seen for other, seen in tasks.items() if other != name}
-        one.provenance.update(_provenance(base, tasks[name], others, after, choice, one.subspaces))
-        _write(Path(folder) / name, one, lora, base)
+    each = [
+        _Task(
+            own,
+            {other: seen for other, seen in tasks.items() if other != name},
+            seed if options.rule == "shared" else task_seed(seed, name),
+        )
+        for name, own in tasks.items()
+    ]
+    done = dict(zip(tasks, _starts(each, base, ranks, views, options, after), strict=True))
+    for name, one in done.items():
+        _write(Path(folder) / name, one, config, base)
+    return done
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One task that starts: its own statistics, if known, those to stay off by name, and its seed."""
+
+    own: Statistics | None
+    others: Mapping[str, Statistics]
+    seed: int
+
+
+_Start = Callable[[LoraConfig, Mapping[str, int]], Initialisation]  # of these settings, and ranks by module path
+
+
+def _in_folder(folder: Path, lora: LoraConfig | None, base: Statistics, start: _Start) -> Initialisation:
+    config, ranks = _config_and_ranks(lora, base)
+    done = start(config, ranks)
+    _write(folder, done, config, base)
+    return done
+
+
+def _in_place(
+    model: torch.nn.Module, adapter_name: str, lora: LoraConfig | None, keep: Keep, base: Statistics, start: _Start
+) -> Initialisation:
+    inner = peeled(model)
+    if not isinstance(inner, PeftModel):
+        raise LoraloomError(f"{type(model).__name__} is no PeftModel", "give get_peft_model's, or a folder")
+    if keep == "frozen" and isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise LoraloomError("DDP waits for the gradient of an A that is frozen", "initialise, then wrap in DDP")
+    if lora is not None:
+        raise LoraloomError("lora settings were given for a PeftModel, which has its own", "leave `lora` out")
+    config = _config_of(inner, adapter_name)
+    ranks = {name: layer.r[adapter_name] for name, layer in lora_layers(inner, adapter_name).items()}
+    _check_layers(list(ranks), base)
+    done = start(config, ranks)
+    _fill(model, done, adapter_name)
     return done
 
 
 def _starts(
+    tasks: Sequence[_Task],
     base: Statistics,
     ranks: Mapping[str, int],
     views: Callable[[str], Iterable[Others]],
-    options: Sequence[Mapping[str, Any]],
+    options: StartOptions,
     after: Mapping[str, Adapter],
 ) -> list[Initialisation]:
-    """Return the start of every task, without provenance; `views` gives the others of each task for an input's name."""
-    done = [Initialisation({}, {}, choice["keep"], {}) for choice in options]
+    """Return the start of every task; `views` gives the others of each task for an input's name."""
+    spaces: list[dict[str, Subspace]] = [{} for _ in tasks]
+    starts: list[dict[str, Tensor]] = [{} for _ in tasks]
     by_input = sorted(ranks, key=lambda module: base.layers[module].input)
     for name, group in groupby(by_input, lambda module: base.layers[module].input):
         modules = list(group)
-        for one, choice, others in zip(done, options, views(name), strict=True):
+        for task, A, found, others in zip(tasks, starts, spaces, views(name), strict=True):
             for module in modules:
-                seed, taken = task_seed(choice["seed"], module), _rows_of(after, module)
-                space = subspace_off(others, ranks[module], choice["rule"], choice["energy_share"], seed, taken)
-                one.subspaces[module] = space
-                one.A[module] = _start(space, others, choice["keep"], choice["scale"])
-    # in the order of the layers, as one by one
-    return [
-        replace(one, A={name: one.A[name] for name in ranks}, subspaces={name: one.subspaces[name] for name in ranks})
-        for one in done
-    ]
+                seed, taken = task_seed(task.seed, module), _rows_of(after, module)
+                space = subspace_off(others, ranks[module], options.rule, options.energy_share, seed, taken)
+                found[module], A[module] = space, _start(space, others, options)
+    done = []
+    for task, A, found in zip(tasks, starts, spaces, strict=True):
+        space_of = {module: found[module] for module in ranks}  # in the order of the layers, not of their inputs
+        provenance = _provenance(task, base, options, after, space_of)
+        done.append(Initialisation({module: A[module] for module in ranks}, space_of, options.keep, provenance))
+    return done
 
 
-def _start(space: Subspace, others: Others, keep: Keep, scale: Scale) -> Tensor:
+def _start(space: Subspace, others: Others, options: StartOptions) -> Tensor:
     """Return A as it is written; where the own inputs are not known, the others' together stand for them."""
     A = space.A
-    if keep == "projected":
+    if options.keep == "projected":
         check_room(space.avoid, len(A))
         A = project_out(A.double(), space.avoid.double()).float()
-    if scale == "response":
+    if options.scale == "response":
         A = A * response_scale(others.own or pooled(others.moments), A)
     return A.contiguous()
 
@@ -207,43 +230,22 @@ def _rows_of(after: Mapping[str, Adapter], module: str) -> Tensor | None:
     return torch.cat(rows) if rows else None
 
 
-def _settled(
-    own: Statistics | None,
-    others: Mapping[str, Statistics],
-    rule: str,
-    keep: Keep,
-    scale: Scale | None,
-    energy_share: float,
-    after: Mapping[str, Adapter],
-) -> tuple[Statistics, dict[str, Any]]:
-    """Return statistics that know the base, and the options of a start as the rule is meant; checks what is given."""
-    scale = scale or meant_scale(rule)
-    _check_options(others, rule, keep, scale, after)
-    base = own or next(iter(others.values()))
-    _check_statistics({**({"own": own} if own else {}), **others}, after)
-    return base, {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
-
-
-def _check_options(others: Collection[str], rule: str, keep: str, scale: str, after: Mapping[str, Adapter]) -> None:
+def _check_given(
+    own: Statistics | None, others: Mapping[str, Statistics], options: StartOptions, after: Mapping[str, Adapter]
+) -> None:
+    """Raise LoraloomError that tells what of it does not go together."""
     problems = []
-    if after and rule != "apart":
-        problems.append(f"rule {rule!r} does not stay off earlier adapters: use apart")
-    for option, given, known in (("keep", keep, get_args(Keep)), ("scale", scale, get_args(Scale))):
-        if given not in known:
-            problems.append(f"{option} {given!r} is unknown; {did_you_mean(given, known)}")
+    if after and options.rule != "apart":
+        problems.append(f"rule {options.rule!r} does not stay off earlier adapters: use apart")
     if not others:
         problems.append("no statistics to stay off: neither of other tasks nor an atlas")
     raise_problems("cannot initialise", problems, "see `loraloom init --help`")
-
-
-def _check_statistics(statistics: Mapping[str, Statistics], after: Mapping[str, Adapter]) -> None:
-    first = next(iter(statistics.values()))
+    statistics = {**({"own": own} if own else {}), **others}
     problems = base_differences(statistics)
     for name, adapter in after.items():
-        problems += cover_problems(name, adapter, first, partly=True)
-    raise_problems(
-        "cannot initialise", problems, "use one base model and one target set for all statistics and adapters"
-    )
+        problems += cover_problems(name, adapter, next(iter(statistics.values())), partly=True)
+    hint = "use one base model and one target set for all statistics and adapters"
+    raise_problems("cannot initialise", problems, hint)
 
 
 def _config_and_ranks(lora: LoraConfig | None, own: Statistics) -> tuple[LoraConfig, dict[str, int]]:
@@ -286,11 +288,10 @@ def _check_config(lora: LoraConfig, ranks: Mapping[str, int], own: Statistics) -
 
 
 def _provenance(
+    task: _Task,
     base: Statistics,
-    own: Statistics | None,
-    others: Mapping[str, Statistics],
+    options: StartOptions,
     after: Mapping[str, Adapter],
-    options: dict[str, Any],
     subspaces: Mapping[str, Subspace],
 ) -> dict[str, Any]:
     def facts(statistics: Statistics) -> dict[str, Any]:
@@ -301,9 +302,10 @@ def _provenance(
         "versions": {"loraloom": loraloom.__version__, "peft": peft.__version__, "torch": torch.__version__},
         "base": base.base,
         "base_fingerprint": base.fingerprint,
-        "init": options,
-        "own": facts(own) if own else None,
-        "others": {name: facts(statistics) for name, statistics in others.items()},
+        # of a recipe's init, what a start is asked alone
+        "init": {**options.model_dump(include=set(StartOptions.model_fields)), "seed": task.seed},
+        "own": facts(task.own) if task.own else None,
+        "others": {name: facts(statistics) for name, statistics in task.others.items()},
         "after": sorted(after),
         "layers": {module: asdict(space.diagnostics) for module, space in subspaces.items()},
     }

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from loraloom.adapters.peft import read_provenance
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.model.wrappers import assign, each_weight, plain_path, whole
-from loraloom.starts.subspace import Keep, project_out
+from loraloom.starts.options import Keep
+from loraloom.starts.subspace import project_out
 
 AVOID = "avoid.safetensors"
 

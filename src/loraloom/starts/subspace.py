@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +17,6 @@ from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.starts.spectra import Others, Pool, orthonormal, rounding, share_seen, top_directions
 from loraloom.statistics.moments import Moment
 
-Keep = Literal["free", "frozen", "projected"]
-Scale = Literal["unit", "response"]
-DEFAULT = "apart"  # the rule of docs/study-subspaces.md
 _INSIDE = 1e-12  # of the own energy: what projections leave of an input that lies inside what is stayed off is rounding
 
 
@@ -257,11 +253,6 @@ RULES: dict[str, Callable[[_Problem], Tensor]] = {
     "shared": _random,
     "default": _default,
 }
-
-
-def meant_scale(rule: str) -> Scale:
-    """Return how a rule's A is meant to be scaled: published rules and controls have rows of norm 1."""
-    return "response" if rule == "apart" else "unit"
 
 
 def _own_directions(problem: _Problem, avoid: Tensor, count: int) -> Tensor:

@@ -20,46 +20,36 @@ from pydantic import (
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.merging.registry import get_rule
-from loraloom.settings import AlignmentSettings, LoraSettings, Settings, StatisticsSettings, TrainingSettings
-from loraloom.starts.subspace import DEFAULT, Keep, Scale, meant_scale
-from loraloom.starts.subspace import RULES as SUBSPACE_RULES
+from loraloom.settings import (
+    AlignmentSettings,
+    LoraSettings,
+    Settings,
+    StatisticsSettings,
+    TrainingSettings,
+    explained,
+)
+from loraloom.starts.options import DEFAULT, StartOptions
 from loraloom.tasks.sources import SUFFIXES
 
 PROBE_TEXTS = 100  # a task, for a rule that looks at texts
 
 
-class InitSettings(Settings):
-    """How A starts and how it is kept. The defaults are those of docs/study-subspaces.md."""
+class InitSettings(StartOptions):
+    """How the adapters of a study start: the options of a start, what to stay off, and the seeds."""
 
-    rule: str = Field(DEFAULT, description="apart, osrm (the paper), mean, random, shared or default")
     off: Literal["atlas", "others"] = Field(
-        "atlas", description="whose loud directions to stay off: those of generic text, or of the other tasks"
+        description="whose loud directions to stay off: those of generic text, or of the other tasks; by rule without"
     )
-    keep: Keep = Field(
-        "free", description="let A go, fix it, or keep it off the loud directions after every optimiser step"
-    )
-    scale: Scale = Field(
-        description="leave A as the rule gives it, or match the response of PEFT's default A; by rule without"
-    )
-    energy_share: float = Field(0.5, ge=0, lt=1, description="share of the energy that the loud directions hold")
     seed: Literal["task", "shared"] = Field("task", description="a seed of its own for every task, or one for all")
     description: str = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _as_meant(cls, given: Any) -> Any:
-        """Fill in how the rule is meant, so that the results file tells it; published rules look at the others."""
+    def _off_as_meant(cls, given: Any) -> Any:
+        """Fill in whose directions the rule is meant to stay off: published rules look at the other tasks."""
         if not isinstance(given, dict):
             return given
-        rule = str(given.get("rule", DEFAULT))
-        return {"scale": meant_scale(rule), "off": "atlas" if rule == "apart" else "others", **given}
-
-    @field_validator("rule")
-    @classmethod
-    def _known_rule(cls, rule: str) -> str:
-        if rule not in SUBSPACE_RULES:
-            raise ValueError(f"subspace rule {rule!r} is unknown; {did_you_mean(rule, SUBSPACE_RULES)}")
-        return rule
+        return {"off": "atlas" if given.get("rule", DEFAULT) == "apart" else "others", **given}
 
 
 class MergeSettings(Settings):
@@ -296,12 +286,7 @@ def _describe(schema: type[BaseModel], fault: dict[str, Any]) -> str:
     if kind == "union_tag_invalid":
         source = str(fault["ctx"]["tag"])
         return f"{where}.source: {source!r} is unknown; {did_you_mean(source, _SOURCES)}"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    given = fault.get("input")
-    if kind == "string_type" and isinstance(given, bool):
-        message += "; put it in quotes: YAML reads yes, no, on and off as true and false"
-    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) and given != "" else ""
-    return f"{where}: {message}{shown}".removeprefix(": ")
+    return f"{where}: {explained(fault)}".removeprefix(": ")
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

@@ -115,17 +115,7 @@ def make_init(
     """Write the adapter folder that training starts from, named for base model `base`, and its mean diagnostics."""
     config = lora_config(lora, [])
     config.base_model_name_or_path = base
-    done = initialise(
-        folder / "adapter",
-        own,
-        others,
-        config,
-        rule=settings.rule,
-        keep=settings.keep,
-        scale=settings.scale,
-        energy_share=settings.energy_share,
-        seed=seed,
-    )
+    done = initialise(folder / "adapter", own, others, config, settings, seed=seed)
     write_json(folder / SCORES, {"diagnostics": done.diagnostics(), "notes": done.notes()})
 
 
