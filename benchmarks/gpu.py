@@ -141,7 +141,7 @@ def of_statistics(bench: Bench) -> Iterator[str]:
                 bench.model.model(**batch, use_cache=False)
 
     def bounded() -> None:
-        collect_statistics(bench.model, batches, "all-linear", bound=bench.bound)
+        collect_statistics(bench.model, batches, "all-linear", directions=bench.bound)
 
     alone = bench.peak(bare)
     ours, theirs = bench.in_turn(bounded, bare)
@@ -174,7 +174,7 @@ def of_initialising_and_training(bench: Bench) -> Iterator[str]:
 
     def collect() -> None:
         for task in range(TASKS):
-            seen[str(task)] = collect_statistics(bench.model, bench.batches(task), "all-linear", bound=bench.bound)
+            seen[str(task)] = collect_statistics(bench.model, bench.batches(task), "all-linear", directions=bench.bound)
 
     spent: list[float] = []
     peak = bench.peak(lambda: spent.append(bench.seconds(collect)))

@@ -102,7 +102,7 @@ def seen(model: nn.Module, rank: int, tokens: int, seed: int) -> Statistics:
     """Return bounded statistics of what the layers of `model` read of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.split(torch.randint(1000, (tokens // 64, 64), generator=generator), BATCH // 64)
-    return collect_statistics(model, ({"input_ids": one} for one in ids), "all-linear", bound=rank)
+    return collect_statistics(model, ({"input_ids": one} for one in ids), "all-linear", directions=rank)
 
 
 def shared_llama() -> nn.Module:

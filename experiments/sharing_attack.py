@@ -271,7 +271,7 @@ def statistics_of(rows: Tensor, clip: float | None = None) -> Statistics:
 
 
 def bounded(rank: int, rows: Tensor, _: int) -> Statistics:
-    """Return statistics of rows (6, k, n) with the loudest `rank` eigenvectors an input, as `--rank` leaves them."""
+    """Return statistics of rows (6, k, n) with the `rank` loudest eigenvectors an input, as by `--directions`."""
     statistics, moments = statistics_of(rows), {}
     for name, moment in statistics.moments.items():
         values, vectors = torch.linalg.eigh(moment.as_gram())

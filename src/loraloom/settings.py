@@ -68,7 +68,7 @@ class StatisticsSettings(Settings):
     """What is seen of each task's unlabelled training texts before training."""
 
     texts: int = Field(100, ge=1, description="unlabelled training texts a task")
-    rows: Literal["token", "sample"] = Field("token", description="a row a token, or a row the mean of a text's tokens")
+    kind: Literal["token", "sample"] = Field("token", description="a row a token, or a row the mean of a text's tokens")
     max_length: int = Field(128, ge=2)
     batch_size: int = Field(32, ge=1)
     atlas_texts: int = Field(300, ge=1, description="texts of generic English, for inits that stay off an atlas")

@@ -136,11 +136,11 @@ def test_statistics_to_share(finished: Path, tmp_path: Path) -> None:
     said(*few, "-o", full)
     said("statistics", "collect", *few[1:], "--rows", "0", "-o", sums)
     told = said("statistics", "show", full)
-    assert (told["texts"], told["inputs"], told["inputs with their rows"]) == (2, 2, 2)
+    assert (told["texts"], told["inputs"], told["inputs_with_rows"]) == (2, 2, 2)
     assert told["rows"] == 2 * told["tokens"]
     assert "read back" in hints("statistics", "show", full)
     told = said("statistics", "show", sums)
-    assert (told["inputs with their rows"], told["rows"]) == (0, 0)
+    assert (told["inputs_with_rows"], told["rows"]) == (0, 0)
     assert not any(name.endswith(".rows") for name in load_file(sums))
     assert "read back" not in hints("statistics", "show", sums)
     starts = [tmp_path / file.stem for file in (full, sums)]
@@ -157,10 +157,10 @@ def test_statistics_with_noise_to_share(finished: Path, tmp_path: Path) -> None:
     """The facts of the noise are in the file, it can be bounded and used; options that do not fit are told together."""
     file = tmp_path / "noised.safetensors"
     few = statistics(finished, "mood", "--texts", "8", "--kind", "sample")
-    said(*few, "--noise", "8", "--clip", "4", "--rank", "3", "-o", file)
+    said(*few, "--noise", "8", "--clip", "4", "--directions", "3", "-o", file)
     told = said("statistics", "show", file)
     assert told["privacy"] == {"clip": 4.0, "epsilon": 8.0, "delta": 1e-6}
-    assert (told["texts"], told["tokens"], told["inputs with directions"], told["directions"]) == (8, 0, 2, 3)
+    assert (told["texts"], told["tokens"], told["inputs_with_directions"], told["directions"]) == (8, 0, 2, 3)
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     for path in (one, two):
         said(*few, "--noise", "1e6", "--clip", "4", "-o", path)  # eight texts drown in more
@@ -193,7 +193,7 @@ def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path)
     noted = json.loads((first / "loraloom.json").read_text())
     assert (noted["own"], noted["after"]) == (None, [])
     assert noted["others"] == {
-        str(atlas): {"texts": 20, "tokens": noted["others"][str(atlas)]["tokens"], "rows": "token"}
+        str(atlas): {"texts": 20, "tokens": noted["others"][str(atlas)]["tokens"], "kind": "token"}
     }
     said(*words, "--seed", "1", "--after", first, "-o", second)
     assert json.loads((second / "loraloom.json").read_text())["after"] == [str(first)]
@@ -342,7 +342,9 @@ def test_bad_input_of_every_command(finished: Path, tmp_path: Path) -> None:
     told = refused(*statistics(finished, "mood", "--column", "txt", "--texts", "5000"), "-o", out)
     assert "no column 'txt'" in told
     assert "5000 texts were asked for, it holds 40" in told
-    assert "kind 'tokn' is unknown" in refused(*statistics(finished, "mood", "--kind", "tokn"), "-o", out)
+    assert "'tokn' is not one of 'token', 'sample'" in refused(
+        *statistics(finished, "mood", "--kind", "tokn"), "-o", out
+    )
     assert "mood.train.jsonl: no such file" in refused(*statistics(finished / "gone", "mood"), "-o", out)
     seen = next((study / "stages" / "statistics").glob("mood.train-*")) / "statistics.safetensors"
     half = tmp_path / "half.safetensors"

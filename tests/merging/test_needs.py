@@ -20,7 +20,7 @@ from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
 
 # by the rule's need: statistics, and a probe; no number is a default or that of another section
-STATISTICS = {"rows": "sample", "texts": 7, "max_length": 5, "batch_size": 3}
+STATISTICS = {"kind": "sample", "texts": 7, "max_length": 5, "batch_size": 3}
 RULES = ("regmean", "iteris")
 MERGING: list[dict[str, Any]] = [
     {"rule": "regmean", "scales": [1.0]},

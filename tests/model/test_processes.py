@@ -67,7 +67,7 @@ def ids(count: int) -> list[dict[str, Tensor]]:
 
 
 def collect(batches: Sequence[dict[str, Tensor]], bound: int | None = None) -> Statistics:
-    return collect_statistics(Plain(), batches, ["first", "second"], bound=bound)
+    return collect_statistics(Plain(), batches, ["first", "second"], directions=bound)
 
 
 CASES = [(1, None), (2, None), (3, None), (9, None), (9, 3), (9, 12), (1, 3)]  # batches, bound

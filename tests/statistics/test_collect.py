@@ -143,10 +143,10 @@ def test_single_stack_against_dense(name: str, kind: Any) -> None:
     build, targets = DECODER_ONLY[name]
     model = build()
     batches = [inputs(texts(1, [5, 9, 2]), 9), inputs(texts(2, [7, 3, 6, 4]), 8), inputs(texts(3, [1]), 1)]
-    found = collect_statistics(model, batches, targets, rows=kind)
+    found = collect_statistics(model, batches, targets, kind=kind)
     check(found, truth(model, batches, own_mask, list(found.layers), kind))
     assert (found.texts, found.tokens, found.kind) == (8, 37, kind)
-    same(found, collect_statistics(model, [inputs(texts(1, [5, 9, 2]), 12, 7), *batches[1:]], targets, rows=kind))
+    same(found, collect_statistics(model, [inputs(texts(1, [5, 9, 2]), 12, 7), *batches[1:]], targets, kind=kind))
 
 
 def test_shared_inputs() -> None:
@@ -184,7 +184,7 @@ def t5_batch(lengths: Sequence[int], targets: Sequence[int], padding: tuple[int,
 @pytest.mark.parametrize("kind", ["token", "sample"])
 def test_t5_has_two_masks(kind: Any) -> None:
     model, batches = t5(), [t5_batch([5, 9, 2], [3, 2, 4], (9, 4)), t5_batch([4, 6], [8, 11], (6, 11))]
-    found = collect_statistics(model, batches, "all-linear", rows=kind)
+    found = collect_statistics(model, batches, "all-linear", kind=kind)
     decoder = t5_masks(lambda batch: batch["labels"] != -100)
     check(found, truth(model, batches, decoder, list(found.layers), kind))
     cross = "decoder.block.{}.layer.1.EncDecAttention."
@@ -195,7 +195,7 @@ def test_t5_has_two_masks(kind: Any) -> None:
     assert found.tokens == 26 + 28
     same(
         found,
-        collect_statistics(model, [t5_batch([5, 9, 2], [3, 2, 4], (12, 7), 3), batches[1]], "all-linear", rows=kind),
+        collect_statistics(model, [t5_batch([5, 9, 2], [3, 2, 4], (12, 7), 3), batches[1]], "all-linear", kind=kind),
     )
 
 
@@ -312,9 +312,9 @@ def test_shared_weights_count_every_call() -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     few = collect_statistics(bert(), [inputs(texts(1, [3]), 3)], ["query"])
-    many = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "value", "dense"], rows="token")
-    short = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "dense"], bound=4)
-    for found in (few, many, short, short.limit_rank(2), few.limit_rows(0)):
+    many = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "value", "dense"], kind="token")
+    short = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "dense"], directions=4)
+    for found in (few, many, short, short.limit_directions(2), few.limit_rows(0)):
         found.save(tmp_path / "a.safetensors")
         back = Statistics.load(tmp_path / "a.safetensors")
         for field in ("base", "fingerprint", "layers", "texts", "tokens", "kind"):
@@ -333,8 +333,8 @@ def test_a_bound_that_is_not_reached_changes_nothing() -> None:
     """Bit for bit, for rows (18 tokens of width 16 or 24 are Gram matrices or rows) and means of samples alike."""
     batches = [inputs(texts(1, [5, 6]), 6), inputs(texts(2, [7]), 7)]
     for kind, bound in (("token", 23), ("sample", 3), ("token", 24)):
-        exact = collect_statistics(bert(), batches, "all-linear", rows=kind)  # type: ignore[arg-type]
-        found = collect_statistics(bert(), batches, "all-linear", rows=kind, bound=bound)  # type: ignore[arg-type]
+        exact = collect_statistics(bert(), batches, "all-linear", kind=kind)  # type: ignore[arg-type]
+        found = collect_statistics(bert(), batches, "all-linear", kind=kind, directions=bound)  # type: ignore[arg-type]
         assert (found.layers, found.texts, found.tokens) == (exact.layers, exact.texts, exact.tokens)
         for name, moment in exact.moments.items():
             assert_equal(moment, found.moments[name])
@@ -345,7 +345,7 @@ def test_bounded_statistics_against_dense(kind: Any) -> None:
     """The rank bounds every input, and what it left out is within `lost`: padding, shared inputs, two masks."""
     model = t5()
     batches = [t5_batch([5, 9, 2], [3, 2, 4], (9, 4)), t5_batch([4, 6, 3], [8, 11, 2], (6, 11))] * 2
-    found = collect_statistics(model, batches, "all-linear", rows=kind, bound=5)
+    found = collect_statistics(model, batches, "all-linear", kind=kind, directions=5)
     dense = truth(model, batches, t5_masks(lambda batch: batch["labels"] != -100), list(found.layers), kind)
     for name, rows in dense.items():
         moment, gram = found.moment(name), rows.T @ rows
@@ -358,20 +358,20 @@ def test_bounded_statistics_against_dense(kind: Any) -> None:
         assert error[-1] <= moment.lost + 1e-5 * gram.trace()
         assert moment.lost <= gram.trace() / 6
     told = found.contents()
-    assert (told["inputs with directions"], told["directions"], told["rows"]) == (len(found.moments), 5, 0)
+    assert (told["inputs_with_directions"], told["directions"], told["rows"]) == (len(found.moments), 5, 0)
     worst = max(moment.lost / float(torch.linalg.eigvalsh(moment.as_gram())[-1]) for moment in found.moments.values())
-    assert told["left out, of the largest eigenvalue, at most"] == pytest.approx(worst, rel=1e-2)
+    assert told["left_out"] == pytest.approx(worst, rel=1e-2)
 
 
 def test_gram_matrices_too_large_for_the_machine_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = inputs(texts(1, [5]), 5)
     monkeypatch.setattr("loraloom.statistics.collect._free_memory", lambda _: 8 * (16**2 + 24**2) - 1)
     layers = ["layer.0.attention.self.query", "layer.0.output.dense"]
-    with pytest.warns(UserWarning, match=r"of 2 inputs take 0.0 GB .*--rank 256"):
+    with pytest.warns(UserWarning, match=r"of 2 inputs take 0.0 GB .*--directions 256"):
         collect_statistics(bert(), [batch], layers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        collect_statistics(bert(), [batch], layers, bound=4)
+        collect_statistics(bert(), [batch], layers, directions=4)
         collect_statistics(bert(), [batch], layers[:1])
 
 
@@ -438,7 +438,7 @@ def test_load_tells_what_is_wrong(tmp_path: Path, change: Any, message: str) -> 
 )
 def test_load_tells_what_is_wrong_with_a_factor(tmp_path: Path, change: Any, message: str) -> None:
     path = tmp_path / "a.safetensors"
-    collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], [QUERY], bound=4).save(path)
+    collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], [QUERY], directions=4).save(path)
     Statistics.load(path)
     rewrite(path, change)
     with pytest.raises(LoraloomError, match=message):
@@ -447,7 +447,7 @@ def test_load_tells_what_is_wrong_with_a_factor(tmp_path: Path, change: Any, mes
 
 def test_moments_are_read_from_the_file_at_each_access(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    found = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "value"], bound=4)
+    found = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "value"], directions=4)
     found.save(path)
     back = Statistics.load(path)
     value = QUERY.replace("query", "value")
@@ -459,7 +459,7 @@ def test_moments_are_read_from_the_file_at_each_access(tmp_path: Path) -> None:
 
 
 def test_the_command_bounds_what_it_shares(tmp_path: Path) -> None:
-    """`--rank` bounds rows of every input; with `--rows 0` too, no row is handed on as it is, however few there are."""
+    """`--directions` bounds every input; with `--rows 0` too, no row is handed on as it is, however few there are."""
     tiny_study.write_study(tmp_path)
     words = ["statistics", str(tmp_path / "mood.train.jsonl"), "--base", str(tmp_path / "base"), "--column", "text"]
     words += ["--target", "query", "--max-length", "16"]
@@ -472,22 +472,33 @@ def test_the_command_bounds_what_it_shares(tmp_path: Path) -> None:
         told: dict[str, Any] = json.loads(shown.stdout)
         return told
 
-    told = collected("--texts", "12", "--rank", "3")
-    assert (told["inputs with directions"], told["directions"], told["rows"]) == (2, 3, 0)
-    assert told["left out, of the largest eigenvalue, at most"] > 0
+    told = collected("--texts", "12", "--directions", "3")
+    assert (told["inputs_with_directions"], told["directions"], told["rows"]) == (2, 3, 0)
+    assert told["left_out"] > 0
     bounded = Statistics.load(tmp_path / "a.safetensors")
-    assert collected("--texts", "12", "--rank", "16")["inputs with a Gram matrix"] == 2
+    assert collected("--texts", "12", "--directions", "16")["inputs_with_gram_matrix"] == 2
     for name, moment in Statistics.load(tmp_path / "a.safetensors").moments.items():
         error = torch.linalg.eigvalsh(moment.as_gram() - bounded.moments[name].as_gram())
         slack = 1e-6 * moment.trace()
         assert -slack <= float(error[0])
         assert float(error[-1]) <= bounded.moments[name].lost + slack
-    few = ("--texts", "1", "--rank", "15")
-    assert collected(*few)["inputs with their rows"] == 2
+    few = ("--texts", "1", "--directions", "15")
+    assert collected(*few)["inputs_with_rows"] == 2
     told = collected(*few, "--rows", "0")
-    assert (told["rows"], told["inputs with directions"]) == (0, 2)
-    assert told["left out, of the largest eigenvalue, at most"] == 0
-    atlas = ["atlas", str(tmp_path / "base"), "--target", "query", "--texts", "3", "--max-length", "16", "--rank", "2"]
+    assert (told["rows"], told["inputs_with_directions"]) == (0, 2)
+    assert told["left_out"] == 0
+    atlas = [
+        "atlas",
+        str(tmp_path / "base"),
+        "--target",
+        "query",
+        "--texts",
+        "3",
+        "--max-length",
+        "16",
+        "--directions",
+        "2",
+    ]
     runner.invoke(app, [*atlas, "-o", str(tmp_path / "b.safetensors")], catch_exceptions=False)
     assert Statistics.load(tmp_path / "b.safetensors").contents()["directions"] == 2
 
@@ -517,7 +528,7 @@ def test_refusals_name_both_sides() -> None:
     first, second = (collect_statistics(model, batch, ["query"]) for model in (one, other))
     with pytest.raises(LoraloomError, match=r"fingerprint: base-a \(1 texts\) has .*, base-b \(1 texts\) has "):
         first + second
-    sample = collect_statistics(one, batch, ["query"], rows="sample")
+    sample = collect_statistics(one, batch, ["query"], kind="sample")
     with pytest.raises(LoraloomError, match=r"kind: base-a .* has token, base-a .* has sample"):
         first - sample
     wider = collect_statistics(one, batch, ["query", "value"])

@@ -248,7 +248,12 @@ def test_facts_go_with_the_statistics() -> None:
     found = sample({"a": unit_rows(30, 6)})
     noised = add_noise(found, 1.0, 1e-5, 1.0)
     assert (found + found).privacy == {"clip": 1.0}
-    assert (noised + noised).privacy == noised.limit_rank(2).privacy == noised.contents()["privacy"] == noised.privacy
+    assert (
+        (noised + noised).privacy
+        == noised.limit_directions(2).privacy
+        == noised.contents()["privacy"]
+        == noised.privacy
+    )
     with pytest.raises(LoraloomError, match=r"privacy: base \(30 texts\) has {'clip': 1.0, 'eps"):
         noised + found
     with pytest.raises(LoraloomError, match="noise was added, which no difference takes off"):
@@ -270,11 +275,11 @@ def test_rows_are_clipped_as_they_are_collected() -> None:
     batches = [{"input_ids": part} for part in ids.split(8)]
     means = model.embed(ids).detach().mean(dim=1)
     clip = float(means.norm(dim=1).median())
-    found = collect_statistics(model, batches, ["layer"], rows="sample", clip=clip)
+    found = collect_statistics(model, batches, ["layer"], kind="sample", clip=clip)
     rows = clipped(means, clip).double()
     assert torch.allclose(found.moments["layer"].as_gram(), rows.T @ rows, rtol=1e-5, atol=1e-5)
     noised = add_noise(found, 1.0, 1e-5, clip)
     assert (noised.privacy, noised.texts) == ({"clip": clip, "epsilon": 1.0, "delta": 1e-5}, 40)
-    unclipped = collect_statistics(model, batches, ["layer"], rows="sample")
+    unclipped = collect_statistics(model, batches, ["layer"], kind="sample")
     with pytest.raises(LoraloomError, match=r"these have None(.|\n)*holds rows longer than"):
         add_noise(unclipped, 1.0, 1e-5, clip)

@@ -36,6 +36,7 @@ def test_every_fault_is_told_at_once() -> None:
             "files": {"source": "files", "train": "x", "test": "y", "text": ["a", "b", "c"], "labels": [True, 1]},
         },
         lora={"targets": []},
+        statistics={"rows": "sample"},
         training={"epocs": 1, "epochs": 0},
         inits={"lora": {"rule": "osmr", "rank": 1}},
         merging=[{"rule": "tiess", "scales": []}, {"rule": "ties", "scales": [float("nan")], "options": {"densty": 1}}],
@@ -49,6 +50,7 @@ def test_every_fault_is_told_at_once() -> None:
         "tasks.files.text: List should have at most 2 items",
         "tasks.files.labels.0: Input should be a valid string; put it in quotes",
         "lora.targets: Value should have at least 1 item",
+        "statistics.rows: unknown option; did you mean 'kind'?",
         "training.epocs: unknown option; did you mean 'epochs'",
         "training.epochs: Input should be greater than or equal to 1 (given 0)",
         "inits.lora.rule: subspace rule 'osmr' is unknown; did you mean 'osrm'",
@@ -178,7 +180,7 @@ def test_shipped_recipes_parse_and_say_how_to_run_them(path: Path) -> None:
         assert (recipe.lora.rank, recipe.lora.alpha, recipe.seeds) == (8, 16, [42])
         assert (training.learning_rate, training.warmup, training.max_length) == (4e-4, 0.06, 128)
         assert training.batch_size * training.accumulate == 64
-        assert (recipe.statistics.texts, recipe.statistics.rows) == (100, "sample")
+        assert (recipe.statistics.texts, recipe.statistics.kind) == (100, "sample")
 
 
 def write_glue(folder: Path, task: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -29,12 +29,13 @@ statistics_app = typer.Typer(
     cls=CollectGroup,
     no_args_is_help=True,
 )
-Rank = Annotated[
+Directions = Annotated[
     int | None,
     typer.Option(
-        "--rank",
+        "--directions",
         min=1,
-        help="Directions kept of an input with more rows: bounds the memory, the file, and what is shared.",
+        help="Keep this many directions of each input, the loudest. This bounds memory, file and what is shared; "
+        "256 suits large models. Without it all are kept.",
     ),
 ]
 
@@ -49,11 +50,14 @@ def statistics(
     column: Annotated[list[str], typer.Option("--column", help="Text column; twice for a pair of texts.")],
     target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
     count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 100,
-    kind: Annotated[str, typer.Option(help="A row a `token`, or a row the mean of a `sample`.")] = "token",
+    kind: Annotated[
+        Literal["token", "sample"],
+        typer.Option(help="What a row is: a token, or the mean over a sample's tokens, which tells less of a text."),
+    ] = "token",
     rows: Annotated[
         int | None, typer.Option(min=0, help="Rows an input may hand on as they are; 0: sums over rows alone.")
     ] = None,
-    rank: Rank = None,
+    directions: Directions = None,
     noise: Annotated[
         float | None,
         typer.Option(help="Epsilon of noise that hides any one text; needs --kind sample, --clip, many texts."),
@@ -74,9 +78,9 @@ def statistics(
 
         private = wanted_noise(noise, delta, clip, kind)
         with joined() as (process, _):
-            found = collect_from_file(texts, column, base, target, count, kind, max_length, rank, private)
+            found = collect_from_file(texts, column, base, target, count, kind, max_length, directions, private)
         if process == 0:
-            _save(shared_alone(found, rows, rank, private), output, out)
+            _save(shared_alone(found, rows, directions, private), output, out)
 
 
 @statistics_app.command("show")
@@ -103,7 +107,7 @@ def atlas(
     ] = None,
     column: Annotated[list[str] | None, typer.Option("--column", help="Text column of that file.")] = None,
     count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 300,
-    rank: Rank = None,
+    directions: Directions = None,
     max_length: Annotated[int, typer.Option(min=2, help="Word pieces kept of a text.")] = 128,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -114,7 +118,7 @@ def atlas(
         from loraloom.statistics.texts import make_atlas
 
         with joined() as (process, _):
-            found = make_atlas(base, target, texts, column or [], count, max_length, rank)
+            found = make_atlas(base, target, texts, column or [], count, max_length, directions)
         if process == 0:
             _save(found, output, out)
 

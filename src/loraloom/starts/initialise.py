@@ -295,7 +295,7 @@ def _provenance(
     subspaces: Mapping[str, Subspace],
 ) -> dict[str, Any]:
     def facts(statistics: Statistics) -> dict[str, Any]:
-        return {"texts": statistics.texts, "tokens": statistics.tokens, "rows": statistics.kind}
+        return {"texts": statistics.texts, "tokens": statistics.tokens, "kind": statistics.kind}
 
     return {
         "made_by": "loraloom init",

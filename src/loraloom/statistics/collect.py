@@ -41,17 +41,17 @@ _SAMPLED = 4096  # values of each weight that the fingerprint reads
 class RowSum:
     """Sums rows (k, n) of one input: the rows themselves while they are fewer than n, their Gram matrix after that.
 
-    With a `bound` below n no more than so many rows are left: the rows themselves while they are no more, frequent
+    With `directions` below n no more than so many rows are left: the rows themselves while they are no more, frequent
     directions after that (`FrequentDirections`). Products and sums are float64: the quiet directions are many powers of
     ten below the loud ones. All is kept on the rows' device, and nothing is read from it while rows are added.
     """
 
-    def __init__(self, width: int, bound: int | None = None) -> None:
+    def __init__(self, width: int, directions: int | None = None) -> None:
         self.width = width
         self.count = 0
         self.total: Tensor | None = None
         self._bad: Tensor | None = None  # the first batch that was not finite
-        self._sketch = FrequentDirections(width, bound) if bound is not None and bound < width else None
+        self._sketch = FrequentDirections(width, directions) if directions is not None and directions < width else None
         self._gram: Tensor | None = None
         self._waiting: list[Tensor] = []
         self._held = 0
@@ -106,25 +106,26 @@ def collect_statistics(
     batches: Iterable[Mapping[str, Any]],
     target_modules: str | Sequence[str],
     *,
-    rows: Kind = "token",
+    kind: Kind = "token",
     labelled_only: bool = False,
-    bound: int | None = None,
+    directions: int | None = None,
     clip: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run `model` over `batches` and return the statistics of the inputs of the layers that `target_modules` names.
 
-    `batches` are dicts of tensors as a Hugging Face collator makes them. `target_modules` is PEFT's: a list of path
-    endings, a regular expression, or "all-linear" (heads left out). A PeftModel runs with its adapters off: the base
-    is seen. Padding never counts; with `labelled_only`, neither do tokens (of the decoder, or the only stack) whose
-    label is -100. `rows` is what a row is: a token, or the mean over a sample's tokens. `progress` is called after
-    each batch with the number of texts so far.
+    model: a transformers model, or a PeftModel, which runs with its adapters off: the base is seen.
+    batches: dicts of tensors as a Hugging Face collator makes them. Padding never counts.
+    target_modules: PEFT's: a list of path endings, a regular expression, or "all-linear" (heads left out).
+    kind: what a row is: a "token", or for a "sample" the mean over its tokens.
+    labelled_only: leave out tokens (of the decoder, or the only stack) whose label is -100.
+    directions: R, the directions kept of an input with more rows, by `FrequentDirections`, with the error told in
+        `lost`; None keeps them all. Inputs with R rows or fewer are as without it.
+    clip: the norm to which longer rows are scaled down, as `add_noise` needs them.
+    progress: called after each batch with the number of texts so far.
 
     Sums are kept on the model's device, and nothing is read back from it but the places of a batch's tokens: a Gram
-    matrix of 8 n^2 bytes an input n wide or, with a `bound` R below n, 2R rows of 4 n bytes, of which R are left, with
-    the error told in `lost` (`FrequentDirections`). Inputs with R rows or fewer are as without the bound.
-
-    With `clip`, rows longer than it are scaled down to it, as `loraloom.statistics.privacy.add_noise` needs them.
+    matrix of 8 n^2 bytes an input n wide or, with `directions` R below n, 2R rows of 4 n bytes, of which R are left.
 
     In a torch.distributed process group every process has to call this, each with batches of its own: the statistics
     that all of them return are those of all batches. Equal batches on two processes count twice; a model under FSDP
@@ -133,7 +134,7 @@ def collect_statistics(
     Raises LoraloomError for targets that match nothing or are never called, a batch whose masks do not fit, values
     that are not finite (looked for at batches 1, 2, 4, 8, ... and the last), and where no row was seen.
     """
-    collector = _Collector(model, target_modules, rows, labelled_only, bound, clip)
+    collector = _Collector(model, target_modules, kind, labelled_only, directions, clip)
     errors: list[LoraloomError] = []
     with collecting(errors), base_running(model):
         for batch in batches:
@@ -154,11 +155,11 @@ class _Collector:
         target_modules: str | Sequence[str],
         kind: Kind,
         labelled_only: bool,
-        bound: int | None,
+        directions: int | None,
         clip: float | None,
     ) -> None:
         self.clip = clip
-        self.model, self.kind, self.labelled_only, self.bound = model, kind, labelled_only, bound
+        self.model, self.kind, self.labelled_only, self.directions = model, kind, labelled_only, directions
         self.base = base = base_model(model)
         self.reader = LayerReader(model, target_layers(base, target_modules))
         here = (parameter.device for parameter in base.parameters() if not parameter.is_meta)
@@ -180,7 +181,7 @@ class _Collector:
         if not self.leaders:
             self.leaders = shared_inputs(self.reader, tensors)
             names = dict.fromkeys(self.leaders.values())
-            self.sums = {name: RowSum(self._shape(name)[0], self.bound) for name in names}
+            self.sums = {name: RowSum(self._shape(name)[0], self.directions) for name in names}
             self._warn_of_memory()
 
         def see(name: str, x: Tensor) -> None:
@@ -227,14 +228,18 @@ class _Collector:
         """Return one input's moment over all processes; its sums here are given up, so that memory holds one alone."""
         width = self._shape(name)[0]
         moments = gathered(self.sums.pop(name, RowSum(width)).moment())
-        return pooled(moments) if self.bound is None or self.bound >= width else sketched(moments, self.bound)
+        return (
+            pooled(moments)
+            if self.directions is None or self.directions >= width
+            else sketched(moments, self.directions)
+        )
 
     def _warn_of_memory(self) -> None:
         needed, free = sum(8 * total.width**2 for total in self.sums.values()), _free_memory(self.device)
-        if self.bound is None and free is not None and needed > free:
+        if self.directions is None and free is not None and needed > free:
             warnings.warn(
                 f"Gram matrices of {len(self.sums)} inputs take {needed / 1e9:.1f} GB once each has as many rows as it "
-                f"is wide, and {free / 1e9:.1f} GB are free: bound=256 (--rank 256) keeps the loudest directions alone",
+                f"is wide, and {free / 1e9:.1f} GB are free: keep the loudest by directions=256 (--directions 256)",
                 stacklevel=2,
             )
 

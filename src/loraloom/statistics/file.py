@@ -91,7 +91,7 @@ class Statistics:
         moments = {name: moment if moment.count <= most else moment.turned() for name, moment in self.moments.items()}
         return replace(self, moments=moments)
 
-    def limit_rank(self, most: int) -> Statistics:
+    def limit_directions(self, most: int) -> Statistics:
         """Return these statistics with the `most` loudest directions of each input; see `Moment.limit_rank`."""
         return replace(self, moments={name: moment.limit_rank(most) for name, moment in self.moments.items()})
 
@@ -100,12 +100,15 @@ class Statistics:
         return sum(moment.rows is not None for moment in self.moments.values())
 
     def contents(self) -> dict[str, Any]:
-        """Tell what a file of these statistics holds, and so hands to whoever reads it."""
-        raw, thin, shares = [], [], [0.0]
-        for moment in self.moments.values():
-            raw += [] if moment.rows is None else [moment.count]
-            thin += [] if moment.factor is None else [len(moment.factor)]
-            shares += [moment.lost / max(moment.largest(), 1e-300)] if moment.lost else []
+        """Tell what a file of these statistics holds, and so hands to whoever reads it: numbers, lists, None.
+
+        Of each input the rows, or directions, or a Gram matrix are held. rows: rows held as the layers read them, over
+        all inputs. directions: the most of any input. left_out: of any input, the largest share of its largest
+        eigenvalue that a bound on the directions took off. widths: every width of an input.
+        """
+        raw = [moment.count for moment in self.moments.values() if moment.rows is not None]
+        thin = [len(moment.factor) for moment in self.moments.values() if moment.factor is not None]
+        shares = [moment.lost / max(moment.largest(), 1e-300) for moment in self.moments.values() if moment.lost]
         return {
             "base": self.base,
             "fingerprint": self.fingerprint,
@@ -114,14 +117,14 @@ class Statistics:
             "kind": self.kind,
             "layers": len(self.layers),
             "inputs": len(self.moments),
-            "inputs with their rows": len(raw),
+            "inputs_with_rows": len(raw),
             "rows": sum(raw),
-            "inputs with directions": len(thin),
+            "inputs_with_directions": len(thin),
             "directions": max(thin, default=0),
-            "inputs with a Gram matrix": len(self.moments) - len(raw) - len(thin),
-            "left out, of the largest eigenvalue, at most": float(f"{max(shares):.3g}"),
+            "inputs_with_gram_matrix": len(self.moments) - len(raw) - len(thin),
+            "left_out": max(shares, default=0.0),
             "widths": sorted({moment.width for moment in self.moments.values()}),
-            "privacy": self.privacy or "rows not clipped, no noise",
+            "privacy": self.privacy,
         }
 
     def save(self, path: str | Path) -> None:

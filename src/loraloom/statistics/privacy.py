@@ -99,7 +99,7 @@ def add_noise(statistics: Statistics, epsilon: float, delta: float, clip: float,
     if not (math.isfinite(clip) and clip > 0):
         raise LoraloomError(f"noise: clip {clip} is not a positive number", "give the norm to which rows were clipped")
     scale = noise_scale(epsilon, delta, math.sqrt(ONE_ROW * max(len(statistics.moments), 1)))
-    raise_problems("noise", _faults(statistics, clip), "collect rows='sample' with this clip, and add noise to that")
+    raise_problems("noise", _faults(statistics, clip), "collect kind='sample' with this clip, and add noise to that")
     source = os.urandom if seed is None else np.random.default_rng(seed).bytes
     moments = {
         name: _possible(_released(moment, clip, scale, source), clip, scale)

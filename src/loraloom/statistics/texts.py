@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast, get_args
 
 from datasets import Dataset
 
@@ -26,13 +25,13 @@ def collect(
     targets: list[str] | str,
     reading: StatisticsSettings,
     *,
-    bound: int | None = None,
+    directions: int | None = None,
     clip: float | None = None,
 ) -> Statistics:
     """Return the statistics of all texts in `rows`, as the evaluator's base model reads them; see `Statistics`."""
     encoded = encode(rows, evaluator.tokenizer, reading.max_length)
     fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, reading.batch_size))
-    return collect_statistics(evaluator.model, fed, targets, rows=reading.rows, bound=bound, clip=clip)
+    return collect_statistics(evaluator.model, fed, targets, kind=reading.kind, directions=directions, clip=clip)
 
 
 def generic_rows(count: int) -> Dataset:
@@ -46,20 +45,17 @@ def collect_from_file(
     base: str,
     targets: Sequence[str],
     count: int,
-    kind: str,
+    kind: Kind,
     max_length: int,
-    rank: int | None = None,
+    directions: int | None = None,
     noise: Noise | None = None,
 ) -> Statistics:
     """Return the statistics of the first `count` texts of a file or hub data set; labels are not read.
 
-    `rank` bounds the directions of an input. For `noise`, which `shared_alone` adds, rows are clipped and the bound is
-    left to come after it. Each process of a group reads its part of the texts, and all return the
-    statistics of all. Raises LoraloomError for a file or column that is not there, fewer texts than asked for, or an
-    unknown `kind`.
+    `directions` bounds how many are kept of an input. For `noise`, which `shared_alone` adds, rows are clipped and the
+    bound is left to come after it. Each process of a group reads its part of the texts, and all return the statistics
+    of all. Raises LoraloomError for a file or column that is not there, or fewer texts than asked for.
     """
-    if kind not in get_args(Kind):
-        raise LoraloomError(f"kind {kind!r} is unknown", did_you_mean(kind, get_args(Kind)))
     try:
         table = read_table(texts, "train", columns)
     except ValueError as error:
@@ -82,9 +78,9 @@ def collect_from_file(
     raise_problems(texts, problems)
     names = ("text_a", "text_b")[: len(columns)]
     kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
-    bound, clip = (None, noise.clip) if noise else (rank, None)
-    reading = StatisticsSettings(rows=cast(Kind, kind), max_length=max_length)
-    return _collected(base, Dataset.from_list(kept), targets, reading, bound, clip)
+    directions, clip = (None, noise.clip) if noise else (directions, None)
+    reading = StatisticsSettings(kind=kind, max_length=max_length)
+    return _collected(base, Dataset.from_list(kept), targets, reading, directions, clip)
 
 
 def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: str) -> Noise | None:
@@ -101,11 +97,11 @@ def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: 
     return Noise(epsilon, delta, clip)
 
 
-def shared_alone(found: Statistics, rows: int | None, rank: int | None, noise: Noise | None) -> Statistics:
-    """Return what may be handed on: with noise, of limited rank, of so many rows at most; None for no such limit."""
+def shared_alone(found: Statistics, rows: int | None, directions: int | None, noise: Noise | None) -> Statistics:
+    """Return what may be handed on: with noise, of so many directions and rows at most; None for no such limit."""
     if noise:
         found = add_noise(found, *noise)
-        found = found.limit_rank(rank) if rank else found
+        found = found.limit_directions(directions) if directions else found
     return found if rows is None else found.limit_rows(rows)
 
 
@@ -116,13 +112,13 @@ def make_atlas(
     columns: Sequence[str],
     count: int,
     max_length: int,
-    rank: int | None = None,
+    directions: int | None = None,
 ) -> Statistics:
     """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
     if texts:
-        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, rank)
+        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, directions)
     raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
-    return _collected(base, generic_rows(count), targets, StatisticsSettings(max_length=max_length), rank)
+    return _collected(base, generic_rows(count), targets, StatisticsSettings(max_length=max_length), directions)
 
 
 def _collected(
@@ -130,11 +126,11 @@ def _collected(
     rows: Dataset,
     targets: Sequence[str],
     reading: StatisticsSettings,
-    bound: int | None,
+    directions: int | None,
     clip: float | None = None,
 ) -> Statistics:
     """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
     process, size = rank_and_size()
     evaluator = Evaluator(base_folder(base))
     part = rows.select(range(process, len(rows), size))
-    return collect(evaluator, part, list(targets), reading, bound=bound, clip=clip)
+    return collect(evaluator, part, list(targets), reading, directions=directions, clip=clip)

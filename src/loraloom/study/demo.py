@@ -54,7 +54,7 @@ def demo_recipe(*, fast: bool = False) -> Recipe:
         "seeds": [0],
         "tasks": {name: {"source": "builtin", **size["rows"]} for name in size["tasks"]},
         "lora": {"rank": 8, "alpha": 16, "targets": ["query", "value"]},
-        "statistics": {"texts": min(100, size["rows"]["train_rows"]), "rows": "token", "max_length": 48},
+        "statistics": {"texts": min(100, size["rows"]["train_rows"]), "kind": "token", "max_length": 48},
         "training": {"epochs": size["epochs"], "learning_rate": 5e-3, "batch_size": 16, "max_length": 48},
         "inits": _INITS,
         "merging": [{"rule": rule, "scales": scales} for rule, scales in size["scales"].items()],

@@ -280,7 +280,10 @@ def _describe(schema: type[BaseModel], fault: dict[str, Any]) -> str:
         options = _SECTIONS[str(loc[0])]
     where = ".".join(str(part) for part in loc if part != "[key]")
     if kind == "extra_forbidden":
-        return f"{where}: unknown option; {did_you_mean(str(loc[-1]), options.model_fields)}"
+        new = _RENAMED.get(where)
+        return f"{where}: unknown option; " + (
+            f"did you mean {new!r}?" if new else did_you_mean(str(loc[-1]), options.model_fields)
+        )
     if kind == "union_tag_not_found":
         return f"{where}: needs `source`: {', '.join(_SOURCES)}"
     if kind == "union_tag_invalid":
@@ -288,6 +291,8 @@ def _describe(schema: type[BaseModel], fault: dict[str, Any]) -> str:
         return f"{where}.source: {source!r} is unknown; {did_you_mean(source, _SOURCES)}"
     return f"{where}: {explained(fault)}".removeprefix(": ")
 
+
+_RENAMED = {"statistics.rows": "kind"}  # what older recipes say
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "lora": LoraSettings,
