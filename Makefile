@@ -28,10 +28,8 @@ format: $(VENV)/.installed ## Put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/.installed ## Print the ratios of benchmarks/
-	$(BIN)/python benchmarks/statistics_cost.py
-	$(BIN)/python benchmarks/merging.py
-	$(BIN)/python benchmarks/fuse.py
+benchmarks: $(VENV)/.installed ## Print every ratio of benchmarks/: hours; what needs a GPU or other checkouts says so and skips
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 lock: $(TOOLS)/.installed ## Write requirements.lock anew from constraints.txt: versions with the hashes of every file
 	grep -v '^torch==' constraints.txt | $(TOOLS)/bin/uv pip compile - --quiet --no-deps --universal --python-version 3.10 \

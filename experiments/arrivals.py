@@ -1,6 +1,6 @@
 """Tasks that arrive one after another: what the earlier ones lose when every adapter is summed into one model.
 
-    python benchmarks/arrivals.py recipes/subspaces-glue8.yaml --out FOLDER [--base FOLDER] [--seed 0]
+    python experiments/arrivals.py recipes/subspaces-glue8.yaml --out FOLDER [--base FOLDER] [--seed 0]
 
 Four tasks of the recipe in three orders. When a task arrives its adapter is trained, the earlier ones stay as they are,
 and all so far are merged anew. Three ways to start it: `LoRA` (PEFT's default), `apart` (the default rule off generic

@@ -1,6 +1,6 @@
 """Of which text, and of how many, must an atlas be? How much of what tasks feed the base lies in its loud half.
 
-    python benchmarks/atlas_texts.py --data GLUE [--base demo]
+    python experiments/atlas_texts.py --data GLUE [--base demo]
 
 GLUE holds a folder a task with train.jsonl. Text is what `loraloom atlas` takes where it is given none, or the training
 texts of one task, which is then left out of the tasks. `held`: share of a task's token rows' energy, 200 texts a task,

@@ -1,6 +1,6 @@
 """Clusters of texts as tasks, after TC-LoRA: one task is cut into clusters of rows, an adapter each, all merged again.
 
-    python benchmarks/clusters.py recipes/subspaces-glue8.yaml --out FOLDER [--tasks qqp,sst2] [--parts 4]
+    python experiments/clusters.py recipes/subspaces-glue8.yaml --out FOLDER [--tasks qqp,sst2] [--parts 4]
 
 Against two controls: one adapter for all rows (`whole`), and parts of the same sizes drawn at random (`shards`).
 Clusters are k-means of the base model's mean last hidden states. Every part is trained for the recipe's epochs, so all

@@ -1,6 +1,6 @@
 """How well `loraloom inspect` ranks what merging costs: Spearman correlations with losses measured on real adapters.
 
-    python benchmarks/predict.py STUDY [STUDY ...] [--draws 1000]
+    python experiments/predict.py STUDY [STUDY ...] [--draws 1000]
 
 STUDY is a folder of `loraloom run`. A prediction sees adapters and the statistics of unlabelled held-out texts. The
 loss is a task's single score minus its score in a merge, on held-out rows at every scale tried, and on test rows at the

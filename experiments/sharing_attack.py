@@ -1,6 +1,6 @@
 """What a statistics file gives away: attacks on rows, Gram matrices, bounded ranks and noised Gram matrices.
 
-    python benchmarks/sharing_attack.py [--threads 1] [--seeds 5] [--parts rows mean rebuild members utility]
+    python experiments/sharing_attack.py [--threads 1] [--seeds 5] [--parts rows mean rebuild members utility]
 
 The attacker has the file, the base model, public text of the same kind, and candidate texts, half of them in the
 sample. Base: the demo's MiniLM-L6-H384, query and value (6 inputs of width 384). Text: paragraphs of the documentation

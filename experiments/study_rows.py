@@ -1,6 +1,6 @@
 """A study's adapters on more dev rows than it counted: averages with standard errors paired over seeds and over rows.
 
-    python benchmarks/study_rows.py study/ [more/ ...] --out rows/ [--rows 500] [--rules task_arithmetic,tsv]
+    python experiments/study_rows.py study/ [more/ ...] --out rows/ [--rows 500] [--rules task_arithmetic,tsv]
 
 A study counts few test rows, so that many merges can be counted. This takes its trained and merged adapters at the
 scales that its held-out rows chose, and counts the first --rows dev rows of every task (fewer where it has fewer) that

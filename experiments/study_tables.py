@@ -1,6 +1,6 @@
 """The tables of docs/study-subspaces.md out of results.json: averages over seeds, shares, scale intervals.
 
-    python benchmarks/study_tables.py study/results.json [more/results.json ...] [--baseline LoRA]
+    python experiments/study_tables.py study/results.json [more/results.json ...] [--baseline LoRA]
 
 Several files are one study that was run in parts, an init or a seed each.
 

@@ -1,6 +1,6 @@
 """A study's adapters merged two, four and six at a time: does a start help more where more tasks are merged?
 
-    python benchmarks/task_counts.py study/ [more/ ...] [--rules task_arithmetic,tsv] [--baseline LoRA]
+    python experiments/task_counts.py study/ [more/ ...] [--rules task_arithmetic,tsv] [--baseline LoRA]
 
 Groups are cut from the tasks of the recipe in an order drawn once, the same for all inits and seeds; tasks that do not
 fill a group are left out. Scales are chosen on held-out rows for each group, the heads as trained and aligned apart,

@@ -1,8 +1,8 @@
 """Which way of training makes LoRA adapters that merge: forty arms on GLUE with MiniLM, scored on held-out rows.
 
-    python benchmarks/training_arms.py --list
-    python benchmarks/training_arms.py --data GLUE --out FOLDER --seed 0 plain P50 P50at
-    python benchmarks/training_arms.py --data GLUE --out FOLDER --seed 0 --posthoc plain
+    python experiments/training_arms.py --list
+    python experiments/training_arms.py --data GLUE --out FOLDER --seed 0 plain P50 P50at
+    python experiments/training_arms.py --data GLUE --out FOLDER --seed 0 --posthoc plain
 
 GLUE holds a folder a task with train.jsonl (text_a, perhaps text_b, label), from which the held-out rows are cut too.
 For each arm one adapter a task is trained, all are merged by four rules at several scales, and one row of a Markdown

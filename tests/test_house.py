@@ -156,3 +156,23 @@ def test_the_list_of_hashes_is_of_the_versions_that_are_pinned() -> None:
     locked = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.M)
     versions = {(name.lower().replace("_", "-"), version) for name, version in pinned if name != "torch"}
     assert versions == {(name.lower().replace("_", "-"), version) for name, version in locked}
+
+
+def test_every_file_that_a_document_names_exists() -> None:
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").glob("*.yaml"),
+    ]
+    pages += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    named = {
+        (page.name, name)
+        for page in pages
+        for name in re.findall(
+            r"\b((?:src|tests|benchmarks|experiments|examples|recipes|docs)/[\w./-]+\.(?:py|yaml|md|json|png))\b",
+            page.read_text(encoding="utf-8"),
+        )
+    }
+    assert len(named) > 20
+    assert not sorted((page, name) for page, name in named if not (ROOT / name).exists())
