@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from loraloom.model.layers import LayerReader, base_running
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import Kind, batch_sides, batches, encode
+from loraloom.model.tokens import batch_sides, batches, encode
+from loraloom.settings import Kind
 from loraloom.starts.subspace import loud_directions, osrm_subspace
 from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraloom.errors import raise_problems
 
+Kind = Literal["token", "sample"]  # what a row of statistics is: a token, or the mean over a sample's tokens
+
 
 class Settings(BaseModel):
     """Options that refuse unknown names and never change."""
@@ -68,7 +70,7 @@ class StatisticsSettings(Settings):
     """What is seen of each task's unlabelled training texts before training."""
 
     texts: int = Field(100, ge=1, description="unlabelled training texts a task")
-    kind: Literal["token", "sample"] = Field("token", description="a row a token, or a row the mean of a text's tokens")
+    kind: Kind = Field("token", description="a row a token, or a row the mean of a text's tokens")
     max_length: int = Field(128, ge=2)
     batch_size: int = Field(32, ge=1)
     atlas_texts: int = Field(300, ge=1, description="texts of generic English, for inits that stay off an atlas")

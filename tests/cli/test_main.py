@@ -39,7 +39,9 @@ def _loud_again() -> Iterator[None]:
 
 
 def call(*words: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False, env={"COLUMNS": "80"})
+    return CliRunner().invoke(
+        app, [str(word) for word in words], prog_name="loraloom", catch_exceptions=False, env={"COLUMNS": "80"}
+    )
 
 
 def said(*words: str | Path) -> Any:
@@ -81,7 +83,18 @@ def test_every_command_says_what_it_does() -> None:
     for command in ("status", "explain", "rm"):
         assert call("study", command, "--help").exit_code == 0
     assert call("--version").stdout.startswith("loraloom 0.")
-    assert call("marge").exit_code == 2
+
+
+def test_words_that_no_command_takes_are_told_as_every_fault() -> None:
+    assert "no such command 'marge'. Did you mean 'merge'" in refused("marge")
+    assert "no such option: --rnk" in refused("init", "--rnk", "4", "-o", "x")
+    assert "`loraloom init --help` tells what it takes" in refused("init", "--rank", "x", "-o", "x")
+    assert "missing option '--output'" in refused("atlas", "base", "--target", "q")
+    told = refused("statistics", "x", "--base", "b", "--column", "c", "--target", "q", "-o", "x", "--kind", "tokn")
+    assert "'tokn' is not one of 'token', 'sample' next: did you mean 'token'?" in told
+    for words in ((), ("study",), ("statistics",)):  # the help, which an option after it would not be
+        assert call(*words).exit_code == 2
+        assert "Commands" in call(*words).output
 
 
 def statistics(folder: Path, task: str, *more: str) -> list[str | Path]:
@@ -356,7 +369,7 @@ def test_bad_input_of_every_command(finished: Path, tmp_path: Path) -> None:
     assert "rank 99 is larger than the layer" in refused(*words, "--rank", "99")
     assert "'quary'" in refused(*words, "--target", "quary")
     assert "did you mean 'osrm'" in refused(*words, "--rule", "osmr")
-    assert "keep 'fre' is unknown" in refused(*words, "--keep", "fre")
+    assert "keep: Input should be 'free'" in refused(*words, "--keep", "fre")
     assert "gone: not an adapter folder" in refused(*words, "--after", tmp_path / "gone")
     assert "neither of other tasks nor an atlas" in refused("init", "-o", out)
     assert "neither of other tasks nor an atlas" in refused("init", "--own", seen, "-o", out)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from loraloom.errors import LoraloomError
 from loraloom.settings import checked
-from loraloom.starts.options import StartOptions
+from loraloom.starts.options import StartOptions, StartRule
 from loraloom.starts.subspace import RULES
 from loraloom.study.recipe import InitSettings
+
+
+def test_every_rule_may_be_asked_for() -> None:
+    assert set(get_args(StartRule)) == RULES.keys()
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

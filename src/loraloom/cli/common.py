@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import loraloom
-from loraloom.errors import LoraloomError, file_of
+from loraloom.errors import LoraloomError, did_you_mean, file_of
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
     from loraloom.study.recipe import Recipe
+
+# of click, or of the copy of it that newer versions of typer bring
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -33,6 +38,36 @@ Base = Annotated[str | None, typer.Option("--base", help="Base model in place of
 TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
 StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]
 Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
+
+
+class Commands(TyperGroup):
+    """The commands: words that none of them takes are told as every other fault is."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command that was typed, and exit with its status."""
+        from loraloom.cli.terminal import show_error
+
+        try:
+            status = super().main(*args, standalone_mode=False, **extra)  # type: ignore[misc]
+        except _USAGE_ERROR as error:
+            if type(error).__name__ != "NoArgsIsHelpError":  # the help was its message
+                show_error(_misuse(error))
+            sys.exit(2)
+        if standalone_mode:
+            sys.exit(status or 0)
+        return status
+
+
+def _misuse(error: Any) -> LoraloomError:
+    """Return what to tell of words that a command does not take."""
+    message = error.format_message().replace("Value error, ", "").replace(": Input should", ": should").rstrip(".")
+    path = error.ctx.command_path if error.ctx else "loraloom"
+    hint = f"`{path} --help` tells what it takes"
+    known = re.search(r"'([^']*)' is not one of (.*)", message)
+    near = did_you_mean(known[1], re.findall(r"'(.*?)'", known[2])) if known else ""
+    if near.startswith("did"):
+        hint = f"{near} {hint}"
+    return LoraloomError(message[:1].lower() + message[1:], hint)
 
 
 def read_recipe(path: Path, base: str | None) -> Recipe:

@@ -13,6 +13,7 @@ import loraloom
 from loraloom.cli.common import (
     AsJson,
     Base,
+    Commands,
     Output,
     Quiet,
     RecipeFile,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="loraloom",
+    cls=Commands,
     help="LoRA adapters that merge: statistics, subspaces, training, merging, evaluation, a report.",
     no_args_is_help=True,
     add_completion=False,
@@ -294,7 +296,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal of few characters cannot show
     try:
-        app()
+        app(prog_name="loraloom")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from loraloom.settings import Kind
+
 if TYPE_CHECKING:
     import datasets
 
-Kind = Literal["token", "sample"]
 IGNORED = -100  # the label of a token that no loss sees
 Encoded = list[dict[str, list[int]]]
 Batch = Mapping[str, Tensor]  # model inputs by name

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from loraloom.errors import did_you_mean
 from loraloom.settings import Settings
-from loraloom.starts.subspace import RULES
 
+StartRule = Literal["apart", "osrm", "mean", "random", "shared", "default"]
 Keep = Literal["free", "frozen", "projected"]
 Scale = Literal["unit", "response"]
 DEFAULT = "apart"  # the rule of docs/study-subspaces.md
@@ -49,6 +49,6 @@ class StartOptions(Settings):
     @field_validator("rule")
     @classmethod
     def _known_rule(cls, rule: str) -> str:
-        if rule not in RULES:
-            raise ValueError(f"subspace rule {rule!r} is unknown; {did_you_mean(rule, RULES)}")
+        if rule not in get_args(StartRule):
+            raise ValueError(f"subspace rule {rule!r} is unknown; {did_you_mean(rule, get_args(StartRule))}")
         return rule

@@ -26,8 +26,9 @@ from loraloom.model.layers import (
     unwrapped,
 )
 from loraloom.model.processes import gathered, raise_of_all, rank_and_size
-from loraloom.model.tokens import Kind, batch_sides
+from loraloom.model.tokens import batch_sides
 from loraloom.model.wrappers import each_weight, whole
+from loraloom.settings import Kind
 from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment, pooled, sketched
 from loraloom.statistics.privacy import clipped

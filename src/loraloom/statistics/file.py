@@ -20,7 +20,7 @@ from torch import Tensor
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.atomic import staged_file
 from loraloom.files.tensors import all_finite
-from loraloom.model.tokens import Kind
+from loraloom.settings import Kind
 from loraloom.statistics.moments import Moment
 
 FORMAT = "loraloom-statistics-1"

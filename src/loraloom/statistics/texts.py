@@ -10,8 +10,8 @@ from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.model.load import base_folder
 from loraloom.model.processes import rank_and_size
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import Kind, batches, encode
-from loraloom.settings import StatisticsSettings
+from loraloom.model.tokens import batches, encode
+from loraloom.settings import Kind, StatisticsSettings
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.privacy import Noise, add_noise, noise_scale
