@@ -18,7 +18,7 @@ from torch import Tensor
 from loraloom.errors import LoraloomError
 from loraloom.starts import spectra
 from loraloom.starts.spectra import Others, Pool, spectrum, top_directions
-from loraloom.starts.subspace import Subspace, loud_directions, osrm_subspace, osrm_subspaces
+from loraloom.starts.subspace import Subspace, loud_directions, osrm_subspace, osrm_subspaces, subspace_off
 from loraloom.statistics.moments import Moment
 
 
@@ -259,6 +259,30 @@ def test_a_missed_direction_is_noticed() -> None:
         assert (top_directions(moment, 4)[0] - values.flip(0)[:4]).abs().max() < 1e-12
         V = loud_directions([moment], 0.2)
         assert (projector(V.T) - projector(vectors[:, -V.shape[1] :].T)).norm() < 1e-6
+
+
+@pytest.mark.parametrize("form", ["rows", "gram", "singular", "flat"])
+def test_the_ends_do_not_hang_on_what_was_asked_before(form: str) -> None:
+    """To the bit: a rule that factors more, or another rank, leaves the diagnostics of the next as they are."""
+    gram = {"gram": steep_gram(80, 6), "singular": steep_gram(80, 20), "flat": in_groups(80)}.get(form)
+    if gram is None:
+        others = [Moment.of_rows(rows(30, 1, width=80)), Moment.of_rows(rows(20, 2, width=80, rank=9))]
+    else:
+        others = [Moment(1000, torch.zeros(80).double(), gram=(gram + gram.T) / 2)]
+    own = Moment.of_rows(rows(20, 3, width=80))
+    for asked in (1, 4, 20, 80):
+        with solvers(partial=True):
+            fresh, used = Others.of(others, own), Others.of(others, own)
+            for rule, rank in (("osrm", 30), ("osrm", asked), ("apart", 2)):
+                subspace_off(used, rank, rule, 0.3, 0, None)
+            assert used.spectrum[0].numel()
+            assert used.ends(asked) == fresh.ends(asked)
+        values = torch.linalg.eigvalsh(gram_of(others)).flip(0)
+        gap = float((values[-asked - 1] - values[-asked]) / values[0]) if asked < 80 else 0.0
+        rank, told = fresh.ends(asked)
+        assert told == pytest.approx(gap, rel=1e-6, abs=1e-11)
+        sure = int((values > 1e-9 * values[0]).sum())
+        assert sure <= rank <= int((values > 1e-15 * values[0]).sum())
 
 
 def test_spectrum_of_rows_leaves_rounding_out() -> None:

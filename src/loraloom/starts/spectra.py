@@ -92,6 +92,7 @@ class Others:
     ) -> None:
         self.moments, self.own, self._stack, self._index = moments, own, stack, index
         self._louds: dict[float, Tensor] = {}
+        self._quiets: dict[int, Quiet | None] = {}
 
     @classmethod
     def of(cls, moments: Sequence[Moment], own: Moment | None) -> Others:
@@ -126,11 +127,9 @@ class Others:
 
     def quiet(self, count: int) -> Quiet | None:
         """Return the `count` quietest directions of a Gram matrix of full rank; None where only `spectrum` tells."""
-        if self._stack is not None or "spectrum" in vars(self):
-            return None
-        if self._quiet is None or len(self._quiet.values) < count:
-            self._quiet = _quiet(self._pooled.as_gram(), count)
-        return self._quiet
+        if count not in self._quiets:
+            self._quiets[count] = None if self._stack is not None else _quiet(self._pooled.as_gram(), count)
+        return self._quiets[count]
 
     def dual(self, count: int) -> Tensor | None:
         """Return (count, n), orthonormal: the directions of most own energy among those the others leave untouched.
@@ -151,12 +150,19 @@ class Others:
         return orthonormal((vectors[:, :count] / values[:count].sqrt()).T @ inverse @ stack.rows)
 
     def ends(self, rank: int) -> tuple[int, float]:
-        """Return the numerical rank, and (l_(n-r) - l_(n-r+1)) / l_1: how far the r quietest lie below the rest."""
-        n, stack = self.width, self._stack
-        if stack is not None and stack.inverse is not None and int(self._rows.sum()) < n - rank:
-            return int(self._rows.sum()), 0.0
-        quiet = self._quiet
-        if quiet is not None and len(quiet.values) > rank:
+        """Return the numerical rank, and (l_(n-r) - l_(n-r+1)) / l_1: how far the r quietest lie below the rest.
+
+        By the cheapest of three ways, which the moments choose and nothing that was asked before: few rows, independent
+        of each other, are as many as the rank; of a Gram matrix of full rank the quiet end tells all; else all
+        eigenvalues do.
+        """
+        n = self.width
+        if self._stack is not None and self._stack.inverse is not None:
+            count = int(self._rows.sum())
+            if count < n - rank:
+                return count, 0.0
+        quiet = self.quiet(rank + 1)
+        if quiet is not None:
             return n, float(quiet.values[rank] - quiet.values[rank - 1]) / quiet.largest
         values = self._values
         padded = torch.cat([values, values.new_zeros(n - len(values))])
@@ -170,8 +176,6 @@ class Others:
         trace = float(self._stack.gram.diagonal()[self._rows].sum())
         energy = float((basis @ self._stack.rows.T)[:, self._rows].square().sum())
         return energy / trace if trace > 0 else 0.0
-
-    _quiet: Quiet | None = None
 
     @cached_property
     def _pooled(self) -> Moment:
@@ -192,11 +196,8 @@ class Others:
 
     @cached_property
     def _values(self) -> Tensor:
-        """All eigenvalues of the pooled moment that may not be 0, descending."""
-        if "spectrum" in vars(self):
-            return self.spectrum[0]
-        gram = self._pooled.as_gram() if self._stack is None else self._block
-        values: Tensor = torch.linalg.eigvalsh(gram)
+        """All eigenvalues of the pooled moment that may not be 0, descending: a third of the work of `spectrum`."""
+        values: Tensor = torch.linalg.eigvalsh(self._pooled.as_gram() if self._stack is None else self._block)
         return values.flip(0).clamp_min(0)
 
     def _find_loud(self, share: float) -> Tensor:
@@ -329,8 +330,8 @@ def _top(gram: Tensor, count: int) -> _Top | None:
 def _quiet(gram: Tensor, count: int) -> Quiet | None:
     """Return the `count` smallest eigenvalues of a Gram matrix whose eigenvalues all lie above rounding, else None."""
     n = len(gram)
-    loudest = _top(gram, 1)
-    if loudest is None or count > n // _FEW:
+    loudest = _top(gram, 1) if count <= n // _FEW else None
+    if loudest is None:
         return None
     largest = float(loudest.values[0])
     shifted = gram.clone()
