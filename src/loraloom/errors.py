@@ -14,29 +14,42 @@ R = TypeVar("R")
 
 _FILE = "loraloom_file"  # the attribute of an exception that names the file in whose reading it was raised
 
+_SHOWN = 10  # problems told in full before the rest is counted
+_LINE = 400  # characters of one problem; names out of files may be longer than a screen
+
 
 class LoraloomError(Exception):
     """A fault in an input that its owner can mend; the command line prints it without a traceback and exits with 2.
 
-    `message` says what is wrong and where (file, tensor, option); `hint` says what to do next.
+    `message` says what is wrong and where (file, tensor, option); `hint` says what to do next. Characters that a
+    terminal would obey, from names in files, are written as escapes.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = printable(hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
 def raise_problems(what: str, problems: Sequence[str], hint: str = "") -> None:
-    """Raise one LoraloomError that tells all `problems` found in `what`; do nothing when there are none."""
+    """Raise one LoraloomError that tells the `problems` found in `what`; do nothing when there are none.
+
+    The first ten are told in full, the others counted.
+    """
     if len(problems) == 1:
-        raise LoraloomError(f"{what}: {problems[0]}", hint)
+        raise LoraloomError(f"{what}: {_cut(problems[0])}", hint)
     if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise LoraloomError(f"{what}: {len(problems)} problems{lines}", hint)
+        lines = [_cut(problem) for problem in problems[:_SHOWN]]
+        if len(problems) > _SHOWN:
+            lines.append(f"and {len(problems) - _SHOWN} more")
+        raise LoraloomError(f"{what}: {len(problems)} problems" + "".join(f"\n  - {line}" for line in lines), hint)
+
+
+def _cut(problem: str) -> str:
+    return problem if len(problem) <= _LINE else f"{problem[:_LINE]} ... ({len(problem)} characters)"
 
 
 def printable(text: str) -> str:

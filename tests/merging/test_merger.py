@@ -72,10 +72,9 @@ def test_no_adapters() -> None:
         merge([], "ties")
 
 
-def test_folders_of_one_name_need_a_mapping(tmp_path) -> None:
+def test_folders_of_one_name_are_told_apart_by_their_parents(tmp_path) -> None:
     pair = [adapter(i, path=Path(f"/runs/{i}/adapter")) for i in range(2)]
-    with pytest.raises(LoraloomError, match="several inputs are called 'adapter': give each a name of its own"):
-        merge(pair, "ties")
+    assert list(merge(pair, "ties").plan.members) == ["0-adapter", "1-adapter"]
     assert merge({"one": pair[0], "two": pair[1]}, "ties").plan.members == {"one": pair[0], "two": pair[1]}
 
 
@@ -109,10 +108,10 @@ def test_config_without_head_and_with_targets_that_hold_for_all() -> None:
     turned = {**CONFIG, "target_modules": ["v", "q"]}
     listed = {**CONFIG, "target_modules": "all-linear"}
     same = merge([adapter(0, config=config), adapter(1, config=turned)], "ties").adapter.config
-    assert same == CONFIG
+    assert same == {**CONFIG, "bias": "none"}
     config["exclude_modules"] = ["layer.1.q"]
     other = merge([adapter(0, config=config), adapter(1, config=listed)], "ties").adapter.config
-    assert other == {**CONFIG, "target_modules": ["layer.0.q", "layer.0.v"]}
+    assert other == {**CONFIG, "bias": "none", "target_modules": ["layer.0.q", "layer.0.v"]}
 
 
 def test_dtype_is_the_widest_of_the_inputs() -> None:
@@ -133,7 +132,7 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
         {
             "name": f"task{i}",
             "task": f"task{i}",
-            "path": str(tmp_path / f"task{i}"),
+            "folder": f"task{i}",
             "sha256": adapter_sha256(tmp_path / f"task{i}"),
             "weight": 0.5,
         }

@@ -11,13 +11,15 @@ import torch
 
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.peft import read_adapter, read_provenance
-from loraloom.adapters.update import Adapter, Update, compatibility_problems
+from loraloom.adapters.together import compatibility_problems
+from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import json_text
 from loraloom.merging.card import fused_card
 from loraloom.merging.fuse import FusedFacts, fuse
 from loraloom.merging.merger import energy_lost, plan_facts, write_merged
+from loraloom.merging.names import input_names, public_command
 from loraloom.merging.options import MergeOptions
 from loraloom.merging.plan import Plan, make_plan
 from loraloom.merging.registry import Probe, Rule, get_rule
@@ -62,25 +64,15 @@ def plan_folders(
         with collecting(errors):  # where all can be read, `make_plan` tells what is wrong with the rest
             raise_problems("the rule", get_rule(options.rule).check(options.options)[1])
     raise_together(errors)
-    named = dict(zip(names_of(folders), members, strict=True))
+    named = dict(zip(input_names(folders), members, strict=True))
     supplied: Supplied = (seen, None)
     if look is not None:
         rule = get_rule(options.rule)
-        problems = compatibility_problems(members) + rule.check(options.options)[1]
+        problems = compatibility_problems(members, options.base) + rule.check(options.options)[1]
         # before a base is loaded
         raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
         supplied = look(rule, named, seen)
     return make_plan(named, options, statistics=supplied[0], probe=supplied[1])
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """Return a name for each folder: its own, with as many of its parents' as tell it from the others."""
-    parts = [folder.resolve().parts[1:] for folder in folders]
-    for count in range(1, max((len(one) for one in parts), default=0) + 1):
-        names = ["-".join(one[-count:]) for one in parts]
-        if len({name.casefold() for name in names}) == len(names):
-            return names
-    return [folder.resolve().name for folder in folders]  # one folder twice, which `make_plan` tells
 
 
 def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) -> dict[str, Any]:
@@ -97,6 +89,7 @@ def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) ->
         "rank": max(layer["rank"] for layer in layers.values()),
         "share of energy lost": {name: round(share, 6) for name, share in lost.items()} if any(lost.values()) else 0.0,
         "heads": _heads(plan),
+        **_told(plan),
     }
 
 
@@ -107,7 +100,8 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
     single = next(iter(plan.members.values())).head if len(plan.members) == 1 else {}
-    provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": command, "fused_into": base.resolve().name}
+    provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": public_command(command)}
+    provenance["fused_into"] = base.resolve().name
     reporter.begin("fusing", 100)
 
     def show(done: int, total: int) -> None:
@@ -142,6 +136,7 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         "config.json": _classifier(fused),
         "untied": "lm_head.weight is a tensor of its own now" if fused.untied else "nothing",
         "left out": ", ".join(fused.left_out) or "nothing",
+        **_told(plan, "left out of the adapters"),
     }
 
 
@@ -183,6 +178,7 @@ def dry_run(plan: Plan, fuse_into: Path | None) -> dict[str, Any]:
         "output rank": f"at most {max(ranks.values())}",
         "output size": size,
         "heads": _heads(plan),
+        **_told(plan),
         "estimated time": f"about {max(1, seconds):.0f} s" if seconds else "not known: it depends on the texts",
     }
 
@@ -209,3 +205,9 @@ def estimate(plan: Plan) -> float | None:
 
 def _heads(plan: Plan) -> str:
     return ", ".join(plan.task_heads) or ("averaged" if plan.head else "none")
+
+
+def _told(plan: Plan, key: str = "left out") -> dict[str, Any]:
+    """Return what the caller should know beside the result: files and fields that are not in it, odd inputs."""
+    told: dict[str, Any] = {key: plan.left_out} if plan.left_out else {}
+    return {**told, "warnings": plan.warnings} if plan.warnings else told

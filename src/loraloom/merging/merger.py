@@ -14,6 +14,7 @@ from torch import Tensor
 from loraloom.adapters.peft import adapter_sha256, adapter_writer
 from loraloom.adapters.update import Adapter
 from loraloom.merging.card import merged_card
+from loraloom.merging.names import public_command
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.plan import Layer, Plan, make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
@@ -32,7 +33,8 @@ class Merged:
     def adapter(self) -> Adapter:
         """Return the merged adapter."""
         updates = {module: layer.update for module, layer in self.merged.items()}
-        return Adapter(updates, self.plan.config, self.plan.head, self.plan.dtype)
+        plan = self.plan
+        return Adapter(updates, plan.config, plan.head, plan.dtype, forms=plan.forms, copies=plan.copies)
 
     @property
     def energy_lost(self) -> dict[str, float]:
@@ -46,7 +48,8 @@ class Merged:
         """
         index = self.plan.used.index(task)
         updates = {module: layer.shared.readouts()[index] for module, layer in self.merged.items() if layer.shared}
-        return Adapter(updates, self.plan.config, {}, self.plan.dtype)
+        plan = self.plan
+        return Adapter(updates, plan.config, {}, plan.dtype, forms=plan.forms, copies=plan.copies)
 
     def layers(self) -> Iterable[Layer]:
         """Return the merged layers."""
@@ -62,6 +65,7 @@ def merge(
     rank: int | None = None,
     seed: int = 0,
     heads: Heads = "keep",
+    base: str | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
     **options: Any,
@@ -75,13 +79,14 @@ def merge(
     rank: the largest rank of the result, for any rule; None leaves it to the rule.
     seed: for rules that draw at random; each layer draws its own from it.
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
+    base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
     statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
     probe: base model and texts of each task, for rules that need them.
     options: the rule's own, as `density=0.3`; `loraloom rules NAME` tells a rule's.
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads)
+    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 
@@ -99,10 +104,11 @@ def write_merged(
     each layer with the layers done and all. The folder appears whole or not at all.
     """
     plan = merged if isinstance(merged, Plan) else merged.plan
-    head, layers = plan.head, {}
+    head, layers, copies = plan.head, {}, plan.copies
     readouts: dict[str, dict[str, Tensor]] = {}
-    with adapter_writer(folder, plan.config, plan.dtype, plan.modules, head) as out:
+    with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms) as out:
         out.add_head(head)
+        out.add_head(copies)
         for layer in merged.layers():
             out.add(layer.module, layer.update)
             layers[layer.module] = _layer_facts(layer)
@@ -111,11 +117,11 @@ def write_merged(
                     readouts.setdefault(file, {}).update(tensors)
             if progress:
                 progress(len(layers), len(plan.modules))
-        provenance = {**plan_facts(plan), "command": command, "layers": layers}
+        provenance = {**plan_facts(plan), "command": public_command(command), "layers": layers}
         extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
         extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
         base = str(plan.config.get("base_model_name_or_path") or "")
-        out.finish(provenance, {"README.md": merged_card(base, provenance)}, extra)
+        out.finish(provenance, {"README.md": merged_card(base, provenance)}, extra, plan.carried)
     return Path(folder)
 
 
@@ -127,7 +133,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             {
                 "name": name,
                 "task": member.task or name,
-                "path": str(member.path) if member.path else None,
+                "folder": member.path.resolve().name if member.path else None,
                 "sha256": adapter_sha256(member.path) if member.path else None,
                 "weight": plan.weights[name],
             }
@@ -140,6 +146,9 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "rank": plan.rank,
         "seed": plan.seed,
         "heads": sorted(plan.task_heads),
+        "carried": sorted(plan.carried),
+        "left_out": plan.left_out,
+        "warnings": plan.warnings,
         "base_fingerprint": next((a.fingerprint for a in plan.members.values() if a.fingerprint), ""),
         "versions": {"loraloom": version("loraloom"), "torch": torch.__version__},
     }

@@ -20,6 +20,7 @@ class MergeOptions:
     rank: the largest rank of the result, for any rule; None leaves it to the rule.
     seed: for rules that draw at random; each layer draws its own from it.
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
+    base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
     """
 
     rule: str = "tsv"
@@ -29,3 +30,4 @@ class MergeOptions:
     rank: int | None = None
     seed: int = 0
     heads: Heads = "keep"
+    base: str | None = None

@@ -13,10 +13,14 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from loraloom.adapters.beside import carry
+from loraloom.adapters.config import CONFIG, merged_config
 from loraloom.adapters.lowrank import Shared, truncate, truncate_dense
-from loraloom.adapters.update import Adapter, Shape, Update, compatibility_problems, headless_config
+from loraloom.adapters.together import common_copies, compatibility_problems, equal_adapters
+from loraloom.adapters.update import Adapter, Form, Shape, Update
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.hashing import layer_seed
+from loraloom.merging.names import input_names
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.registry import Probe, Result, Rule, get_rule
 from loraloom.statistics.file import Statistics
@@ -37,7 +41,8 @@ class Plan:
     """A checked merge; `make_plan` makes it. Nothing is computed before a layer is asked for.
 
     `members`, `weights` and `statistics` go by input name; `options`, `scale` and `weights` are those in force, with
-    defaults filled in. `rank` is what the caller asked for. `heads` "keep" leaves each input's head to itself.
+    defaults filled in. `rank` is what the caller asked for. `heads` "keep" leaves each input's head to itself. `base`
+    is the base model's name where the caller settled it.
     """
 
     members: dict[str, Adapter]
@@ -50,6 +55,7 @@ class Plan:
     statistics: dict[str, Statistics]
     probe: Probe | None
     heads: Heads
+    base: str | None = None
 
     @property
     def space(self) -> str:
@@ -60,6 +66,11 @@ class Plan:
     def shapes(self) -> Mapping[str, Shape]:
         """Return every layer's m and n, in which the inputs agree, with the first one's rank."""
         return next(iter(self.members.values())).shapes
+
+    @property
+    def forms(self) -> Mapping[str, Form]:
+        """Return the forms of the layers that are not linear, in which the inputs agree."""
+        return next(iter(self.members.values())).forms
 
     @cached_property
     def modules(self) -> list[str]:
@@ -119,8 +130,10 @@ class Plan:
         heads = [(self.members[name].head, self.weights[name]) for name in self.used]
         total = sum(weight for _, weight in heads)
         return {
-            path: sum((weight / total * head[path].double() for head, weight in heads), torch.zeros(())).to(first.dtype)
-            for path, first in heads[0][0].items()
+            path: sum((weight / total * head[path].double() for head, weight in heads), torch.zeros(())).to(
+                functools.reduce(torch.promote_types, (head[path].dtype for head, _ in heads))
+            )
+            for path in heads[0][0]
         }
 
     @property
@@ -130,16 +143,41 @@ class Plan:
             return {}
         return {name: member.head for name, member in self.members.items() if member.head}
 
+    @cached_property
+    def _config(self) -> tuple[dict[str, Any], list[str]]:
+        configs = [member.config for member in self.members.values()]
+        plain = [module for module in self.modules if module not in self.forms or not self.forms[module].count]
+        return merged_config(configs, plain, self.base, with_head=self.heads == "average")
+
     @property
     def config(self) -> dict[str, Any]:
-        """Return the first member's config, without its head, and with target modules that hold for all members."""
-        members = list(self.members.values())
-        config = members[0].config if self.heads == "average" else headless_config(members[0].config)
-        if any(_targets(member) != _targets(members[0]) for member in members):
-            config = {**config, "target_modules": self.modules}
-            for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-                config.pop(key, None)
-        return config
+        """Return what the members' configs agree on, with target modules that hold for all; see `merged_config`."""
+        return self._config[0]
+
+    @property
+    def copies(self) -> Mapping[str, Tensor]:
+        """Return the base's weights that the inputs bring, in which they agree: an embedding beside its update."""
+        return common_copies(self.members)[0]
+
+    @cached_property
+    def _beside(self) -> tuple[dict[str, bytes], dict[str, str]]:
+        return carry({name: member.beside for name, member in self.members.items()})
+
+    @property
+    def carried(self) -> dict[str, bytes]:
+        """Return the files that all inputs agree on and that go into the result: tokenizer and processor."""
+        return self._beside[0]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Return what of the inputs is not in the result, with why: files beside the weights, fields of the configs."""
+        why = "the inputs differ in it, or it is none that a merge can keep"
+        return {**self._beside[1], **{f"{CONFIG}: {name}": why for name in self._config[1]}}
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What may not be meant: an adapter given twice, under two names."""
+        return [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +203,9 @@ def make_plan(
     options, weights that do not match, what the rule needs and was not given.
     """
     names, members = _named(adapters)
-    problems = _name_problems(names) + compatibility_problems(members)
+    problems = _name_problems(names) + _twice_problems(members) + compatibility_problems(members, options.base)
+    if not problems:
+        problems += common_copies(dict(zip(names, members, strict=True)))[1]
     problems += _number_problems(len(members), options)
     seen, wrong = _by_name(names, statistics)
     problems += wrong
@@ -185,17 +225,20 @@ def make_plan(
     weights = options.weights
     if weights is None:
         weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
+    # the rules' own scales make room for several adapters; one alone stays what it is
+    alone = [weight for weight in weights if weight] == [1.0]
     return Plan(
         members=dict(zip(names, members, strict=True)),
         rule=found,
         options=chosen,
         weights=dict(zip(names, weights, strict=True)),
-        scale=found.default_scale if options.scale is None else options.scale,
+        scale=(1.0 if alone else found.default_scale) if options.scale is None else options.scale,
         rank=options.rank,
         seed=options.seed,
         statistics=seen,
         probe=probe,
         heads=options.heads,
+        base=options.base,
     )
 
 
@@ -207,16 +250,20 @@ def _times(result: Result, factor: float) -> Result:
     return Update(factor * result.B, result.A)
 
 
-def _targets(member: Adapter) -> str | frozenset[str]:
-    targets = member.config.get("target_modules") or ""
-    return targets if isinstance(targets, str) else frozenset(targets)
-
-
 def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> tuple[list[str], list[Adapter]]:
     if isinstance(adapters, Mapping):
         return list(adapters), list(adapters.values())
+    paths = [adapter.path for adapter in adapters if adapter.path]
+    if len(paths) == len(adapters):
+        return input_names(paths), list(adapters)
     names = [a.path.resolve().name if a.path else f"adapter{i}" for i, a in enumerate(adapters, start=1)]
     return names, list(adapters)
+
+
+def _twice_problems(members: Sequence[Adapter]) -> list[str]:
+    paths = [str(member.path.resolve()) for member in members if member.path]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    return [f"{path} is given several times: give it once, with a larger weight" for path in twice]
 
 
 def _name_problems(names: Sequence[str]) -> list[str]:

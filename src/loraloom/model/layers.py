@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.update import matches_target
+from loraloom.adapters.patterns import targeted
 from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.model.tokens import token_labels
 from loraloom.model.wrappers import eager, is_sharded, peeled, plain_path, reshard
@@ -100,7 +100,7 @@ def target_layers(model: nn.Module, targets: str | Sequence[str]) -> dict[str, n
     if targets == "all-linear":
         inside, head = set(backbone(model).modules()), _output_embeddings(model)
         return {name: layer for name, layer in layers.items() if layer in inside and layer is not head}
-    found = {name: layer for name, layer in layers.items() if matches_target(name, targets)}
+    found = {name: layers[name] for name in targeted(layers, targets)}
     if not found:
         wanted = [targets] if isinstance(targets, str) else list(targets)
         endings = {name.rsplit(".", 1)[-1] for name in layers}

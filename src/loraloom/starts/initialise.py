@@ -16,8 +16,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 import loraloom
+from loraloom.adapters.config import headless_config
+from loraloom.adapters.patterns import pattern_values
 from loraloom.adapters.peft import write_folder
-from loraloom.adapters.update import Adapter, headless_config, pattern_value
+from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.hashing import task_seed
 from loraloom.model.wrappers import assign, each_weight, peeled
@@ -260,7 +262,8 @@ def _config_and_ranks(lora: LoraConfig | None, own: Statistics) -> tuple[LoraCon
         endings = {module.rsplit(".", 1)[-1] for module in own.layers}
         near = did_you_mean(targets if isinstance(targets, str) else sorted(targets)[0], endings)
         raise LoraloomError(f"target_modules {targets!r}: the statistics hold no such layer", near)
-    return lora, {module: int(pattern_value(lora.rank_pattern or {}, module, lora.r)) for module in chosen}
+    ranks = pattern_values(lora.rank_pattern or {}, chosen, lora.r)
+    return lora, {module: int(rank) for module, rank in ranks.items()}
 
 
 def _check_layers(modules: Sequence[str], own: Statistics) -> None:

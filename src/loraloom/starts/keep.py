@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -24,11 +25,15 @@ AVOID = "avoid.safetensors"
 def keep_callback(folder: str | Path, adapter_name: str = "default") -> KeepInSubspace:
     """Return the callback for an adapter folder that `initialise` wrote; add it to Trainer or SFTTrainer."""
     folder = Path(folder)
-    keep = read_provenance(folder).get("init", {}).get("keep", "free")
+    init = read_provenance(folder).get("init")
+    keep: Keep = init.get("keep", "free") if isinstance(init, dict) else "free"
     path = folder / AVOID
     if keep == "projected" and not path.is_file():
         raise LoraloomError(f"{path}: missing, so A cannot be kept inside its space", "run `loraloom init` again")
-    avoid = load_file(path) if keep == "projected" else {}
+    try:
+        avoid = load_file(path) if keep == "projected" else {}
+    except SafetensorError as error:
+        raise LoraloomError(f"{path}: cannot be read ({error})", "run `loraloom init` again") from error
     return KeepInSubspace(keep, avoid, adapter_name)
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from loraloom.adapters.heads import Head, align_heads, heads_by_task
 from loraloom.adapters.peft import PROVENANCE, Input, inputs_by_task, read_adapter, read_provenance, task_of
-from loraloom.adapters.update import Adapter, compatibility_problems
+from loraloom.adapters.together import compatibility_problems
+from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.files.atomic import check_folder, staged_file, write_text
 from loraloom.files.hashing import json_text, task_seed
 from loraloom.files.tensors import save_tensors
 from loraloom.merging import Rule
-from loraloom.merging.folders import Look, Supplied, names_of
+from loraloom.merging.folders import Look, Supplied
+from loraloom.merging.names import input_names
 from loraloom.merging.needs import supply
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator, evaluate
@@ -172,7 +174,7 @@ def _head_files(merged: Path, folders: Sequence[Path], tasks: Sequence[str]) -> 
     known = inputs_by_task(merged) or {task: Input(task, task) for task in tasks}
     found: dict[str, Path] = {}
     problems = []
-    for folder, task, name in zip(folders, tasks, names_of(folders), strict=True):
+    for folder, task, name in zip(folders, tasks, input_names(folders), strict=True):
         alike = [key for key, one in known.items() if one.task == task]
         if len(alike) != 1:  # of several, or where no task was recorded, the one of this name
             alike = [key for key in alike or known if known[key].name == name]

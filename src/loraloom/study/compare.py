@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loraloom.adapters.peft import read_adapter, task_of
-from loraloom.adapters.update import compatibility_problems
+from loraloom.adapters.together import compatibility_problems
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.merging import get_rule, rule_names
 from loraloom.progress import Reporter

@@ -1,0 +1,198 @@
+"""adapter_config.json: what is read of it, what no low-rank update expresses, and one config for several adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraloom.adapters.bases import best_name
+from loraloom.adapters.dialects import folder_kind
+from loraloom.errors import LoraloomError, raise_problems
+from loraloom.files.reading import read_json_object
+
+CONFIG = "adapter_config.json"
+# with these task types PEFT refuses to load an adapter that holds no head
+_HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# inits that subtract their start from the base weights: their adapter means nothing on the untouched base
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NOT_AN_UPDATE = {
+    "use_dora": "DoRA rescales the base weight",
+    "lora_bias": "the bias of B would be lost",
+    "layer_replication": "the base model has other layers",
+    "trainable_token_indices": "trains rows of the embedding",
+    "alora_invocation_tokens": "acts on some tokens only",
+    "use_qalora": "pools the inputs of A",
+    "use_bdlora": "keeps block-diagonal factors",
+    "arrow_config": "routes between adapters",
+    "monteclora_config": "samples its weights",
+    "kasa_config": "changes the base weights",
+    "velora_config": "compresses what the layers keep",
+}
+# what a finished adapter needs none of
+INIT_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+# carried into a merged config where all adapters agree
+_AGREED = ("task_type", "revision", "lora_dropout")
+# said anew by whoever writes an adapter, or of no meaning once it is trained: dropped without a word
+_SETTLED = (
+    *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "target_parameters", "modules_to_save", "fan_in_fan_out", "bias", "inference_mode"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "peft_version"),
+    *("init_lora_weights", "runtime_config", *INIT_ONLY),
+    "qalora_group_size",
+    *_NOT_AN_UPDATE,
+)
+
+Names = list[str] | None
+
+
+class Fields(BaseModel):
+    """The fields of adapter_config.json that are read here, with PEFT's defaults."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    revision: str | None = None
+    r: int = Field(8, ge=1, le=1 << 20)
+    lora_alpha: float = Field(8, allow_inf_nan=False)
+    lora_dropout: float | None = 0.0
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    fan_in_fan_out: bool | None = False
+    bias: str | None = "none"
+    init_lora_weights: bool | str | None = True
+    target_modules: str | Names = None
+    target_parameters: Names = None
+    exclude_modules: str | Names = None
+    modules_to_save: Names = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | Names = None
+    auto_mapping: dict[str, Any] | None = None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json of a LoRA adapter's folder, as it is.
+
+    Raises LoraloomError where there is none, it is no JSON object, it is of another tool or method, or fields that are
+    read here have a wrong type.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        kind = folder_kind(folder, None)
+        if kind:
+            raise LoraloomError(f"{folder}: {kind}: {CONFIG} is missing", "convert it to PEFT's format first")
+        inner = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        hint = f"name one of its sub-folders: {', '.join(inner)}" if inner else "name the folder that PEFT saved"
+        raise LoraloomError(f"{folder}: not an adapter folder: {CONFIG} is missing", hint)
+    config = read_json_object(path, "save the adapter again")
+    if config.get("peft_type") != "LORA":
+        kind = folder_kind(folder, config)
+        if kind:
+            raise LoraloomError(f"{folder}: {kind}", "convert it to PEFT's format first")
+        raise LoraloomError(
+            f"{path}: peft_type is {config.get('peft_type')!r:.80}, not 'LORA'", "only LoRA adapters can be merged here"
+        )
+    try:
+        Fields.model_validate(config)
+    except ValidationError as error:
+        told = {_field(one["loc"], config): (one["msg"], one["input"]) for one in reversed(error.errors())}
+        problems = [f"{field}: {message}, not {given!r:.80}" for field, (message, given) in sorted(told.items())]
+        raise_problems(str(path), problems, "mend the field, or save the adapter again")
+    return config
+
+
+def unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Return what of `config` low-rank updates cannot express."""
+    found = [
+        f"{CONFIG}: {key}: {why}: not a low-rank update of a layer"
+        for key, why in _NOT_AN_UPDATE.items()
+        if config.get(key)
+    ]
+    if (config.get("bias") or "none") != "none":
+        found.append(f"{CONFIG}: bias: {config['bias']!r:.80}: trained biases would be lost")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+        found.append(
+            f"{CONFIG}: init_lora_weights: {init!r:.80} changed the base weights; convert it with "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)` of PEFT"
+        )
+    return found
+
+
+def headless_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` for an adapter without a head, such that PEFT loads it and keeps the base model's own head."""
+    kept = {key: value for key, value in config.items() if key != "modules_to_save"}
+    if kept.get("task_type") in _HEADED_TASKS:
+        kept["task_type"] = None
+    return kept
+
+
+def merged_config(
+    configs: Sequence[Mapping[str, Any]], modules: Sequence[str], base: str | None, *, with_head: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return one config for the merge of adapters with `configs`, and the fields that were dropped, in any order.
+
+    `modules` are the layers adapted. `base` is the base model's name, the best of theirs where it is None. What they
+    agree on is kept where it is known here; code to import and unknown fields never are.
+    """
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base or best_name([str(c.get("base_model_name_or_path") or "") for c in configs]),
+        "bias": "none",
+        "target_modules": _targets(configs, modules),
+    }
+    if any(one.get("fan_in_fan_out") for one in configs):  # PEFT corrects it where a layer's class tells better
+        config["fan_in_fan_out"] = True
+    if configs[0].get("target_parameters"):
+        config["target_parameters"] = sorted(configs[0]["target_parameters"])
+    dropped = {key for one in configs for key, value in one.items() if _worth_naming(key, value)}
+    for key in _AGREED:
+        values = [one.get(key) for one in configs]
+        if any(value != values[0] for value in values):
+            dropped.add(key)
+        elif values[0] is not None:
+            config[key] = values[0]
+    if not with_head:
+        return headless_config(config), sorted(dropped)
+    config["modules_to_save"] = sorted({name for one in configs for name in one.get("modules_to_save") or ()})
+    return config, sorted(dropped)
+
+
+def _field(where: Sequence[int | str], config: Mapping[str, Any]) -> str:
+    """Return the field that an error of pydantic is about, with the key inside it; a union's branch is left out."""
+    field, value = str(where[0]), config.get(str(where[0]))
+    return f"{field}: {str(where[1])!r:.80}" if isinstance(value, dict) and len(where) > 1 else field
+
+
+def _worth_naming(key: str, value: Any) -> bool:
+    """Tell whether a field that is dropped said anything: PEFT writes many that do not."""
+    if key == "megatron_core":
+        return value not in (None, "", "megatron.core")
+    if key == "auto_mapping":
+        return bool(value) and not str(value.get("parent_library")).startswith("transformers")
+    return bool(value) and key not in (*_SETTLED, *_AGREED)
+
+
+def _targets(configs: Sequence[Mapping[str, Any]], modules: Sequence[str]) -> Any:
+    """Return the target modules that all name alike, as a list or "all-linear"; else every layer by its path.
+
+    No pattern out of a file is written: PEFT would run it.
+    """
+    plain = [
+        one.get("target_modules")
+        for one in configs
+        if not any(one.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    ]
+    if len(plain) == len(configs):
+        if all(one == "all-linear" for one in plain):
+            return "all-linear"
+        lists = {frozenset(one) if isinstance(one, list) else None for one in plain}
+        named = lists.pop() if len(lists) == 1 else None
+        endings = tuple(f".{target}" for target in named or ())
+        if named is not None and all(f".{module}".endswith(endings) for module in modules):
+            return sorted(named)
+    return sorted(modules)

@@ -1,0 +1,165 @@
+"""The tensors of an adapter's files: checked once, then read layer by layer at each access."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraloom.adapters.update import Form, Shape, Update
+from loraloom.errors import LoraloomError
+from loraloom.files.tensors import all_finite
+
+WEIGHTS = "adapter_model.safetensors"
+_SHARD = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.safetensors")
+# as safetensors names them
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ZERO = "is empty: saved under DeepSpeed's ZeRO-3 without gathering its parts?"
+
+
+def weight_files(folder: Path) -> tuple[list[Path], str]:
+    """Return the file of an adapter's weights, or its shards in order; and what is missing."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS], ""
+    shards = {match: path for path in sorted(folder.iterdir()) if (match := _SHARD.fullmatch(path.name))}
+    if shards:
+        count = max(int(match[2]) for match in shards)
+        missing = sorted(set(range(1, count + 1)) - {int(match[1]) for match in shards})
+        names = ", ".join(f"adapter_model-{part:05d}-of-{count:05d}.safetensors" for part in missing[:3])
+        return list(shards.values()), f"{names} is missing: half-written?" if missing else ""
+    if (folder / "adapter_model.bin").is_file():
+        return [], "adapter_model.bin is a pickle, which may run code: load it in PEFT and save it as safetensors"
+    return [], f"{WEIGHTS} is missing: half-written?"
+
+
+class Place(NamedTuple):
+    """Where the factors of one module's update stand, by the names of the tensors, and what B is multiplied by."""
+
+    A: str
+    B: str
+    scaling: float
+    form: Form | None = None
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of an adapter's files by name, read at each access: the files are mapped, nothing stays in memory.
+
+    float8 comes as bfloat16, which holds its every value.
+    """
+
+    def __init__(self, files: Mapping[str, Path], names: Mapping[str, str]) -> None:
+        self.files = files
+        self.names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a copy of one tensor. Raises LoraloomError where the file has gone or changed."""
+        key = self.names[name]
+        path = self.files[key]
+        try:
+            # opened anew, so that the pages of one layer are given back before the next
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(key)
+                # copied: what is mapped must not outlive the file
+                whole: Tensor = tensor.to(torch.bfloat16) if tensor.dtype in _EIGHT_BITS else tensor.clone()
+                return whole
+        except (SafetensorError, OSError) as error:
+            raise LoraloomError(f"{path}: cannot be read any more ({error})", "was it replaced?") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class StoredUpdates(Mapping[str, Update]):
+    """The updates of an adapter's files, read and scaled at each access; see `StoredTensors`."""
+
+    def __init__(self, files: Mapping[str, Path], places: Mapping[str, Place], shapes: Mapping[str, Shape]) -> None:
+        self.places = places
+        self.shapes = shapes
+        self._tensors = StoredTensors(files, {key: key for place in places.values() for key in place[:2]})
+        self._last: tuple[str, Tensor, Tensor] | None = None  # the experts of a layer stand in one tensor
+
+    def __getitem__(self, module: str) -> Update:
+        """Return B with alpha/r folded in, and A. Raises LoraloomError where the file has gone or changed."""
+        place = self.places[module]
+        form = place.form
+        if form and form.kind == "experts":
+            if self._last is None or self._last[0] != form.module:
+                self._last = form.module, *self._factors(place)
+            _, A, B = self._last
+            A = A.reshape(form.count, -1, A.shape[1])[form.index].clone()
+            B = B.reshape(B.shape[0], -1, form.count)[..., form.index].clone()
+        else:
+            A, B = self._factors(place)
+            A, B = A.flatten(1), B.flatten(1)
+        return Update(B.mul_(place.scaling), A)
+
+    def _factors(self, place: Place) -> tuple[Tensor, Tensor]:
+        A, B = (self._tensors[key].to(torch.float32) for key in (place.A, place.B))
+        return A, B
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class Checked(NamedTuple):
+    """What was found of one tensor: its shape, its dtype, its largest magnitude, and what is wrong with it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    largest: float
+    fault: str
+
+
+def check_tensors(paths: list[Path]) -> tuple[dict[str, Checked], dict[str, Path]]:
+    """Return what is in the files, tensor by tensor, and each tensor's file.
+
+    Raises SafetensorError or OSError for a file that cannot be read.
+    """
+    found: dict[str, Checked] = {}
+    files: dict[str, Path] = {}
+    for path in paths:
+        with ExitStack() as stack:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                found[key] = _checked(file, key)
+                files[key] = path
+    return found, files
+
+
+def whole_problems(tensors: Mapping[str, Checked]) -> list[str]:
+    """Return what is wrong with tensors that PEFT saved whole, by parameter path: empty, not finite, an unfit bias."""
+    problems = [f"tensor {path} {one.fault}" for path, one in tensors.items() if one.fault]
+    for path, weight in tensors.items():
+        bias = tensors.get(f"{path.removesuffix('.weight')}.bias") if path.endswith(".weight") else None
+        # a Conv1D of GPT-2 keeps its outputs last
+        if bias and not (bias.fault or weight.fault) and bias.shape not in (weight.shape[:1], weight.shape[-1:]):
+            problems.append(f"tensor {path} of {weight.shape} does not fit its bias of {bias.shape}")
+    return problems
+
+
+def _checked(file: Any, key: str) -> Checked:
+    view = file.get_slice(key)
+    shape, kind = tuple(view.get_shape()), view.get_dtype()
+    if kind not in _FLOATS:
+        return Checked(shape, torch.float32, 0.0, f"is of {kind}: weights are floating-point numbers")
+    if 0 in shape:
+        return Checked(shape, torch.float32, 0.0, _ZERO)
+    tensor = file.get_tensor(key)
+    dtype = torch.bfloat16 if tensor.dtype in _EIGHT_BITS else tensor.dtype
+    tensor = tensor.to(dtype)
+    if not all_finite(tensor):
+        return Checked(shape, dtype, 0.0, "holds values that are not finite")
+    return Checked(shape, dtype, float(tensor.abs().max()), "")
