@@ -58,8 +58,8 @@ def read_names(keys: Iterable[str], config: Mapping[str, Any]) -> Names:
     for key in sorted(keys):
         path, fault = _path(key, own_root)
         match = _FACTOR.fullmatch(path) or _EMBEDDING.fullmatch(path)
-        if fault:
-            names.problems.append(fault)
+        if fault or not key.isprintable():
+            names.problems.append(fault or f"tensor {key!r}: a name with control characters")
         elif match:
             adapters.add(match["adapter"] or "")
             parts = names.factors.setdefault(match["module"], {})
@@ -67,8 +67,6 @@ def read_names(keys: Iterable[str], config: Mapping[str, Any]) -> Names:
             parts[match["part"]] = key
         elif told := next((what for pattern, what in _OTHERS.items() if re.search(pattern, path)), ""):
             names.problems.append(f"tensor {key}: {told}")
-        elif not key.isprintable():
-            names.problems.append(f"tensor {key!r}: a name with control characters")
         elif "lora_" in path:
             names.problems.append(f"tensor {key} is no factor that PEFT writes for LoRA")
         else:
