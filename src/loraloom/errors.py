@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 _FILE = "loraloom_file"  # the attribute of an exception that names the file in whose reading it was raised
 
-_SHOWN = 10  # problems told in full before the rest is counted
+_SHOWN = 20  # problems told in full before the rest is counted
 _LINE = 400  # characters of one problem; names out of files may be longer than a screen
 
 
@@ -37,7 +37,7 @@ class LoraloomError(Exception):
 def raise_problems(what: str, problems: Sequence[str], hint: str = "") -> None:
     """Raise one LoraloomError that tells the `problems` found in `what`; do nothing when there are none.
 
-    The first ten are told in full, the others counted.
+    The first twenty are told in full, the others counted.
     """
     if len(problems) == 1:
         raise LoraloomError(f"{what}: {_cut(problems[0])}", hint)

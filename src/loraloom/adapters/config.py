@@ -14,6 +14,7 @@ from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.reading import read_json_object
 
 CONFIG = "adapter_config.json"
+_BASE = "base_model_name_or_path"
 # with these task types PEFT refuses to load an adapter that holds no head
 _HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # inits that subtract their start from the base weights: their adapter means nothing on the untouched base
@@ -37,7 +38,7 @@ INIT_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 _AGREED = ("task_type", "revision", "lora_dropout")
 # said anew by whoever writes an adapter, or of no meaning once it is trained: dropped without a word
 _SETTLED = (
-    *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("peft_type", _BASE, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "target_parameters", "modules_to_save", "fan_in_fan_out", "bias", "inference_mode"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "peft_version"),
     *("init_lora_weights", "runtime_config", *INIT_ONLY),
@@ -141,7 +142,7 @@ def merged_config(
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base or best_name([str(c.get("base_model_name_or_path") or "") for c in configs]),
+        _BASE: best_name([base] if base else [str(one.get(_BASE) or "") for one in configs]),
         "bias": "none",
         "target_modules": _targets(configs, modules),
     }

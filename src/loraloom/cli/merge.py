@@ -111,7 +111,7 @@ def merge(
 
             read = read_recipe(recipe, base)
             look = looker(read, probe_texts or read.probe_texts(rule, options), shown)
-        asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads))
+        asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads), base)
         plan = folders.plan_folders(paths, asked, output, statistics=statistics or (), look=look)
         if dry_run:
             out.result(folders.dry_run(plan, fuse_into))

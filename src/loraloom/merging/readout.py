@@ -73,4 +73,4 @@ def read_readout(folder: str | Path, task: str) -> Adapter:
             bits = np.unpackbits(gates[f"{module}.mask"].numpy(), count=core.numel())
             gate = torch.from_numpy(bits).reshape(core.shape) * gates[f"{module}.factor"]
         updates[module] = Update(factors[f"{module}.left"] @ (core * gate), factors[f"{module}.right"])
-    return Adapter(updates, merged.config, {}, merged.dtype)
+    return Adapter(updates, merged.config, {}, merged.dtype, forms=merged.forms, copies=merged.copies)
