@@ -68,6 +68,12 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     return "known: " + ", ".join(options)
 
 
+def first_few(items: Sequence[str], count: int = 3) -> str:
+    """Return the first `count` of `items` for a message, and how many more there are."""
+    more = len(items) - count
+    return ", ".join(items[:count]) + (f" and {more} more" if more > 0 else "")
+
+
 @contextmanager
 def collecting(errors: list[LoraloomError]) -> Iterator[None]:
     """Add a LoraloomError raised inside to `errors` and go on, so that `raise_together` tells it with the others."""

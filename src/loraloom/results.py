@@ -39,6 +39,7 @@ class TaskFacts(_Record):
     metric: str
     labels: list[str] | None
     rows: dict[str, int] = Field(description="rows of train, heldout and test")
+    dropped: dict[str, int] = Field({}, description="rows that were left out, by why")
     majority: float | None = Field(description="test metric of always naming the commonest training label")
     sha256: str
     example: str = Field(description="one training text, shortened")

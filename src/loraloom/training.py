@@ -118,9 +118,10 @@ def train_adapter(
 
 
 def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettings, seed: int) -> PeftModel:
-    model = load_classifier(base, task.outputs, regression=task.labels is None, seed=seed)
-    if task.labels is None:
-        _centre_head(model, label_mean=sum(task.train["label"]) / len(task.train))
+    model = load_classifier(base, task.outputs, regression=task.kind.regression, seed=seed)
+    bias = task.kind.head_bias(task.train["label"])
+    if bias is not None:
+        _set_head_bias(model, bias)
     if init is None:
         torch.manual_seed(seed)
         return _wrapped(model, lora_config(lora, head_modules(model)))
@@ -141,13 +142,13 @@ def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettin
     return peft_model
 
 
-def _centre_head(model: transformers.PreTrainedModel, label_mean: float) -> None:
-    """Let a fresh regression head start at the labels' mean: few steps at LoRA's learning rates do not reach it."""
+def _set_head_bias(model: transformers.PreTrainedModel, value: float) -> None:
+    """Let the last layer of a fresh head start with this bias, where it has one."""
     parameters = dict(model.named_parameters())
     head = {path: p for path, p in parameters.items() if path.startswith(tuple(f"{n}." for n in head_modules(model)))}
     bias = f"{Head.of(head).last}.bias"
     if bias in head:
-        torch.nn.init.constant_(head[bias], label_mean)
+        torch.nn.init.constant_(head[bias], value)
 
 
 def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -240,10 +241,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 def _dataset(task: Task, split: str, tokenizer: Any, settings: TrainingSettings) -> Dataset:
     rows = getattr(task, split)
     encoded = encode(rows, tokenizer, settings.max_length)
-    kind = int if task.labels else float
-    return Dataset.from_list(
-        [{**row, "labels": kind(label)} for row, label in zip(encoded, rows["label"], strict=True)]
-    )
+    labels = task.label_tensor(rows).tolist()
+    return Dataset.from_list([{**row, "labels": label} for row, label in zip(encoded, labels, strict=True)])
 
 
 def _logits(outputs: Any, _: Any) -> Any:

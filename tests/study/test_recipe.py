@@ -13,7 +13,9 @@ import yaml
 import tiny
 import tiny_study
 from loraloom.errors import LoraloomError
-from loraloom.study.recipe import FileTask, GlueTask, InitSettings, Recipe, slug
+from loraloom.study.recipe import InitSettings, Recipe, slug
+from loraloom.tasks.files import FileTask
+from loraloom.tasks.glue import GlueTask
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))

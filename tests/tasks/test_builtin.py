@@ -16,21 +16,21 @@ import pytest
 
 from loraloom.errors import LoraloomError
 from loraloom.tasks import builtin, builtin_text
-from loraloom.tasks.builtin import BUILTIN_NAMES, builtin_task, builtin_tasks
+from loraloom.tasks.builtin import BUILTIN_NAMES, BuiltinTask, builtin_task
 from loraloom.tasks.builtin_text import Part, first_sentence, parts
 from loraloom.tasks.task import SPLITS, Task
 
-ROWS = {"train_rows": 800, "heldout_rows": 200, "test_rows": 300}
+ROWS = BuiltinTask(train_rows=800, heldout_rows=200, test_rows=300)
 COUNTS = {"train": 800, "heldout": 200, "test": 300}
 _DIGESTS = f"""
-from loraloom.tasks.builtin import builtin_tasks
-print(",".join(task.digest() for task in builtin_tasks(**{ROWS!r}).values()))
+from loraloom.tasks.builtin import BUILTIN_NAMES, BuiltinTask, builtin_task
+print(",".join(builtin_task(name, {ROWS!r}).digest() for name in BUILTIN_NAMES))
 """
 
 
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Task]:
-    return builtin_tasks(**ROWS)
+    return {name: builtin_task(name, ROWS) for name in BUILTIN_NAMES}
 
 
 def _texts(task: Task, split: str) -> list[str]:
@@ -51,7 +51,7 @@ def test_another_process_with_another_hash_seed_draws_the_same_rows(tasks: dict[
 
 def test_another_seed_draws_other_rows_of_the_same_files(tasks: dict[str, Task]) -> None:
     for name, task in tasks.items():
-        other = builtin_task(name, **ROWS, seed=1)
+        other = builtin_task(name, ROWS, seed=1)
         assert other.digest() != task.digest()
         train, test = builtin._drawn(name, COUNTS, 1)["train"], builtin._drawn(name, COUNTS, 0)["test"]
         assert not {row.file for row in train} & {row.file for row in test}
@@ -223,18 +223,19 @@ def test_generic_texts_are_paragraphs_without_parameters(monkeypatch: pytest.Mon
         builtin_text.generic_texts(3)
 
 
-def test_too_many_rows_are_told_for_every_task_at_once() -> None:
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_too_many_rows_are_told_of_every_split_at_once(name: str) -> None:
     with pytest.raises(LoraloomError) as told:
-        builtin_tasks(train_rows=10**6, heldout_rows=200, test_rows=1)
-    for name in BUILTIN_NAMES:
-        assert f"task {name!r}: 1000000 train rows need" in str(told.value)
-        assert f"task {name!r}: 1 test rows asked, fewer than its" in str(told.value)
+        builtin_task(name, BuiltinTask(train_rows=10**6, heldout_rows=200, test_rows=10**5))
+    assert str(told.value).startswith(f"built-in task {name!r}: ")
+    for split, rows in (("train", 10**6), ("test", 10**5)):
+        assert f"{rows} {split} rows need" in str(told.value)
     assert "heldout" not in str(told.value)
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
     with pytest.raises(LoraloomError, match="did you mean 'order'"):
-        builtin_task("oder", **ROWS)
+        builtin_task("oder", ROWS)
 
 
 def test_tasks_survive_a_folder(tasks: dict[str, Task], tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import datasets
 import pytest
+from pydantic import ValidationError
 
 from loraloom.errors import LoraloomError
-from loraloom.tasks.files import file_task
+from loraloom.tasks.files import FileTask, file_task
 from loraloom.tasks.sources import hub_name
 from loraloom.tasks.task import SPLITS, Task
 
@@ -57,7 +58,8 @@ def make(folder: Path, train: list[dict[str, Any]] | str | None = None, **option
     options["train"] = train if isinstance(train, str) else write(folder / "train.jsonl", train or rows(80))
     if "test" not in options:
         options["test"] = write(folder / "test.jsonl", rows(20, start=1000))
-    return file_task("t", **{**defaults, **options})
+    seed = options.pop("seed", 0)
+    return file_task("t", FileTask(**{**defaults, **options}), seed=seed)
 
 
 def told(folder: Path, *args: Any, **options: Any) -> str:
@@ -168,6 +170,28 @@ def test_given_heldout_shares_no_text_with_the_others(tmp_path: Path) -> None:
     assert (task.source["overlap"], task.source["repeats"]) == (2, 10)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_rows_without_text_are_refused_or_left_out_and_counted(tmp_path: Path, suffix: str) -> None:
+    gaps = [{"s": gap, "y": "odd"} for gap in ("", " ", None if suffix != ".csv" else "\t")]
+    train = write(tmp_path / f"train{suffix}", [*rows(40), *gaps, *rows(40, start=40)])
+    test = write(tmp_path / f"test{suffix}", [*rows(20, start=1000), {"s": "", "y": "pos"}])
+    message = told(tmp_path, train, test=test)
+    assert f"train{suffix}: s: empty text: row 41" in message
+    assert "`empty: drop` in the recipe leaves rows without text out" in message
+    assert f"test{suffix}: s: empty text" in message
+    task = make(tmp_path, train, test=test, empty="drop", labels=["neg", "pos"])
+    assert task.source["empty"] == 4
+    assert task.dropped == {"without text": 4}
+    assert task.digest() == make(tmp_path, labels=["neg", "pos"]).digest()
+
+
+def test_a_pair_without_one_of_its_texts_is_left_out(tmp_path: Path) -> None:
+    data = [{"s": f"text {i}", "r": "" if i < 3 else "x", "y": i % 2} for i in range(30)]
+    test = write(tmp_path / "test.jsonl", [{"s": "u", "r": "v", "y": 0}])
+    task = make(tmp_path, data, test=test, text=["s", "r"], heldout_rows=4, empty="drop")
+    assert (task.source["empty"], len(task.train)) == (3, 23)
+
+
 def test_samples_follow_the_seed_and_grow_from_their_start(tmp_path: Path) -> None:
     task = make(tmp_path, train_rows=30, test_rows=10)
     assert make(tmp_path, train_rows=30, test_rows=10).digest() == task.digest()
@@ -224,7 +248,8 @@ def test_missing_columns(tmp_path: Path) -> None:
 def test_one_class(tmp_path: Path) -> None:
     train = [{"s": f"t{i}", "y": "neg"} for i in range(30)]
     assert "train.jsonl: y: one class alone (neg)" in told(tmp_path, train)
-    assert "train.jsonl: y: all training rows left have one label" in told(tmp_path, train_rows=1)
+    skewed = [*rows(1), *({"s": f"t{i}", "y": "neg"} for i in range(60))]
+    assert "train.jsonl: y: all training rows left have one label" in told(tmp_path, skewed, train_rows=2)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", " "])
@@ -302,7 +327,7 @@ def test_broken_files(tmp_path: Path) -> None:
         "fields.csv", "s,y\na,1\na,b,1\na\n"
     )
     assert "twice.csv: header names a column twice" in broken("twice.csv", "s,y,y\na,1,1\n")
-    assert "latin.csv: 'utf-8' codec can't decode" in broken("latin.csv", "s,y\né,1\n".encode("latin-1"))
+    assert "latin.csv: line 2 is not UTF-8 (byte 0xe9)" in broken("latin.csv", "s,y\né,1\n".encode("latin-1"))
     assert "bad.parquet: not a Parquet file with rows (" in broken("bad.parquet", "PAR1 no")
     for name in ("empty.jsonl", "empty.csv"):
         assert f"{name}: no rows" in broken(name, "")
@@ -315,13 +340,13 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         [*rows(20), {"s": "", "y": "pos"}, {"s": "x", "y": None}],
         heldout=str(tmp_path / "heldout.jsonl"),
         test=write(tmp_path / "test.csv", [{"s": "u", "y": "maybe"}]),
-        metric="pearson_spearman",
-        test_rows=0,
+        labels=["neg", "pos", "other"],
+        metric="accuracy_f1",
     )
     assert message.startswith("task 't': 6 problems")
     for part in (
-        "metric: pearson_spearman does not fit classes",
-        "test_rows: 0 must be at least 1",
+        "train.jsonl: y: no training row has the label other",
+        "metric: accuracy_f1 is for two labels, not 3",
         "heldout.jsonl: no such file",
         "train.jsonl: s: empty text: row 21",
         "train.jsonl: y: null label: row 22",
@@ -333,18 +358,19 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"text": "s"}, "text: 's' must be a list"),
-        ({"text": []}, "text: [] must be a list of one or two"),
+        ({"text": "s"}, "text\n  Input should be a valid list"),
+        ({"text": []}, "text\n  List should have at least 1 item"),
         ({"text": ["s", "y"]}, "must be different columns"),
         ({"labels": ["a", "b", "a"]}, "labels: the same name twice"),
         ({"labels": ["a", "b"], "regression": True}, "labels: regression has none"),
         ({"metric": "accuracy", "regression": True}, "metric: accuracy does not fit regression"),
-        ({"labels": ["neg", "pos", "x"], "metric": "accuracy_f1"}, "accuracy_f1 is for two labels, not 3"),
-        ({"heldout_rows": 0}, "heldout_rows: 0 must be at least 1"),
+        ({"heldout_rows": 1}, "heldout_rows\n  Input should be greater than or equal to 2"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], part: str) -> None:
-    assert part in told(tmp_path, **options)
+    with pytest.raises(ValidationError) as caught:  # a recipe tells them with its other faults
+        make(tmp_path, **options)
+    assert part in str(caught.value)
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from loraloom.errors import LoraloomError
-from loraloom.tasks.glue import GLUE, glue_task
+from loraloom.tasks.glue import GLUE, GlueTask, glue_task
 from loraloom.tasks.task import SPLITS, Task
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared/data/glue"
@@ -55,7 +55,7 @@ def test_the_table_is_that_of_glue() -> None:
 @needs_data
 @pytest.mark.parametrize("name", ["cola", "mnli", "stsb"])
 def test_rows_of_the_folder(name: str, tmp_path: Path) -> None:
-    task = glue_task(name, path=DATA, train_rows=300, heldout_rows=100, test_rows=150)
+    task = glue_task(name, GlueTask(path=DATA, train_rows=300, heldout_rows=100, test_rows=150))
     assert [len(getattr(task, split)) for split in SPLITS] == [300, 100, 150]
     train, dev = read(DATA / name / "train.jsonl"), read(DATA / name / "dev.jsonl")
     # Independent of the loader: every row, with its label, is one of the file's; no train text is in all of dev.
@@ -75,25 +75,25 @@ def test_rows_of_the_folder(name: str, tmp_path: Path) -> None:
 @needs_data
 def test_heldout_of_cola_has_its_share_of_both_labels() -> None:
     labels = [row["label"] for row in read(DATA / "cola/train.jsonl")]
-    heldout = glue_task("cola", path=DATA).heldout
+    heldout = glue_task("cola", GlueTask(path=DATA)).heldout
     assert sum(heldout["label"]) == pytest.approx(200 * sum(labels) / len(labels), abs=1)
 
 
 @needs_data
 def test_more_rows_than_there_are() -> None:
     with pytest.raises(LoraloomError, match=r"rte/dev\.jsonl: test_rows: 278 asked for, 277 left of 277"):
-        glue_task("rte", path=DATA, test_rows=278)
+        glue_task("rte", GlueTask(path=DATA, test_rows=278))
 
 
 def test_labels_follow_the_order_of_meta_json(tmp_path: Path) -> None:
     folder(tmp_path, "qnli", ["not_entailment", "entailment"])
-    task = glue_task("qnli", path=tmp_path, heldout_rows=10)
+    task = glue_task("qnli", GlueTask(path=tmp_path, heldout_rows=10))
     assert task.labels == ("not_entailment", "entailment")
     assert all(row["label"] == int(row["text_a"].split()[1]) % 2 for row in task.test)
     folder(tmp_path, "qqp", ["False", "True"])
-    assert glue_task("qqp", path=tmp_path, heldout_rows=10).labels == ("not_duplicate", "duplicate")
+    assert glue_task("qqp", GlueTask(path=tmp_path, heldout_rows=10)).labels == ("not_duplicate", "duplicate")
     folder(tmp_path, "stsb", None)
-    task = glue_task("stsb", path=tmp_path, heldout_rows=10)
+    task = glue_task("stsb", GlueTask(path=tmp_path, heldout_rows=10))
     assert (task.labels, task.outputs, task.source["note"]) == (None, 1, "made up")
 
 
@@ -107,26 +107,26 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(data, features=datasets.Features(features))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = glue_task("mnli", heldout_rows=6)
+    task = glue_task("mnli", GlueTask(heldout_rows=6))
     assert {row["text_a"].split()[0] for row in task.test} == {"validation_matched"}
     assert all(row["label"] == int(row["text_a"].split()[1]) % 3 for row in task.test)
 
 
 def test_unknown_name() -> None:
     with pytest.raises(LoraloomError, match=r"glue: no task 'SST-2'\n  did you mean 'sst2'"):
-        glue_task("SST-2")
+        glue_task("SST-2", GlueTask())
 
 
 def test_folder_faults(tmp_path: Path) -> None:
     place = folder(tmp_path, "rte", ["entailment", "not_entailment"])
     with pytest.raises(LoraloomError, match=r"cola: no such folder in .*\n  it holds rte"):
-        glue_task("cola", path=tmp_path)
+        glue_task("cola", GlueTask(path=tmp_path))
     (place / "dev.jsonl").unlink()
     with pytest.raises(LoraloomError, match=r"rte/dev\.jsonl: no such file: (did you mean|known: ).*train\.jsonl"):
-        glue_task("rte", path=tmp_path, heldout_rows=10)
+        glue_task("rte", GlueTask(path=tmp_path, heldout_rows=10))
     (place / "meta.json").write_text('{"labels": ["a", "b", "c"]}')
     with pytest.raises(LoraloomError, match=r"rte/meta\.json: labels: \['a', 'b', 'c'\], where GLUE has"):
-        glue_task("rte", path=tmp_path)
+        glue_task("rte", GlueTask(path=tmp_path))
     (place / "meta.json").write_text("{")
     with pytest.raises(LoraloomError, match=r"rte/meta\.json: cannot be read"):
-        glue_task("rte", path=tmp_path)
+        glue_task("rte", GlueTask(path=tmp_path))

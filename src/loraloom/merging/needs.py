@@ -12,7 +12,7 @@ from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter
 from loraloom.merging.registry import Rule
 from loraloom.model.probe import TaskProbe
-from loraloom.model.runner import Evaluator, label_tensor
+from loraloom.model.runner import Evaluator
 from loraloom.settings import StatisticsSettings
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import collect
@@ -61,7 +61,7 @@ def _probe(
         evaluator,
         heads,
         [evaluator.encode(found) for found in rows],
-        [label_tensor(task, found) for task, found in zip(tasks, rows, strict=True)],
-        [task.labels is None for task in tasks],
+        [task.label_tensor(found) for task, found in zip(tasks, rows, strict=True)],
+        [task.kind.regression for task in tasks],
         progress=progress,
     )

@@ -126,12 +126,7 @@ def scored(task: Task, split: str, head: Head, features: Tensor) -> Score:
 
 def labels(task: Task, split: str) -> Tensor:
     """Return the labels of one split: (k,) int64, or float32 for regression."""
-    return label_tensor(task, getattr(task, split))
-
-
-def label_tensor(task: Task, rows: Dataset) -> Tensor:
-    """Return the labels of some rows of a task: (k,) int64, or float32 for regression."""
-    return torch.tensor(rows["label"], dtype=torch.int64 if task.labels else torch.float32)
+    return task.label_tensor(getattr(task, split))
 
 
 def device() -> str:

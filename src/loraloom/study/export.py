@@ -165,6 +165,7 @@ def _task_facts(task: Task, sha256: str) -> TaskFacts:
         metric=task.metric,
         labels=list(task.labels) if task.labels else None,
         rows={split: len(getattr(task, split)) for split in SPLITS},
+        dropped=task.dropped,
         majority=_majority(task),
         sha256=sha256,
         example=text if len(text) <= 200 else text[:199] + "…",
@@ -172,12 +173,9 @@ def _task_facts(task: Task, sha256: str) -> TaskFacts:
 
 
 def _majority(task: Task) -> float | None:
-    if task.labels is None:
-        return None
-    commonest = int(labels(task, "train").mode().values)
     true = labels(task, "test")
-    constant = torch.nn.functional.one_hot(torch.full_like(true, commonest), len(task.labels)).float()
-    return metric_value(task.metric, constant, true)
+    constant = task.kind.constant(labels(task, "train"), len(true))
+    return None if constant is None else metric_value(task.metric, constant, true)
 
 
 def _notes(study: Study) -> list[str]:

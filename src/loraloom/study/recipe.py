@@ -29,7 +29,11 @@ from loraloom.settings import (
     explained,
 )
 from loraloom.starts.options import DEFAULT, StartOptions
+from loraloom.tasks.builtin import BuiltinTask
+from loraloom.tasks.files import FileTask
+from loraloom.tasks.glue import GlueTask
 from loraloom.tasks.sources import SUFFIXES
+from loraloom.tasks.task import TaskOptions
 
 PROBE_TEXTS = 100  # a task, for a rule that looks at texts
 
@@ -83,48 +87,8 @@ class MergeSettings(Settings):
         return get_rule(self.rule).check(self.options)[0]
 
 
-class _TaskOptions(Settings):
-    """What a task of any source takes."""
-
-    train_rows: int | None = Field(None, ge=2, description="so many, drawn at random; all without")
-    heldout_rows: int = Field(200, ge=2, description="cut from the training rows")
-    test_rows: int | None = Field(None, ge=2)
-    epochs: int | None = Field(None, ge=1, description="in place of training.epochs")
-
-
-class BuiltinTask(_TaskOptions):
-    """A task of the embedded default, made from the documentation of installed packages."""
-
-    source: Literal["builtin"]
-    train_rows: int = Field(600, ge=2)
-    heldout_rows: int = Field(150, ge=2)
-    test_rows: int = Field(300, ge=2)
-
-
-class GlueTask(_TaskOptions):
-    """One of the eight GLUE tasks, from a folder of JSONL or from the hub."""
-
-    source: Literal["glue"]
-    path: Path | None = Field(None, description="folder with <task>/{train,dev}.jsonl; the hub's nyu-mll/glue without")
-
-
-class FileTask(_TaskOptions):
-    """A task from JSONL, CSV, TSV or Parquet files, or `org/name` on the hub."""
-
-    source: Literal["files"]
-    train: str
-    test: str
-    heldout: str | None = Field(None, description="cut from the training rows where absent")
-    text: list[str] = Field(min_length=1, max_length=2, description="one or two text columns")
-    label: str = Field("label", description="label column")
-    labels: list[str] | None = Field(None, description="label values in order; sorted where absent")
-    metric: Literal["accuracy", "matthews", "accuracy_f1", "pearson_spearman"] | None = None
-    regression: bool = False
-    description: str = ""
-
-
 TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask, Field(discriminator="source")]
-_SOURCES: dict[str, type[_TaskOptions]] = {"builtin": BuiltinTask, "glue": GlueTask, "files": FileTask}
+_SOURCES: dict[str, type[TaskOptions]] = {"builtin": BuiltinTask, "glue": GlueTask, "files": FileTask}
 
 
 def slug(name: str) -> str:

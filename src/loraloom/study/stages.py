@@ -25,10 +25,10 @@ from loraloom.settings import AlignmentSettings, LoraSettings, StatisticsSetting
 from loraloom.starts.initialise import initialise
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import collect
-from loraloom.study.recipe import BuiltinTask, GlueTask, InitSettings, TaskSettings
-from loraloom.tasks.builtin import builtin_task, source_versions
+from loraloom.study.recipe import InitSettings, TaskSettings
+from loraloom.tasks.builtin import BuiltinTask, builtin_task, source_versions
 from loraloom.tasks.files import file_task
-from loraloom.tasks.glue import glue_task
+from loraloom.tasks.glue import GlueTask, glue_task
 from loraloom.tasks.task import Task
 from loraloom.training import lora_config
 
@@ -37,12 +37,11 @@ SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "hea
 
 def build_task(name: str, settings: TaskSettings) -> Task:
     """Return the task that a recipe names. Raises LoraloomError that tells all that is wrong with its rows."""
-    options = settings.model_dump(exclude={"source", "epochs"})
     if isinstance(settings, BuiltinTask):
-        return builtin_task(name, **options)
+        return builtin_task(name, settings)
     if isinstance(settings, GlueTask):
-        return glue_task(name, **options)
-    return file_task(name, **options)
+        return glue_task(name, settings)
+    return file_task(name, settings)
 
 
 def task_inputs(name: str, settings: TaskSettings) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import datasets
+from pydantic import Field
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.tasks.builtin_text import (
@@ -31,7 +32,7 @@ from loraloom.tasks.builtin_text import (
     place,
     split_of,
 )
-from loraloom.tasks.task import SPLITS, Metric, Task
+from loraloom.tasks.task import SPLITS, Metric, Task, TaskOptions
 
 
 @dataclass(frozen=True)
@@ -183,26 +184,24 @@ _PLANS = {
 BUILTIN_NAMES = tuple(_PLANS)
 
 
-def builtin_tasks(*, train_rows: int, heldout_rows: int, test_rows: int, seed: int = 0) -> dict[str, Task]:
-    """Return every built-in task, by name, with the asked numbers of rows, the labels in equal shares.
+class BuiltinTask(TaskOptions):
+    """A task of the embedded default, made from the documentation of installed packages."""
 
-    Raises LoraloomError, naming every task and label, where this installation has too few rows.
+    source: Literal["builtin"] = "builtin"
+    train_rows: int = Field(600, ge=2)
+    heldout_rows: int = Field(150, ge=2)
+    test_rows: int = Field(300, ge=2)
+
+
+def builtin_task(name: str, options: BuiltinTask, *, seed: int = 0) -> Task:
+    """Return one built-in task with the asked numbers of rows, the labels in equal shares.
+
+    Raises LoraloomError for an unknown name and, naming every label, where this installation has too few rows.
     """
-    counts = dict(zip(SPLITS, (train_rows, heldout_rows, test_rows), strict=True))
-    _check_counts(BUILTIN_NAMES, counts, seed)
-    return {name: _task(name, counts, seed) for name in BUILTIN_NAMES}
-
-
-def builtin_task(name: str, *, train_rows: int, heldout_rows: int, test_rows: int, seed: int = 0) -> Task:
-    """Return one built-in task, as `builtin_tasks` does. Raises LoraloomError for an unknown name too."""
     if name not in _PLANS:
         raise LoraloomError(f"no built-in task is called {name!r}", did_you_mean(name, BUILTIN_NAMES))
-    counts = dict(zip(SPLITS, (train_rows, heldout_rows, test_rows), strict=True))
-    _check_counts((name,), counts, seed)
-    return _task(name, counts, seed)
-
-
-def _task(name: str, counts: dict[str, int], seed: int) -> Task:
+    counts = dict(zip(SPLITS, (options.train_rows, options.heldout_rows, options.test_rows), strict=True))
+    _check_counts(name, counts, seed)
     plan = _PLANS[name]
     drawn = _drawn(name, counts, seed)
     pools = _pools(name, seed)
@@ -248,21 +247,20 @@ def _shares(rows: int, labels: int) -> list[int]:
     return [rows // labels + (label < rows % labels) for label in range(labels)]
 
 
-def _check_counts(names: Sequence[str], counts: dict[str, int], seed: int) -> None:
+def _check_counts(name: str, counts: dict[str, int], seed: int) -> None:
     problems = []
-    for name, (split, rows) in itertools.product(names, counts.items()):
-        labels = _PLANS[name].labels
+    labels = _PLANS[name].labels
+    for split, rows in counts.items():
         if rows < len(labels):
-            problems.append(f"task {name!r}: {rows} {split} rows asked, fewer than its {len(labels)} labels")
+            problems.append(f"{rows} {split} rows asked, fewer than its {len(labels)} labels")
         for label, share in enumerate(_shares(rows, len(labels))):
             available = len(_pools(name, seed)[split, label])
             if share > available:
                 problems.append(
-                    f"task {name!r}: {rows} {split} rows need {share} of label {labels[label]!r}, "
-                    f"this installation has {available}"
+                    f"{rows} {split} rows need {share} of label {labels[label]!r}, this installation has {available}"
                 )
     hint = "ask for other numbers of rows; " + _installed_hint()
-    raise_problems("built-in tasks", problems, hint)
+    raise_problems(f"built-in task {name!r}", problems, hint)
 
 
 def _installed_hint() -> str:

@@ -2,192 +2,196 @@
 
 from __future__ import annotations
 
-import math
+import difflib
+import itertools
 import random
-import re
+import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import datasets
+from pydantic import Field, model_validator
 
-from loraloom.errors import did_you_mean, raise_problems
-from loraloom.tasks.sources import Table, first_few, read_table
-from loraloom.tasks.task import Metric, Task
+from loraloom.errors import did_you_mean, first_few, raise_problems
+from loraloom.tasks.classify import Classify, label_name
+from loraloom.tasks.regress import Regress
+from loraloom.tasks.sources import Table, check_unicode, read_table
+from loraloom.tasks.task import Metric, Task, TaskKind, TaskOptions
 
-_Row = dict[str, Any]
+_Row = dict[str, Any]  # text_a, perhaps text_b, label
+
+_SHOWN_COLUMNS, _SHOWN = 20, 100  # columns of a file, and characters of a name, in messages
 
 
-def file_task(
-    name: str,
-    *,
-    train: str,
-    test: str,
-    heldout: str | None = None,
-    text: Sequence[str],
-    label: str,
-    labels: Sequence[str] | None = None,
-    metric: Metric | None = None,
-    regression: bool = False,
-    train_rows: int | None = None,
-    heldout_rows: int = 200,
-    test_rows: int | None = None,
-    seed: int = 0,
-    description: str = "",
-) -> Task:
+class FileTask(TaskOptions):
+    """A task from JSONL, JSON, CSV, TSV or Parquet files, or `org/name` on the hub."""
+
+    source: Literal["files"] = "files"
+    train: str = Field(description="a file, or a data set on the hub: org/name, org/name:config#split")
+    test: str
+    heldout: str | None = Field(None, description="cut from the training rows where absent")
+    text: list[str] = Field(min_length=1, max_length=2, description="one or two text columns")
+    label: str = Field("label", description="label column")
+    labels: list[str] | None = Field(
+        None, description="label values in order, for which 0, 1, ... may stand in rows; sorted where absent"
+    )
+    metric: Metric | None = Field(None, description="accuracy, or pearson_spearman for regression, where absent")
+    regression: bool = Field(False, description="labels are numbers")
+    empty: Literal["refuse", "drop"] = Field(
+        "refuse", description="what a row without text does: the file is refused, or the row left out and counted"
+    )
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _fit(self) -> FileTask:
+        problems = []
+        kind = Regress if self.regression else Classify
+        if len({*self.text, self.label}) <= len(self.text):
+            problems.append(f"text: {self.text} and label {self.label!r} must be different columns")
+        if self.regression and self.labels is not None:
+            problems.append("labels: regression has none: leave out one of the two")
+        if self.labels is not None and len(set(map(label_name, self.labels))) < len(self.labels):
+            problems.append(f"labels: the same name twice in {self.labels}")
+        if self.metric is not None and self.metric not in kind.metrics:
+            problems.append(f"metric: {self.metric} does not fit {kind.words}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Return what is read, by split."""
+        named = {"train": self.train, "heldout": self.heldout, "test": self.test}
+        return {split: source for split, source in named.items() if source is not None}
+
+    @property
+    def asked(self) -> dict[str, int | None]:
+        """Return how many rows are wanted, by split; None for all."""
+        return {"train": self.train_rows, "heldout": self.heldout_rows, "test": self.test_rows}
+
+
+def file_task(name: str, options: FileTask, *, seed: int = 0) -> Task:
     """Read a task from files or from the Hub.
-
-    `train`, `test` and `heldout` each name a file (.jsonl, .json, .csv, .tsv, .parquet) or a data set on the Hub,
-    `org/name:config#split`, as in "nyu-mll/glue:sst2#train"; `:config` and `#split` may be left out (the split is then
-    train, test or validation).
-
-    `text` names one or two text columns, `label` the label column. Labels are strings or numbers, shown as strings;
-    `labels` gives their order (else: the training labels in natural order, 2 before 10). Where no name in `labels` is a
-    number, the numbers 0, 1, ... stand for its places. With `regression`, labels are finite numbers and `labels` is
-    None. `metric` is accuracy for classes and pearson_spearman for regression unless given.
 
     Leak-free: a training (or given held-out) row whose texts are exactly those of a row of `test` is dropped and
     counted in `Task.source["overlap"]`. Without `heldout`, `heldout_rows` rows are cut from the training rows, spread
     evenly over the labels, never from `test`. A training row that repeats the texts of a held-out row is dropped and
     counted in `Task.source["repeats"]`. `train_rows`, `heldout_rows` and `test_rows` keep the first rows of a shuffle
     with `seed`, so a smaller sample is the start of a larger one and held-out rows do not depend on `train_rows`.
+    Rows without text that `empty: drop` leaves out are counted in `Task.source["empty"]`.
 
     Raises LoraloomError telling all faults at once, each with its file, column and rows (counted from 1, without
     header and blank lines).
     """
-    asked = {"train": train_rows, "heldout": heldout_rows, "test": test_rows}
-    problems = _option_problems(labels, metric, regression, asked)
-    text_problem = _text_problem(text, label)
-    if text_problem:  # without its columns no source can be read
-        raise_problems(f"task {name!r}", [*text_problem, *problems])
-    sources = {"train": train, "heldout": heldout, "test": test}
-    wanted = {split: source for split, source in sources.items() if source is not None}
-    read = {split: _read(split, source, (*text, label), problems) for split, source in wanted.items()}
-    tables = {split: table for split, table in read.items() if table is not None}
-    codes = None if regression else _codes(tables, label, labels, problems)
-    if codes is not None and metric == "accuracy_f1" and len(codes.names) != 2:
-        problems.append(f"metric: accuracy_f1 is for two labels, not {len(codes.names)}")
-    rows = {split: _checked_rows(table, text, label, codes, problems) for split, table in tables.items()}
-    splits: dict[str, list[_Row]] = {}
+    tables, problems = _tables(options)
+    kind, faults = _kind(tables, options)
+    problems += faults
+    checked = {split: _checked(table, options, kind) for split, table in tables.items()}
+    problems += [problem for one in checked.values() for problem in one.problems]
+    parts: dict[str, list[_Row]] = {}
     dropped: dict[str, int] = {}
-    if len(rows) == len(wanted):
-        splits, dropped = _leak_free_splits(rows, wanted, asked, seed, problems)
-        if not regression and not problems and len({row["label"] for row in splits["train"]}) == 1:
-            problems.append(f"{train}: {label}: all training rows left have one label: ask for more train_rows")
-    raise_problems(f"task {name!r}", problems)
-    features = _features(len(text), regression)
+    if len(checked) == len(options.sources):  # a split is missing, and that has been told
+        rows = {split: one.rows for split, one in checked.items()}
+        parts, dropped, faults = _leak_free(rows, options, seed)
+        problems += faults
+        if not options.regression and not problems and len({row["label"] for row in parts["train"]}) == 1:
+            problems.append(
+                f"{options.train}: {options.label}: all training rows left have one label: ask for more train_rows"
+            )
+    without_text = any(": empty text: " in problem or ": null text: " in problem for problem in problems)
+    hint = "`empty: drop` in the recipe leaves rows without text out" if without_text else ""
+    raise_problems(f"task {name!r}", problems, hint)
+    features = _features(options, kind)
     return Task(
         name=name,
-        labels=None if codes is None else tuple(codes.names),
-        metric=metric or ("pearson_spearman" if regression else "accuracy"),
-        description=description,
-        source={**sources, "text": list(text), "label": label, "seed": seed, **dropped},
-        **{split: datasets.Dataset.from_list(part, features=features) for split, part in splits.items()},
+        labels=kind.labels if isinstance(kind, Classify) else None,
+        metric=options.metric or kind.metrics[0],
+        description=options.description,
+        source={
+            **{split: getattr(options, split) for split in options.asked},
+            "text": options.text,
+            "label": options.label,
+            "seed": seed,
+            "empty": sum(one.empty for one in checked.values()),
+            **dropped,
+        },
+        **{split: datasets.Dataset.from_list(part, features=features) for split, part in parts.items()},
     )
 
 
-def _text_problem(text: Sequence[str], label: str) -> list[str]:
-    if isinstance(text, str) or len(text) not in (1, 2):
-        return [f"text: {text!r} must be a list of one or two column names"]
-    if len({*text, label}) <= len(text):
-        return [f"text: {list(text)} and label {label!r} must be different columns"]
-    return []
+def _features(options: FileTask, kind: TaskKind) -> datasets.Features:
+    columns = {column: datasets.Value("string") for column in ("text_a", "text_b")[: len(options.text)]}
+    return datasets.Features({**columns, "label": datasets.Value(kind.column)})
 
 
-def _option_problems(
-    labels: Sequence[str] | None, metric: Metric | None, regression: bool, asked: Mapping[str, int | None]
-) -> list[str]:
-    problems = []
-    if regression and labels is not None:
-        problems.append("labels: regression has none: leave out one of the two")
-    if labels is not None and len(set(map(_shown, labels))) < len(labels):
-        problems.append(f"labels: the same name twice in {list(labels)}")
-    if metric is not None and regression != (metric == "pearson_spearman"):
-        problems.append(f"metric: {metric} does not fit {'regression' if regression else 'classes'}")
-    short = [
-        f"{split}_rows: {count} must be at least 1" for split, count in asked.items() if count is not None and count < 1
-    ]
-    return problems + short
-
-
-def _features(texts: int, regression: bool) -> datasets.Features:
-    columns = {column: datasets.Value("string") for column in ("text_a", "text_b")[:texts]}
-    return datasets.Features({**columns, "label": datasets.Value("float64" if regression else "int64")})
-
-
-def _read(split: str, source: str, wanted: Sequence[str], problems: list[str]) -> Table | None:
-    """Return the rows of `source`, or None after adding to `problems` why they cannot be used."""
-    try:
-        table = read_table(source, split, wanted)
-    except ValueError as error:
-        problems.append(f"{source}: {error}")
-        return None
-    missing = [column for column in dict.fromkeys(wanted) if column not in table.columns]
-    if not table.columns or not (missing or table.rows):
-        problems.append(f"{source}: no rows")
-        return None
-    problems.extend(f"{source}: no column {column!r}: {did_you_mean(column, table.columns)}" for column in missing)
-    return None if missing else table
-
-
-# Checking: labels become indices or floats; faults are gathered by file, column and kind.
-
-
-class _Codes(NamedTuple):
-    """Label names in order, and the index of everything a row may write for one."""
-
-    names: list[str]
-    places: dict[str, int]
-
-
-def _codes(tables: Mapping[str, Table], label: str, labels: Sequence[str] | None, problems: list[str]) -> _Codes:
-    """Return the labels, given or found in the training rows (or, where those are unreadable, in the next table)."""
-    table = next(iter(tables.values()), None)
-    values = [] if table is None else [row.get(label) for row in table.rows]
-    found = {_shown(value) for value in values if not _is_null(value)}
-    names = [_shown(name) for name in labels] if labels is not None else sorted(found, key=_natural)
-    places = {name: place for place, name in enumerate(names)}
-    if labels is not None and not any(name.isdecimal() for name in names):
-        places |= {str(place): place for place in range(len(names))}
-    if "train" in tables:
-        where = f"{tables['train'].source}: {label}"
-        fractions = [name for name in names if labels is None and re.fullmatch(r"-?\d*\.\d+", name)]
-        seen = {places.get(shown) for shown in found}
-        absent = [name for name in names if places[name] not in seen]
-        if fractions:
-            problems.append(
-                f"{where}: {first_few(fractions)} are scores, not classes: set regression, or list the labels"
-            )
-        elif absent:
-            problems.append(f"{where}: no training row has the label {first_few(absent)}")
-        elif len(names) < 2:
-            problems.append(f"{where}: one class alone ({first_few(names) or 'none'}): a task needs two or more")
-    return _Codes(names, places)
-
-
-def _checked_rows(
-    table: Table, text: Sequence[str], label: str, codes: _Codes | None, problems: list[str]
-) -> list[_Row]:
-    """Return rows with text_a, text_b and label; a faulty field is told in `problems` and stands as "" or 0."""
-    faults: dict[tuple[str, str], list[str]] = defaultdict(list)
-
-    def checked(number: int, column: str, value: Any, check: Callable[[Any], Any], stand_in: Any) -> Any:
+def _tables(options: FileTask) -> tuple[dict[str, Table], list[str]]:
+    """Return the table of every split that can be used, and why the others cannot."""
+    tables, problems = {}, []
+    wanted = (*options.text, options.label)
+    for split, source in options.sources.items():
         try:
-            return check(value)
+            table = read_table(source, split, wanted)
         except ValueError as error:
-            faults[column, str(error)].append(f"row {number} ({_short(value)})")
-            return stand_in
+            problems.append(f"{source}: {error}")
+            continue
+        missing = [column for column in dict.fromkeys(wanted) if column not in table.columns]
+        if not table.columns or not (missing or table.rows):
+            problems.append(f"{source}: no rows")
+        elif missing:
+            problems += [f"{source}: no column {column!r}: {_nearest(column, table)}" for column in missing]
+        else:
+            tables[split] = table
+    return tables, problems
 
-    def check_label(value: Any) -> int | float:
-        return _number(value) if codes is None else _class(value, codes)
 
-    rows = []
+def _nearest(column: str, table: Table) -> str:
+    names = [name[:_SHOWN] for name in itertools.islice(table.columns, 1000)]
+    return did_you_mean(column, difflib.get_close_matches(column, names) or names[:_SHOWN_COLUMNS])
+
+
+def _kind(tables: Mapping[str, Table], options: FileTask) -> tuple[TaskKind, list[str]]:
+    """Return the task's kind, and what is wrong with its labels or metric.
+
+    Classes are those of the training rows or, where these cannot be used, of the next table there is.
+    """
+    if options.regression:
+        return Regress(), []
+    table = next(iter(tables.values()), None)
+    values = [row.get(options.label) for row in table.rows] if table else []
+    kind, faults = Classify.of_rows(values, options.labels)
+    problems = [f"{options.train}: {options.label}: {fault}" for fault in faults if "train" in tables]
+    return kind, problems + (kind.metric_problems(options.metric) if options.metric else [])
+
+
+class _Checked(NamedTuple):
+    """The rows of a table, what is wrong with any, and how many `empty` ones were left out."""
+
+    rows: list[_Row]
+    problems: list[str]
+    empty: int
+
+
+def _checked(table: Table, options: FileTask, kind: TaskKind) -> _Checked:
+    """Check every row; faults are gathered by column and kind."""
+    faults: dict[tuple[str, str], list[str]] = defaultdict(list)
+    rows: list[_Row] = []
+    empty = 0
+    names = dict(zip(("text_a", "text_b"), options.text, strict=False))
     for number, row in enumerate(table.rows, start=1):
-        texts = (checked(number, column, row.get(column), _text, "") for column in text)
-        checked_row = dict(zip(("text_a", "text_b"), texts, strict=False))
-        rows.append({**checked_row, "label": checked(number, label, row.get(label), check_label, 0)})
-    problems.extend(f"{table.source}: {column}: {kind}: {first_few(where)}" for (column, kind), where in faults.items())
-    return rows
+        if options.empty == "drop" and any(_is_empty(row.get(column)) for column in options.text):
+            empty += 1
+            continue
+        found: _Row = {}
+        for name, column in {**names, "label": options.label}.items():
+            try:
+                found[name] = kind.read(row.get(column)) if name == "label" else _text(row.get(column))
+            except ValueError as error:
+                faults[column, str(error)].append(f"row {number} ({reprlib.repr(row.get(column))})")
+                found[name] = 0 if name == "label" else ""  # so that no split is told to be short of it
+        rows.append(found)
+    problems = [f"{table.source}: {column}: {what}: {first_few(where)}" for (column, what), where in faults.items()]
+    return _Checked(rows, problems, empty)
 
 
 def _text(value: Any) -> str:
@@ -195,74 +199,30 @@ def _text(value: Any) -> str:
         raise ValueError("null text")
     if not isinstance(value, str):
         raise ValueError("not a text")
-    if not value.strip():
+    if _is_empty(value):
         raise ValueError("empty text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair, which is no Unicode text") from None
+    check_unicode(value)
     return value
 
 
-def _number(value: Any) -> float:
-    if _is_null(value):
-        raise ValueError("null label")
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError("not a finite number")
-    return number
-
-
-def _class(value: Any, codes: _Codes) -> int:
-    if _is_null(value):
-        raise ValueError("null label")
-    if not isinstance(value, (str, int, float)):
-        raise ValueError("neither a string nor a number")
-    if _shown(value) not in codes.places:
-        raise ValueError(f"unknown label (known: {', '.join(codes.names[:20])})")
-    return codes.places[_shown(value)]
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or str(value).strip().lower() in ("", "nan")
-
-
-def _shown(value: Any) -> str:
-    """Return a label as a string; whole floats as integers, since a column with a gap turns 1 into 1.0."""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
-
-
-def _natural(name: str) -> tuple[Any, ...]:
-    if re.fullmatch(r"-?\d+(\.\d+)?", name):
-        return (0, float(name), name)
-    return (1, [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 # Splitting.
 
 
-def _leak_free_splits(
-    rows: Mapping[str, list[_Row]],
-    sources: Mapping[str, str],
-    asked: Mapping[str, int | None],
-    seed: int,
-    problems: list[str],
-) -> tuple[dict[str, list[_Row]], dict[str, int]]:
-    """Return the three splits, no text of one in another, and how many rows were dropped for that."""
+def _leak_free(
+    rows: Mapping[str, list[_Row]], options: FileTask, seed: int
+) -> tuple[dict[str, list[_Row]], dict[str, int], list[str]]:
+    """Return the three splits, no text of one in another; how many rows were dropped for that; and which are short."""
+    asked = options.asked
     train, held_in_test = _without(rows["train"], rows["test"])
     if "heldout" in rows:
         heldout, more = _without(rows["heldout"], rows["test"])
         held_in_test += more
     else:
-        heldout = _spread(train, asked["heldout"] or 1, seed)
+        heldout = _spread(train, options.heldout_rows, seed)
         chosen = set(map(id, heldout))
         train = [row for row in train if id(row) not in chosen]
     train, repeats = _without(train, heldout)
@@ -273,14 +233,15 @@ def _leak_free_splits(
         "heldout": f" ({held_in_test} are in test)",
         "test": "",
     }
+    problems = []
     for split, part in splits.items():
         if len(part) < (asked[split] or 1):
             origin = split if split in rows else "train"
             wanted = asked[split] or "at least 1"
             there = f"{len(part)} left of {len(rows[origin])}{lost[split]}"
-            problems.append(f"{sources[origin]}: {split}_rows: {wanted} asked for, {there}")
+            problems.append(f"{options.sources[origin]}: {split}_rows: {wanted} asked for, {there}")
     drawn = {split: _draw(part, asked[split], seed) for split, part in splits.items()}
-    return drawn, {"overlap": held_in_test, "repeats": repeats}
+    return drawn, {"overlap": held_in_test, "repeats": repeats}, problems
 
 
 def _texts(row: _Row) -> tuple[str, str | None]:

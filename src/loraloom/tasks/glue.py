@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from loraloom.errors import LoraloomError, did_you_mean
-from loraloom.tasks.files import file_task
-from loraloom.tasks.task import Metric, Task
+from loraloom.tasks.files import FileTask, file_task
+from loraloom.tasks.task import Metric, Task, TaskOptions
 
 
 @dataclass(frozen=True)
-class GlueTask:
+class _Facts:
     """Columns on the Hub, labels in the order of their integers (None: a score), metric as GLUE reports it."""
 
     text: tuple[str, ...]
@@ -26,54 +28,53 @@ class GlueTask:
 _ENTAILMENT = ("entailment", "not_entailment")
 
 GLUE = {
-    "cola": GlueTask(
+    "cola": _Facts(
         ("sentence",), ("unacceptable", "acceptable"), "matthews", "CoLA: is the sentence acceptable English?"
     ),
-    "sst2": GlueTask(("sentence",), ("negative", "positive"), "accuracy", "SST-2: does the review like the film?"),
-    "mrpc": GlueTask(
+    "sst2": _Facts(("sentence",), ("negative", "positive"), "accuracy", "SST-2: does the review like the film?"),
+    "mrpc": _Facts(
         ("sentence1", "sentence2"),
         ("not_equivalent", "equivalent"),
         "accuracy_f1",
         "MRPC: do two sentences from the news say the same?",
     ),
-    "qqp": GlueTask(
+    "qqp": _Facts(
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
         "accuracy_f1",
         "QQP: do two questions on Quora ask the same?",
     ),
-    "stsb": GlueTask(
+    "stsb": _Facts(
         ("sentence1", "sentence2"), None, "pearson_spearman", "STS-B: how alike are two sentences, from 0 to 5?"
     ),
-    "mnli": GlueTask(
+    "mnli": _Facts(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
         "accuracy",
         "MNLI: does the premise entail the hypothesis, contradict it, or neither?",
         dev="validation_matched",
     ),
-    "qnli": GlueTask(
+    "qnli": _Facts(
         ("question", "sentence"), _ENTAILMENT, "accuracy", "QNLI: does the sentence hold the answer to the question?"
     ),
-    "rte": GlueTask(("sentence1", "sentence2"), _ENTAILMENT, "accuracy", "RTE: does the first text entail the second?"),
+    "rte": _Facts(("sentence1", "sentence2"), _ENTAILMENT, "accuracy", "RTE: does the first text entail the second?"),
 }
 
 
-def glue_task(
-    name: str,
-    *,
-    path: str | Path | None = None,
-    train_rows: int | None = None,
-    heldout_rows: int = 200,
-    test_rows: int | None = None,
-    seed: int = 0,
-) -> Task:
+class GlueTask(TaskOptions):
+    """One of the eight GLUE tasks, from a folder of JSONL or from the hub."""
+
+    source: Literal["glue"] = "glue"
+    path: Path | None = Field(None, description="folder with <task>/{train,dev}.jsonl; the hub's nyu-mll/glue without")
+
+
+def glue_task(name: str, options: GlueTask, *, seed: int = 0) -> Task:
     """Read one task of `GLUE`; its dev rows become `test`, since GLUE's own test labels are secret.
 
-    `path` is a folder with `<name>/train.jsonl`, `dev.jsonl` (text_a, perhaps text_b, label) and `meta.json`, whose
+    The path is a folder with `<name>/train.jsonl`, `dev.jsonl` (text_a, perhaps text_b, label) and `meta.json`, whose
     `labels` say what the integers stand for where they are names; its `note` and `licence` are kept in `Task.source`.
-    Without `path` the rows come from nyu-mll/glue on the Hub. Held-out rows are cut from the training rows; sampling
-    and leak rules are those of `file_task`.
+    Without it the rows come from nyu-mll/glue on the Hub. Held-out rows are cut from the training rows; sampling and
+    leak rules are those of `file_task`.
 
     Raises LoraloomError for an unknown name, and for what `file_task` finds wrong.
     """
@@ -82,27 +83,23 @@ def glue_task(
     glue = GLUE[name]
     labels, facts = glue.labels, {}
     train, test, text = f"nyu-mll/glue:{name}#train", f"nyu-mll/glue:{name}#{glue.dev}", glue.text
-    if path is not None:
-        folder = Path(path) / name
+    if options.path is not None:
+        folder = options.path / name
         meta = _read_meta(folder)
         labels = _label_order(folder / "meta.json", meta.get("labels"), glue.labels)
         facts = {key: meta[key] for key in ("note", "licence") if meta.get(key)}
         train, test, text = str(folder / "train.jsonl"), str(folder / "dev.jsonl"), ("text_a", "text_b")[: len(text)]
-    task = file_task(
-        name,
+    rows = FileTask(
         train=train,
         test=test,
-        text=text,
-        label="label",
-        labels=labels,
+        text=list(text),
+        labels=None if labels is None else list(labels),
         metric=glue.metric,
         regression=labels is None,
-        train_rows=train_rows,
-        heldout_rows=heldout_rows,
-        test_rows=test_rows,
-        seed=seed,
         description=glue.description,
+        **options.model_dump(include=set(TaskOptions.model_fields)),
     )
+    task = file_task(name, rows, seed=seed)
     return replace(task, source={**task.source, **facts})
 
 

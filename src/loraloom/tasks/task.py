@@ -9,12 +9,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import torch
+from pydantic import Field
+from torch import Tensor
 
 from loraloom.errors import LoraloomError
 from loraloom.files.atomic import staged_folder
+from loraloom.settings import Settings
+from loraloom.tasks.classify import Classify, ClassMetric
+from loraloom.tasks.regress import NumberMetric, Regress
 
-Metric = Literal["accuracy", "matthews", "accuracy_f1", "pearson_spearman"]
+Metric = Literal[ClassMetric, NumberMetric]
+TaskKind = Classify | Regress
 SPLITS = ("train", "heldout", "test")
+_DROPPED = {"empty": "without text", "overlap": "also in test", "repeats": "also in held-out"}  # of Task.source
+
+
+class TaskOptions(Settings):
+    """What a task of any source takes in a recipe."""
+
+    train_rows: int | None = Field(None, ge=2, description="so many, drawn at random; all without")
+    heldout_rows: int = Field(200, ge=2, description="cut from the training rows")
+    test_rows: int | None = Field(None, ge=2)
+    epochs: int | None = Field(None, ge=1, description="in place of training.epochs")
 
 
 @dataclass(frozen=True)
@@ -36,9 +53,24 @@ class Task:
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def kind(self) -> TaskKind:
+        """Return what training and measuring need to know of this kind of task."""
+        return Classify(self.labels) if self.labels else Regress()
+
+    @property
     def outputs(self) -> int:
-        """Return the width of the task's head: one logit a label, or one for regression."""
-        return len(self.labels) if self.labels else 1
+        """Return the width of the task's head."""
+        return self.kind.outputs
+
+    def label_tensor(self, rows: datasets.Dataset) -> Tensor:
+        """Return the labels of some rows of the task: (k,) int64, or float32 for regression."""
+        return torch.tensor(rows["label"], dtype=self.kind.dtype)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Return how many rows of the sources were left out, by why."""
+        counts = {why: self.source.get(key, 0) for key, why in _DROPPED.items()}
+        return {why: count for why, count in counts.items() if count}
 
     @property
     def text_columns(self) -> tuple[str, ...]:
