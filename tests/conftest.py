@@ -14,6 +14,14 @@ import tiny_study
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """A folder with adapters and statistics of three tasks; see `tiny_files`."""
+    import tiny_files
+
+    return tiny_files.write_three(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with recipe.yaml and, in `study`, what a run of it left; read it, change nothing."""

@@ -30,7 +30,7 @@ def test_lines_when_a_kind_begins_every_ten_seconds_and_when_it_ends(
         clock[0] = 3700
         reporter.reach("training", 3)
         reporter.begin("nothing", 0)
-        assert list(reporter.each("layers", "ab", 2)) == ["a", "b"]
+        assert list(reporter.each("layers", "ab")) == ["a", "b"]
         reporter.begin("loading", 1)
     out, err = capsys.readouterr()
     assert out == ""

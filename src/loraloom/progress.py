@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, TypeVar
@@ -55,9 +55,9 @@ class Reporter:
         if self._shown:
             self._shown.update(kind, advance=1, detail="")
 
-    def each(self, kind: str, items: Iterable[T], total: int) -> Iterator[T]:
-        """Yield `items`, of which there are `total`, and count each as done when the next is asked for."""
-        self.begin(kind, total)
+    def each(self, kind: str, items: Collection[T]) -> Iterator[T]:
+        """Yield `items`, and count each as a stage of the kind that is done when the next is asked for."""
+        self.begin(kind, len(items))
         for item in items:
             yield item
             self.advance(kind)

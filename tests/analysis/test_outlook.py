@@ -68,10 +68,10 @@ def test_figures_of_a_start_are_means_over_inputs_and_tasks() -> None:
     found = outlook({f"t{i}": statistics(rows(i, loud=4 * i)) for i in range(2)}, 2)
     object.__setattr__(found, "starts", {"made": values})
     told = found.of_start("made")
-    assert told["own"] == pytest.approx(0.4)
-    assert told["own / others"] == pytest.approx(6.25 / 4)
-    assert told["worst input"] == pytest.approx(0.625)
-    assert told["interference"] == pytest.approx((0.5 + 1 + 1 + 2) / 4)
+    assert told.own == pytest.approx(0.4)
+    assert told.own_to_others == pytest.approx(6.25 / 4)
+    assert told.worst_input == pytest.approx(0.625)
+    assert told.interference == pytest.approx((0.5 + 1 + 1 + 2) / 4)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

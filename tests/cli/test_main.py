@@ -133,11 +133,11 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     told = said("align", tmp_path / "by-default", out, tone, "--recipe", recipe)
     assert told["heads"] == {"mood": "heads/mood.safetensors", "tone": "heads/tone.safetensors"}
     told = said("inspect", out, own, other)
-    assert told["files"][str(out)]["heads"] == ["mood"]
-    assert told["files"][str(own)]["texts"] == 12
-    assert [len(row) for row in told["responses"]["rows"].values()] == [2]
+    assert told["adapters"][0]["heads"] == ["mood"]
+    assert told["statistics"][0]["texts"] == 12
+    assert [len(row) for row in told["responses"]["overall"]] == [2]
     told = said("inspect", out, tone, out)
-    assert [len(row) for row in told["overlaps"]["rows of A"]] == [2, 2]
+    assert [len(row) for row in told["overlaps"]["rows_of_a"]] == [2, 2]
     shutil.copytree(out, tmp_path / "twin")
     assert "started from nearly the same A (overlap 1.00)" in hints("inspect", out, tmp_path / "twin")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from loraloom.adapters.lowrank import update_bases
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import raise_problems
+from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import cover_problems
 from loraloom.statistics.moments import Moment
@@ -43,7 +44,9 @@ class Responses:
         return found
 
 
-def responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> Responses:
+def responses(
+    adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics], reporter: Reporter | None = None
+) -> Responses:
     """Return the responses of every adapter to the inputs in every statistics, both by name.
 
     The statistics must cover the layers of each adapter; see `cover_problems`. No more than one layer is in memory.
@@ -51,7 +54,8 @@ def responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statisti
     layers = list(dict.fromkeys(layer for adapter in adapters.values() for layer in adapter.shapes))
     A = torch.full((len(layers), len(adapters), len(statistics)), torch.nan, dtype=torch.float64)
     BA = A.clone()
-    for index, layer in enumerate(layers):
+    shown = reporter or Reporter(quiet=True)
+    for index, layer in enumerate(shown.each("responses", layers)):
         updates = {i: one.updates[layer] for i, one in enumerate(adapters.values()) if layer in one.shapes}
         for j, seen in enumerate(statistics.values()):
             moment = seen.moment(layer)

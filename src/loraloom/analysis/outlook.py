@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraloom.analysis.interference import ratio
 from loraloom.errors import LoraloomError, raise_problems
+from loraloom.progress import Reporter
 from loraloom.starts.spectra import Pool, top_directions
 from loraloom.starts.subspace import loud_directions, subspace_off
 from loraloom.statistics.file import Statistics
@@ -24,6 +26,20 @@ ENOUGH = 2.0  # own energy over others' from which a start is said to help
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
 _NOTHING = 1e-6  # share of energy below which others are not told apart from silence
 _LOUDEST = 128  # own directions among which the best A is sought
+
+
+class StartFigures(NamedTuple):
+    """What the A's of one start see, means over inputs and tasks.
+
+    own, others: shares of energy. own_to_others: the mean of their ratio, worst_input: the least of any input's mean.
+    interference: |A h_j| over |A h_i| to expect, inputs of equal energy.
+    """
+
+    own: float
+    others: float
+    own_to_others: float
+    worst_input: float
+    interference: float
 
 
 @dataclass(frozen=True)
@@ -47,16 +63,16 @@ class Outlook:
     rows: Tensor
     widths: list[int]
 
-    def of_start(self, rule: str) -> dict[str, float]:
-        """Return means over inputs and tasks of one start's energies, and the ratio of |A h_j| to |A h_i| to expect."""
+    def of_start(self, rule: str) -> StartFigures:
+        """Return the figures of one of `starts`."""
         own, others, relative = own_and_others(self.starts[rule])
-        return {
-            "own": float(own.mean()),
-            "others": float(others.mean()),
-            "own / others": float(relative.mean()),
-            "worst input": float(relative.mean(dim=1).min()),
-            "interference": ratio(self.starts[rule].sqrt()),
-        }
+        return StartFigures(
+            own=float(own.mean()),
+            others=float(others.mean()),
+            own_to_others=float(relative.mean()),
+            worst_input=float(relative.mean(dim=1).min()),
+            interference=ratio(self.starts[rule].sqrt()),
+        )
 
     def helped(self) -> Tensor:
         """Return (L,) bool: whether the best A of `rank` sees `ENOUGH` times more of its own, by median over tasks."""
@@ -79,38 +95,59 @@ class Outlook:
         return [task for task, is_few in zip(self.tasks, few.tolist(), strict=True) if is_few]
 
 
-def outlook(statistics: Mapping[str, Statistics], rank: int) -> Outlook:
-    """Return what the statistics of two or more tasks, by name, tell of adapters of `rank`.
+def outlook(statistics: Mapping[str, Statistics], rank: int, reporter: Reporter | None = None) -> Outlook:
+    """Return what the statistics of two or more tasks tell of adapters to come.
 
     Starts are those of `osrm_subspace` at its defaults, each task with a seed of its own. They are measured on the
-    statistics that chose them, which flatters where rows are few. Raises LoraloomError for fewer tasks, statistics of
-    different bases or layers, and a rank above an input's width.
+    statistics that chose them, which flatters where rows are few. No more than one input's moments are in memory.
+
+    statistics: by task, on one base model.
+    rank: rank of the adapters.
+    reporter: is told how far the work is.
+
+    Raises LoraloomError for fewer tasks, statistics of different bases or layers, and a rank above an input's width.
     """
     tasks = list(statistics)
     if len(tasks) < 2:
         raise LoraloomError("one task has no others to compare it with", "name the statistics of two tasks or more")
     first = statistics[tasks[0]]
     raise_problems("these statistics do not fit together", base_differences(statistics), "collect all on one base")
-    ranks = sorted({rank, *(r for r in _RANKS if r <= min(m.width for m in first.moments.values()))})
     inputs = list(first.moments)
-    by_input = [[statistics[task].moments[name] for task in tasks] for name in inputs]
-    widths = [moments[0].width for moments in by_input]
-    shared = [_shared(moments) for moments in by_input]
+    widths = [first.moments[name].width for name in inputs]
+    ranks = sorted({rank, *(r for r in _RANKS if r <= min(widths))})
+    found = [
+        _of_input([statistics[task].moments[name] for task in tasks], rank, ranks)
+        for name in (reporter or Reporter(quiet=True)).each("outlook", inputs)
+    ]
+    chance = (rank / torch.tensor(widths).double())[:, None, None].expand(len(inputs), len(tasks), len(tasks))
     return Outlook(
         tasks=tasks,
         inputs=inputs,
         rank=rank,
-        shared=torch.stack([values for values, _ in shared]),
-        chance=torch.stack([chance for _, chance in shared]),
-        starts={
-            **_starts(by_input, rank),
-            "random": (rank / torch.tensor(widths).double())[:, None, None].expand(len(inputs), len(tasks), len(tasks)),
-        },
+        shared=torch.stack([one.shared for one in found]),
+        chance=torch.stack([one.chance for one in found]),
+        starts={rule: torch.stack([one.starts[rule] for one in found]) for rule in STARTS} | {"random": chance},
         ranks=ranks,
-        attainable=torch.stack([_attainable(moments, ranks) for moments in by_input]),
-        rows=torch.tensor([[moment.count for moment in moments] for moments in by_input]),
+        attainable=torch.stack([one.attainable for one in found]),
+        rows=torch.tensor([one.rows for one in found]),
         widths=widths,
     )
+
+
+class _OfInput(NamedTuple):
+    """One input's part of an `Outlook`."""
+
+    shared: Tensor
+    chance: Tensor
+    starts: dict[str, Tensor]
+    attainable: Tensor
+    rows: list[int]
+
+
+def _of_input(moments: Sequence[Moment], rank: int, ranks: Sequence[int]) -> _OfInput:
+    shared, chance = _shared(moments)
+    rows = [moment.count for moment in moments]
+    return _OfInput(shared, chance, _starts(moments, rank), _attainable(moments, ranks), rows)
 
 
 def own_and_others(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,16 +202,15 @@ def _shared(moments: Sequence[Moment]) -> tuple[Tensor, Tensor]:
     return torch.tensor(values, dtype=torch.float64), torch.tensor(chance, dtype=torch.float64)
 
 
-def _starts(by_input: Sequence[Sequence[Moment]], rank: int) -> dict[str, Tensor]:
-    """Return by rule (L, T, T): the share of task j's energy that the A of task i's start sees, at each input."""
-    found: dict[str, list[list[list[float]]]] = {rule: [] for rule in STARTS}
-    for moments in by_input:
-        pool = Pool(moments)
-        others = [pool.without(i) for i in range(len(moments))]
-        for rule, values in found.items():
-            starts = [subspace_off(one, rank, rule, 0.5, seed, None).A for seed, one in enumerate(others)]
-            values.append([[share(moment, A) for moment in moments] for A in starts])
-    return {rule: torch.tensor(values, dtype=torch.float64) for rule, values in found.items()}
+def _starts(moments: Sequence[Moment], rank: int) -> dict[str, Tensor]:
+    """Return by rule (T, T): the share of task j's energy that the A of task i's start sees."""
+    pool = Pool(moments)
+    others = [pool.without(i) for i in range(len(moments))]
+    found: dict[str, Tensor] = {}
+    for rule in STARTS:
+        starts = [subspace_off(one, rank, rule, 0.5, seed, None).A for seed, one in enumerate(others)]
+        found[rule] = torch.tensor([[share(moment, A) for moment in moments] for A in starts], dtype=torch.float64)
+    return found
 
 
 def _attainable(moments: Sequence[Moment], ranks: Sequence[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,13 +29,6 @@ class Overlaps:
     rows: Tensor
     columns: Tensor
     chance: Tensor
-
-    def tables(self) -> dict[str, list[list[float | None]]]:
-        """Return both tables by title; None, which JSON knows, where no layer is common."""
-        return {
-            title: [[None if math.isnan(value) else value for value in row] for row in table.tolist()]
-            for title, table in (("rows of A", self.rows), ("columns of B", self.columns))
-        }
 
     def same_start(self) -> list[tuple[str, str, float]]:
         """Return the pairs whose A's have so much in common that they started as one or nearly so: names, overlap."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import check_cover, products
+from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
 
 # singular values of the normal equations below this share of the largest are rounding: adapters that are multiples
@@ -95,15 +96,21 @@ def solve_scales(M: Tensor, b: Tensor) -> Tensor:
     return solved
 
 
-def predict(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> Prediction:
-    """Return the prediction for the sums of `adapters`, by task, on the inputs in `statistics`, by task.
+def predict(
+    adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics], reporter: Reporter | None = None
+) -> Prediction:
+    """Return the prediction for the sums of two or more adapters.
+
+    adapters: by task, all of the same layers.
+    statistics: by task, of the same names; of texts that chose no subspace.
+    reporter: is told how far the work is.
 
     Raises LoraloomError naming the statistics or layers that are missing, and layers that not all adapters have.
     """
     tasks, layers = list(adapters), list(next(iter(adapters.values())).shapes)
     check_cover("output errors cannot be predicted", adapters, statistics)
     found = []
-    for layer in layers:
+    for layer in (reporter or Reporter(quiet=True)).each("prediction", layers):
         updates = [adapter.updates[layer] for adapter in adapters.values()]
         moments = [statistics[task].moment(layer) for task in tasks]
         pairs = zip(updates, moments, strict=True)

@@ -24,6 +24,7 @@ from loraloom.cli.common import (
     read_recipe,
     typed,
 )
+from loraloom.cli.inspect import inspect
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
 from loraloom.cli.statistics import atlas, statistics_app
 
@@ -201,24 +202,7 @@ def evaluate(
             out.result({name: {"metric": metric, **score.model_dump()} for name, (metric, score) in scores.items()})
 
 
-@app.command()
-def inspect(
-    paths: Annotated[list[Path], typer.Argument(help="Adapter folders and statistics files, in any order.")],
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters to come, for statistics alone.")] = 8,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Predict before training or merging: from statistics, from adapters, or from both; see docs/predict.md."""
-    with command(quiet, as_json) as out:
-        from loraloom.analysis.inspection import facts, inspect_paths, sentences, tables
-        from loraloom.cli.terminal import lines
-
-        found = inspect_paths(paths, rank)
-        for table in tables(found):
-            out.table(*table)
-        out.result(facts(found), "\n".join(lines(found.files)))
-        for sentence in sentences(found):
-            out.hint(sentence)
+app.command()(inspect)
 
 
 @app.command()

@@ -66,23 +66,35 @@ class Out:
         self._out.print(Text(printable(title), style="bold"), grid, sep="\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table for people; nothing with --json, where `result` tells all."""
+        """Print a table for people, as wide as the terminal at most; nothing with --json, where `result` tells all.
+
+        Where it does not fit, columns are numbered and told below the title; where that is too wide too, it is parted.
+        """
         if not self._for_people:
             return
-        table = Table(
-            title=Text(printable(title), style="italic"),
-            title_justify="left",
-            header_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for index, column in enumerate(columns):
+        wide, heads, legend = self._out.width, list(columns), ""
+        cells = [max([len(printable(row[index])) for row in rows], default=0) for index in range(len(columns))]
+        if sum(_widths(heads, cells)) > wide:
+            long = [index for index, head in enumerate(heads) if index and len(head) > max(cells[index], 4)]
+            legend = ", ".join(f"{count} {heads[index]}" for count, index in enumerate(long, start=1))
+            for count, index in enumerate(long, start=1):
+                heads[index] = str(count)
+        self._out.print(Text(printable(title), style="bold"))
+        if legend:
+            self._out.print(Text(printable(legend), style="dim"))
+        for part in _parts(_widths(heads, cells), wide):
+            self._print_table([heads[index] for index in part], [[row[index] for index in part] for row in rows])
+
+    def _print_table(self, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for index, head in enumerate(heads):
             # where the terminal is narrow, the first column gives way
             justify: Literal["left", "right"] = "left" if index == 0 else "right"
-            table.add_column(_cell(column), justify=justify, no_wrap=index > 0, overflow="fold")
+            table.add_column(_cell(head), justify=justify, no_wrap=index > 0, overflow="fold")
         for row in rows:
             table.add_row(*map(_cell, row))
         self._out.print(table)
+        self._out.print()
 
     def hint(self, text: str) -> None:
         """Tell what is good to know, on standard error."""
@@ -118,6 +130,8 @@ def as_typed(words: Iterable[object], width: int) -> str:
 
 def plain(value: Any) -> Any:
     """Return `value` as JSON knows it: numbers that are not finite as None, what it has no word for as text."""
+    if hasattr(value, "tolist"):  # a tensor
+        return plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -143,6 +157,22 @@ def show_error(error: LoraloomError) -> None:
     console.print(Text.assemble(("error:", "bold red"), " ", printable(error.message)), soft_wrap=True)
     if error.hint:
         console.print(Text.assemble(("  next:", "dim"), " ", printable(error.hint)), soft_wrap=True)
+
+
+def _widths(heads: Sequence[str], cells: Sequence[int]) -> list[int]:
+    """Return the characters that each column of a table takes; the first one gives way down to twelve."""
+    first = min(max(len(heads[0]), cells[0]), 12)
+    return [first + 1, *(max(len(head), width) + 3 for head, width in zip(heads[1:], cells[1:], strict=True))]
+
+
+def _parts(widths: Sequence[int], wide: int) -> list[list[int]]:
+    """Return the columns of each part of a table that fits: the first one in each."""
+    parts = [[0]]
+    for index, width in enumerate(widths[1:], start=1):
+        if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + width > wide:
+            parts.append([0])
+        parts[-1].append(index)
+    return parts
 
 
 def _cell(text: str) -> Text:

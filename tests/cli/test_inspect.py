@@ -1,0 +1,130 @@
+"""`loraloom inspect` as a page of 80 columns and as JSON, both with the figures of the parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loraloom.adapters.peft import write_adapter
+from loraloom.analysis.inspection import inspect_paths
+from loraloom.cli.inspect import facts, sentences, tables, warnings
+from loraloom.cli.main import app
+from loraloom.cli.terminal import plain
+from tiny_files import TASKS, adapter, files, statistics
+
+
+def shown(*words: object, columns: int = 80) -> Any:
+    done = CliRunner().invoke(app, ["inspect", *map(str, words)], env={"COLUMNS": str(columns)})
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def told(*words: object) -> dict[str, Any]:
+    return dict(json.loads(shown(*words, "--json").stdout))
+
+
+def test_json_of_adapters_and_statistics(three: Path) -> None:
+    paths = [*files(three), *(three / task for task in TASKS)]
+    found, facts = inspect_paths(paths), told(*paths)
+    assert found.responses is not None
+    assert found.prediction is not None
+    assert found.shared is not None
+    assert [one["path"] for one in facts["adapters"]] == [str(three / task) for task in TASKS]
+    assert facts["adapters"][0]["made_by"] is None
+    responses, prediction = facts["responses"], facts["prediction"]
+    assert responses["own"] == [str(three / f"{task}.heldout.safetensors") for task in TASKS]
+    assert torch.tensor(responses["by_layer"]).shape == (2, 3, 3)
+    assert torch.tensor(responses["overall"]).flatten().tolist() == pytest.approx(
+        found.responses.overall().flatten().tolist(), rel=1e-6
+    )
+    assert responses["against_own"][0][0][2] is None  # mood by its own, the last file
+    assert prediction["scale"] == pytest.approx(found.prediction.uniform())
+    assert prediction["scale_by_layer"] == pytest.approx(found.prediction.by_layer()[:, 0].tolist())
+    half = next(one for one in prediction["errors"] if one["scale"] == 0.5)
+    assert half["by_task"] == pytest.approx(found.prediction.by_task(0.5).tolist())
+    assert [one["chosen"] for one in prediction["errors"][-3:]] == ["uniform", "by_layer", "by_layer_and_adapter"]
+    assert prediction["errors"][-1]["scale"] is None
+    assert facts["overlaps"]["rows_of_a"][0][1] == pytest.approx(float(found.shared.rows[0, 1]))
+    assert facts["outlook"] is None
+
+
+def test_json_of_statistics_alone(three: Path) -> None:
+    expected = inspect_paths(files(three), 3).outlook
+    assert expected is not None
+    outlook = told(*files(three), "--rank", 3)["outlook"]
+    assert outlook["rank"] == 3
+    assert outlook["shared"] == pytest.approx(expected.shared)
+    assert outlook["attainable"] == pytest.approx(expected.attainable)
+    osrm = next(one for one in outlook["starts"] if one["rule"] == "osrm")
+    assert osrm["interference"] == pytest.approx(expected.of_start("osrm").interference)
+    assert outlook["suggested_rank"] == expected.suggested_rank()
+    assert outlook["helped"] == expected.helped().tolist()
+    assert told(files(three)[0])["outlook"] is None
+
+
+def test_the_page_of_statistics(three: Path) -> None:
+    page = shown(*files(three), "--rank", "2")
+    words = " ".join(page.stdout.split())
+    for part in (
+        "Statistics of base",
+        "20, a token each",
+        "a column's energy",
+        "A of rank 2",
+        "apart",
+        "random",
+    ):
+        assert part in words
+    found = inspect_paths(files(three), 2)
+    assert found.outlook is not None
+    assert f"can help in {int(found.outlook.helped().sum())} of 2 layer inputs" in words
+    assert "loraloom init" in page.stderr
+    assert [len(rows) for _, _, rows in tables(found)] == [3, 3, 4]
+    statistics(0, 5).save(three / "few.safetensors")
+    few = inspect_paths([*files(three), three / "few.safetensors"], rank=3)
+    assert "few: fewer rows" in next(warnings(few))
+
+
+def test_the_page_of_adapters_and_statistics(three: Path) -> None:
+    page = shown(*(three / task for task in TASKS), *files(three))
+    found = inspect_paths([*(three / task for task in TASKS), *files(three)])
+    assert found.prediction is not None
+    assert f"Suggested scale of a sum: {found.prediction.uniform():.2f}" in " ".join(page.stdout.split())
+    assert f"--scale {found.prediction.uniform():.2f}" in page.stderr
+    assert [len(rows) for _, _, rows in tables(found)] == [3, 3, 3, 3, 3, 12]
+
+
+def test_an_adapter_without_statistics_of_its_own_is_told(three: Path) -> None:
+    found = inspect_paths([three / "mood", three / "tone", *files(three)[:2]])  # of news and tone
+    assert any(f"{three / 'mood'}: no statistics are those of its own task" in one for one in warnings(found))
+    (_, columns, rows) = list(tables(found))[2]
+    assert columns == ("adapter", "news", "tone", "others / own", "worst layer")
+    assert rows[0][-2:] == ("-", "-")
+    assert rows[1][-1].split()[1] in ("0.query", "1.query")
+    assert list(sentences(found)) == []
+
+
+def test_adapters_of_other_layers_are_told(three: Path) -> None:
+    write_adapter(adapter(5, {"encoder.0.query": (6, 8)}), three / "half", provenance={})
+    statistics(1).save(three / "half.safetensors")
+    found = inspect_paths([three / "mood", three / "half", files(three)[2], three / "half.safetensors"])
+    assert any("cover different layers" in one for one in warnings(found))
+    assert json.dumps(plain(facts(found)), allow_nan=False)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], [f"a task of quite some length {i}" for i in range(9)]])
+def test_every_line_fits_80_columns(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(names):
+        write_adapter(adapter(10 * i), tmp_path / name, provenance={})
+        statistics(100 + 10 * i).save(tmp_path / f"{name}.safetensors")
+    seen = [f"{name}.safetensors" for name in names]
+    for words in (names, seen, [*names, *seen], names[:1], seen[:1]):
+        page = shown(*words, "--rank", 2)
+        assert max(len(line.rstrip()) for line in page.output.splitlines()) <= 80
+        if len(words) > 9:  # of many columns with long names only the numbers stand above them
+            assert "2 a task of quite some length 1" in " ".join(page.output.split())
