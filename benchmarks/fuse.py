@@ -30,8 +30,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import save_file
 
-from loraloom.adapters.update import Update
-from loraloom.merging.fuse import fuse
+from loraloom import Update, fuse
 
 HIDDEN, WIDE, KEYS, LAYERS, WORDS, RANK, SHARDS = 2048, 8192, 512, 15, 32_000, 16, 4
 LINEAR = {

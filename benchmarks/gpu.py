@@ -28,14 +28,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from loraloom.adapters.update import Adapter, Update
-from loraloom.errors import LoraloomError
-from loraloom.files.atomic import write_text
-from loraloom.merging import merge
-from loraloom.starts.initialise import initialise
-from loraloom.starts.options import StartOptions
-from loraloom.statistics.collect import collect_statistics
-from loraloom.statistics.file import Statistics
+from loraloom import Adapter, LoraloomError, StartOptions, Statistics, Update, collect_statistics, initialise, merge
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/gpu.py -->", "<!-- end of benchmarks/gpu.py -->"
@@ -116,7 +109,7 @@ def main() -> None:
                       "|---|---|---|---|---|---|", *rows])  # fmt: skip
     print(text)
     if given.write:
-        write_text(PAGE, with_section(PAGE.read_text(encoding="utf-8"), text))
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 def random_llama(device: torch.device, layers: int, *, tiny: bool) -> LlamaForSequenceClassification:

@@ -28,10 +28,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loraloom.adapters.peft import adapter_writer
-from loraloom.adapters.update import Adapter, Update
-from loraloom.merging import merge, rule_names
-from loraloom.merging.registry import get_rule
+from loraloom import Adapter, Update, adapter_writer, get_rule, merge, rule_names
 
 TASKS, RANK, LAYERS = 8, 16, 32
 KINDS = {

@@ -38,8 +38,7 @@ import torch
 from torch import Tensor, nn
 
 import loraloom.merging  # noqa: F401 (registers the rules)
-from loraloom.adapters.update import Update
-from loraloom.merging.registry import get_rule
+from loraloom import Update, get_rule
 
 TASKS, RANK, DENSITY = 8, 16, 0.2
 COMMITS = {

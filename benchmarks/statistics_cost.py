@@ -23,8 +23,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from loraloom.model.load import demo_base
-from loraloom.statistics.collect import collect_statistics
+from loraloom import collect_statistics, demo_base
 
 BATCH, LENGTH = 32, 64
 LONG = 350  # characters that fill 64 tokens, nearly always

@@ -27,9 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraloom.statistics.collect import RowSum, collect_statistics
-from loraloom.statistics.file import Layer, Statistics
-from loraloom.statistics.moments import pooled
+from loraloom import Layer, RowSum, Statistics, collect_statistics, pooled
 
 T = TypeVar("T")
 LAYERS, HIDDEN, WIDE, BATCH = 32, 4096, 14336, 512

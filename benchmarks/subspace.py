@@ -24,8 +24,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from loraloom.starts.subspace import osrm_subspace, osrm_subspaces
-from loraloom.statistics.moments import Moment, pooled
+from loraloom import Moment, osrm_subspace, osrm_subspaces, pooled
 
 TASKS, ROWS, RANK = 8, 100, 8
 RULES = ("osrm", "apart")

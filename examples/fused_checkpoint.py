@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from loraloom import MergeOptions
-from loraloom.merging.folders import fuse_folders, plan_folders
-from loraloom.progress import Reporter
+from loraloom import MergeOptions, Reporter, fuse_folders, plan_folders
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapters", nargs="+", type=Path)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from loraloom import MergeOptions, make_plan, read_adapter, read_provenance, write_merged
-from loraloom.merging.merger import energy_lost
+from loraloom import MergeOptions, energy_lost, make_plan, read_adapter, read_provenance, write_merged
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapters", nargs="+", help="adapter folders, of any ranks")

@@ -11,10 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from loraloom.progress import Reporter
-from loraloom.report import markdown_tables
-from loraloom.study.compare import by_task, compare
-from loraloom.study.recipe import Recipe
+from loraloom import Recipe, Reporter, by_task, compare, markdown_tables
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapters", nargs="+", type=Path)

@@ -15,15 +15,25 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from loraloom.model.layers import LayerReader, target_layers
-from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import Encoded, Side, batches, encode
-from loraloom.starts.spectra import spectrum
-from loraloom.starts.subspace import loud_directions, project_out, response_scale
-from loraloom.statistics.moments import Moment
-from loraloom.tasks.builtin_text import STANDARD_LIBRARY, docstrings_of, parts
-from loraloom.tasks.glue import GLUE
-from loraloom.tasks.metrics import metric_value
+from loraloom import (
+    GLUE,
+    STANDARD_LIBRARY,
+    Encoded,
+    Evaluator,
+    LayerReader,
+    Moment,
+    Side,
+    batches,
+    docstrings_of,
+    encode,
+    loud_directions,
+    metric_value,
+    parts,
+    project_out,
+    response_scale,
+    spectrum,
+    target_layers,
+)
 
 BASE = "demo"
 GENERIC = {"atlas": ("", 300), "few": ("", 30), "foreign": ("mnli", 100)}  # text in place of the others: whose, rows

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from arms_lib import Ground
 from arms_train import Trained
 from torch import Tensor
 
-from loraloom.adapters.heads import Head, align_head
-from loraloom.adapters.lowrank import concatenate
-from loraloom.adapters.update import Update
-from loraloom.analysis.interference import ratio, response
-from loraloom.merging.rules.regression import iteris, reading_groups, regmean, rows_read
-from loraloom.merging.rules.spectral import tsv
-from loraloom.model.probe import TaskProbe
-from loraloom.statistics.moments import Moment
+from loraloom import (
+    Head,
+    Moment,
+    TaskProbe,
+    Update,
+    align_head,
+    concatenate,
+    get_rule,
+    ratio,
+    reading_groups,
+    response,
+    rows_read,
+)
 
 SCALES = {
     "task arithmetic": (0.3, 0.5, 0.7, 1.0),
@@ -25,7 +31,20 @@ SCALES = {
     "regmean": (1.0,),
     "iteris": (1.0,),
 }
-PLAIN: dict[str, Callable[[Sequence[Update]], Update]] = {"task arithmetic": concatenate, "tsv": tsv}
+
+
+def by_rule(name: str, updates: Sequence[Update], **given: Any) -> Update:
+    """Return one layer merged by a rule with its default options."""
+    rule = get_rule(name)
+    merged = rule.layer(updates, rule.check({})[0], **given)
+    assert isinstance(merged, Update)
+    return merged
+
+
+PLAIN: dict[str, Callable[[Sequence[Update]], Update]] = {
+    "task arithmetic": concatenate,
+    "tsv": lambda updates: by_rule("tsv", updates),
+}
 ROWS, RIDGES = (0, 10, 25, 50, 100, 200, 400), (0.01, 0.1, 1.0, 10.0)
 RIDGE = 0.1  # of the aligned heads in all scores, as the figures were taken; the package's default is 1 by now
 Updates = dict[str, dict[str, Update]]  # by task and layer
@@ -92,10 +111,11 @@ class Adapters:
             return {layer: PLAIN[rule](updates) for layer, updates in layers.items()}
         if rule == "regmean":
             return {
-                layer: regmean(updates, moments=list(self.moments(layer).values()), shrink=0.9)
+                layer: by_rule("regmean", updates, moments=list(self.moments(layer).values()))
                 for layer, updates in layers.items()
             }
-        found = iteris(layers, probe=self.probe())
+        iteris = get_rule("iteris")
+        found = iteris.model(layers, iteris.check({})[0], probe=self.probe())
         return {layer: update for layer, update in found.items() if isinstance(update, Update)}
 
     def probe(self) -> TaskProbe:

@@ -19,11 +19,7 @@ from arms_lib import BASE, Arm, Ground, rows_off, starts_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraloom.adapters.heads import Head
-from loraloom.adapters.update import Update
-from loraloom.files.hashing import task_seed
-from loraloom.model.load import load_classifier
-from loraloom.starts.subspace import project_out
+from loraloom import Head, Update, load_classifier, project_out, task_seed
 
 ALPHA, WARMUP = 16, 0.06
 Trained = tuple[dict[str, Update], Head]

@@ -18,13 +18,7 @@ from statistics import mean
 
 from starts_lib import Ground, arguments
 
-from loraloom.adapters.heads import Head
-from loraloom.adapters.update import Adapter, Update
-from loraloom.files.atomic import write_text
-from loraloom.merging import merge
-from loraloom.model.runner import evaluate
-from loraloom.study.stages import build_task
-from loraloom.tasks.task import Task
+from loraloom import Adapter, Head, Task, Update, build_task, evaluate, merge
 
 ORDERS = (("sst2", "qqp", "stsb", "qnli"), ("qnli", "stsb", "sst2", "qqp"), ("stsb", "sst2", "qqp", "qnli"))
 WAYS = ("LoRA", "apart", "after")
@@ -59,7 +53,7 @@ class Sequences:
                         merge(so_far, rule, scale=scale).adapter.updates if count > 1 else so_far[order[0]].updates
                     )
                     found[rule].append({task: self._score(task, updates, own) for task, own in so_far.items()})
-            write_text(path, json.dumps(found, indent=1))
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
         kept: dict[str, list[dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
         return kept
 

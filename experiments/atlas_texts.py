@@ -20,15 +20,19 @@ from datasets import Dataset
 from study_tables import row, table
 from torch import Tensor
 
-from loraloom.model.load import base_folder
-from loraloom.model.runner import Evaluator
-from loraloom.settings import StatisticsSettings
-from loraloom.starts.spectra import share_seen, top_directions
-from loraloom.starts.subspace import loud_directions
-from loraloom.statistics.file import Statistics
-from loraloom.statistics.texts import collect, generic_rows
-from loraloom.tasks.glue import GLUE
-from loraloom.tasks.sources import read_table
+from loraloom import (
+    GLUE,
+    Evaluator,
+    Statistics,
+    StatisticsSettings,
+    base_folder,
+    collect,
+    generic_rows,
+    loud_directions,
+    read_table,
+    share_seen,
+    top_directions,
+)
 
 BUILT_IN, COUNTS, TASK_TEXTS, SHARE = "docstrings", (3, 10, 30, 100, 300, 1000), 200, 0.5
 Loud = Mapping[str, Tensor]  # by layer's input

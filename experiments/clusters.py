@@ -20,14 +20,7 @@ from starts_lib import Ground, arguments
 from torch import Tensor
 from transformers import AutoModel
 
-from loraloom.adapters.heads import Head
-from loraloom.adapters.update import Adapter
-from loraloom.merging import merge
-from loraloom.model.load import base_folder
-from loraloom.model.runner import Evaluator, evaluate
-from loraloom.model.tokens import batches
-from loraloom.study.stages import build_task
-from loraloom.tasks.task import Task
+from loraloom import Adapter, Evaluator, Head, Task, base_folder, batches, build_task, evaluate, merge
 
 MERGES = {"task_arithmetic": (0.25, 0.5, 0.75, 1.0), "tsv": (0.5, 0.75, 1.0)}
 STARTS = ("LoRA", "apart")

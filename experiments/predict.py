@@ -22,15 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from loraloom.adapters.lowrank import norm
-from loraloom.adapters.peft import read_adapter
-from loraloom.adapters.update import Adapter
-from loraloom.analysis.interference import products
-from loraloom.analysis.overlap import overlaps
-from loraloom.analysis.prediction import predict
-from loraloom.results import StudyResult
-from loraloom.statistics.file import Statistics
-from loraloom.study.recipe import slug
+from loraloom import Adapter, Statistics, StudyResult, norm, overlaps, predict, products, read_adapter, slug
 
 Values = NDArray[np.float64]
 

@@ -24,15 +24,25 @@ from scipy.special import ndtr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from loraloom.model.layers import LayerReader, base_running
-from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import batch_sides, batches, encode
-from loraloom.settings import Kind
-from loraloom.starts.subspace import loud_directions, osrm_subspace
-from loraloom.statistics.file import Layer, Statistics
-from loraloom.statistics.moments import Moment
-from loraloom.statistics.privacy import ONE_ROW, add_noise, clipped, noise_scale
-from loraloom.statistics.texts import generic_rows
+from loraloom import (
+    ONE_ROW,
+    Evaluator,
+    Kind,
+    Layer,
+    LayerReader,
+    Moment,
+    Statistics,
+    add_noise,
+    base_running,
+    batch_sides,
+    batches,
+    clipped,
+    encode,
+    generic_rows,
+    loud_directions,
+    noise_scale,
+    osrm_subspace,
+)
 
 INPUTS = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(6)]
 LENGTH, TEXTS = 32, 7000  # word pieces a text; texts in all

@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraloom.adapters.peft import read_adapter
-from loraloom.adapters.update import Adapter
-from loraloom.files.hashing import task_seed
-from loraloom.model.load import base_folder
-from loraloom.model.runner import Evaluator
-from loraloom.starts.initialise import initialise
-from loraloom.statistics.file import Statistics
-from loraloom.statistics.texts import make_atlas
-from loraloom.study.recipe import Recipe
-from loraloom.tasks.task import Task
-from loraloom.training import lora_config, train_adapter
+from loraloom import (
+    Adapter,
+    Evaluator,
+    Recipe,
+    Statistics,
+    Task,
+    base_folder,
+    initialise,
+    lora_config,
+    make_atlas,
+    read_adapter,
+    task_seed,
+    train_adapter,
+)
 
 
 @dataclass

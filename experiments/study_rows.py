@@ -27,17 +27,21 @@ from safetensors.torch import load_file, save_file
 from study_tables import paired, row, table
 from torch import Tensor
 
-from loraloom.adapters.heads import Head, align_heads
-from loraloom.adapters.peft import read_adapter
-from loraloom.adapters.update import Adapter
-from loraloom.files.atomic import staged_file
-from loraloom.model.load import base_folder
-from loraloom.model.runner import Evaluator, labels
-from loraloom.results import StudyResult
-from loraloom.study.recipe import Recipe
-from loraloom.study.stages import build_task, merged_adapters
-from loraloom.tasks.metrics import metric_value
-from loraloom.tasks.task import Task
+from loraloom import (
+    Adapter,
+    Evaluator,
+    Head,
+    Recipe,
+    StudyResult,
+    Task,
+    align_heads,
+    base_folder,
+    build_task,
+    labels,
+    merged_adapters,
+    metric_value,
+    read_adapter,
+)
 
 RESAMPLES = 200
 ALONE = "alone"
@@ -148,8 +152,8 @@ def main() -> None:
             path = given.out / str(given.rows) / cell.file
             if not path.exists():
                 logits = part.count(cell, scale)
-                with staged_file(path) as temporary:
-                    save_file(logits, temporary)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(logits, path)
             samples[cell] = resampled(parts[0].tasks, load_file(path))
     print_counts(parts[0].tasks)
     print_table(samples, given.baseline)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-from loraloom.results import StudyResult
+from loraloom import StudyResult
 
 Key = tuple[str, str, bool]  # init, rule, heads aligned
 

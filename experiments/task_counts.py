@@ -20,12 +20,7 @@ from statistics import mean
 from study_rows import Part
 from study_tables import paired, row, table
 
-from loraloom.adapters.heads import Head, align_heads
-from loraloom.adapters.peft import read_adapter
-from loraloom.adapters.update import Adapter
-from loraloom.merging import merge
-from loraloom.model.runner import scored
-from loraloom.study.stages import build_task
+from loraloom import Adapter, Head, align_heads, build_task, merge, read_adapter, scored
 
 COUNTS, SCALES = (2, 4, 6), (0.3, 0.5, 0.75, 1.0)
 

@@ -31,10 +31,7 @@ from arms_lib import Arm, Ground, Jitter, Settings
 from arms_merge import SCALES, Adapters, Pair, best, corrected, equalised, heads_by_rows, mean, retrofitted
 from arms_train import Trained, train_arm
 
-from loraloom.adapters.heads import Head
-from loraloom.adapters.update import Update
-from loraloom.files.atomic import staged_file, write_text
-from loraloom.tasks.glue import GLUE
+from loraloom import GLUE, Head, Update
 
 HALF = ("share", 0.5)
 GAP = ("gap", 0.0)
@@ -172,8 +169,8 @@ def _trained(ground: Ground, out: Path, name: str, seed: int) -> dict[str, Train
         task: ({layer: (update.B, update.A) for layer, update in updates.items()}, head.tensors)
         for task, (updates, head) in done.items()
     }
-    with staged_file(path) as temporary:
-        torch.save({"settings": settings, "tasks": tasks}, temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"settings": settings, "tasks": tasks}, path)
     return done
 
 
@@ -184,7 +181,7 @@ def _measured(ground: Ground, out: Path, name: str, seed: int) -> dict[str, Any]
         adapters = Adapters(ground, _trained(ground, out, name, seed))
         scores = {rule: adapters.at_scales(adapters.merged(rule), scales) for rule, scales in SCALES.items()}
         found = {"settings": settings, "single": adapters.single, "ratio": adapters.ratio(), "scores": scores}
-        write_text(path, json.dumps(found, indent=1))
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     _check_settings(path, measured["settings"], settings)
     return measured

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import references
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 import tiny_probe
 from loraloom.adapters.update import Adapter, Update

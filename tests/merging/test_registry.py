@@ -12,8 +12,7 @@ from pydantic import Field
 
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
-from loraloom.merging import get_rule, merge, rule, rule_names
-from loraloom.merging import registry as rules
+from loraloom.merging import get_rule, merge, registry as rules, rule, rule_names
 from loraloom.merging.rules.linear import task_arithmetic
 
 FACTS = {"formula": "dW", "paper": "none", "summary": "a test", "cost": "none", "exact": True}

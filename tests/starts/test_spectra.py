@@ -10,8 +10,7 @@ from unittest.mock import patch
 import pytest
 import test_subspace
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_subspace import projector, rows
 from torch import Tensor
 

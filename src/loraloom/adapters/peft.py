@@ -13,12 +13,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loraloom.adapters.beside import files_beside
-from loraloom.adapters.config import CONFIG as CONFIG
-from loraloom.adapters.config import read_config, unsupported
+from loraloom.adapters.config import CONFIG as CONFIG, read_config, unsupported
 from loraloom.adapters.dialects import PREFIX, read_names
 from loraloom.adapters.layout import Layers, find_layers
-from loraloom.adapters.stored import WEIGHTS as WEIGHTS
-from loraloom.adapters.stored import StoredTensors, StoredUpdates, check_tensors, weight_files, whole_problems
+from loraloom.adapters.stored import (
+    WEIGHTS as WEIGHTS,
+    StoredTensors,
+    StoredUpdates,
+    check_tensors,
+    weight_files,
+    whole_problems,
+)
 from loraloom.adapters.update import Adapter, Form, Update
 from loraloom.adapters.writer import UpdateFile
 from loraloom.errors import LoraloomError, raise_problems, reads_file

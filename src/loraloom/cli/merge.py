@@ -165,8 +165,7 @@ def compare(
     """Merge the same adapters by every rule: held-out rows choose the scale, test rows report; HTML and JSON."""
     with command(quiet, as_json) as out:
         from loraloom.cli.terminal import rules_table
-        from loraloom.study.compare import by_task
-        from loraloom.study.compare import compare as run_compare
+        from loraloom.study.compare import by_task, compare as run_compare
 
         result = run_compare(
             by_task(adapters),
