@@ -99,6 +99,7 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     Dense results go in as they are, nothing is truncated unless a rank was asked for. Heads are written beside the
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
+    embeddings = _embeddings(plan)
     single = next(iter(plan.members.values())).head if len(plan.members) == 1 else {}
     provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": public_command(command)}
     provenance["fused_into"] = base.resolve().name
@@ -109,13 +110,16 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
 
     def delta(module: str) -> Update | torch.Tensor:
         result = plan.layer(module).update if plan.rank else plan.result(module)
-        return result.update() if isinstance(result, Shared) else result
+        result = result.update() if isinstance(result, Shared) else result
+        if module not in embeddings:
+            return result
+        return Update(result.A.T, result.B.T) if isinstance(result, Update) else result.T
 
     fused = fuse(
         base,
         output,
         delta,
-        {module: (shape.m, shape.n) for module, shape in plan.shapes.items()},
+        {name: (one.n, one.m) if name in embeddings else (one.m, one.n) for name, one in plan.shapes.items()},
         transposed=bool(plan.config.get("fan_in_fan_out")),
         head=plan.head or single,
         task_type=plan.config.get("task_type"),
@@ -136,8 +140,19 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         "config.json": _classifier(fused),
         "untied": "lm_head.weight is a tensor of its own now" if fused.untied else "nothing",
         "left out": ", ".join(fused.left_out) or "nothing",
-        **_told(plan, "left out of the adapters"),
+        **_told(plan, "left out of the adapters", dict.fromkeys(plan.copies, "the checkpoint's own is taken")),
     }
+
+
+def _embeddings(plan: Plan) -> set[str]:
+    """Return the modules whose weight is dW transposed. Raises LoraloomError for what no checkpoint is written with."""
+    kinds = {module: form.kind for module, form in plan.forms.items()}
+    if "experts" in kinds.values():
+        raise LoraloomError(
+            "experts that were adapted by target_parameters cannot be fused here",
+            "merge into an adapter, load it in PEFT and call `merge_and_unload`",
+        )
+    return {module for module, kind in kinds.items() if kind == "embedding"}
 
 
 def _labels(plan: Plan) -> list[str] | None:
@@ -207,7 +222,8 @@ def _heads(plan: Plan) -> str:
     return ", ".join(plan.task_heads) or ("averaged" if plan.head else "none")
 
 
-def _told(plan: Plan, key: str = "left out") -> dict[str, Any]:
+def _told(plan: Plan, key: str = "left out", more: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return what the caller should know beside the result: files and fields that are not in it, odd inputs."""
-    told: dict[str, Any] = {key: plan.left_out} if plan.left_out else {}
+    left_out = {**plan.left_out, **(more or {})}
+    told: dict[str, Any] = {key: left_out} if left_out else {}
     return {**told, "warnings": plan.warnings} if plan.warnings else told
