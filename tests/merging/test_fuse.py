@@ -173,7 +173,7 @@ def test_a_tied_output_becomes_a_tensor_of_its_own(kind: str, shard: str, tmp_pa
     base = base_of(kind, tmp_path / "base", shard=shard, tie_word_embeddings=True)
     assert "lm_head.weight" not in stored(base)
     adapter = adapter_of(kind, base, tmp_path / "adapter", *TARGETS[kind], "lm_head")
-    assert "lm_head.base_layer.weight" in adapter.head  # PEFT keeps copies of the base's own
+    assert "lm_head.base_layer.weight" in adapter.copies  # PEFT keeps copies of the base's own
     facts = fuse_adapter(base, tmp_path / "out", adapter, head=adapter.head)
     assert facts.untied
     assert facts.added == []

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from loraloom.adapters.peft import adapter_sha256, read_adapter, write_adapter
@@ -176,3 +181,92 @@ def test_adapters_come_back_from_files_as_merged(tmp_path, rule) -> None:
     again = read_adapter(write_merged(merged, tmp_path / "merged"))
     for name, update in merged.adapter.updates.items():
         torch.testing.assert_close(again.updates[name].dense(), update.dense())
+
+
+RULES = [name for name in rule_names() if get_rule(name).needs in ((), ("seed",))]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_adapter_alone_takes_no_scale_that_makes_room_for_others(rule) -> None:
+    one = adapter(0)
+    merged = merge([one], rule)
+    assert merged.plan.scale == 1.0
+    assert merge([one, adapter(1)], rule, weights=[1.0, 0.0]).plan.scale == 1.0
+    assert merge([one], rule, weights=[2.0]).plan.scale == get_rule(rule).default_scale
+    assert merge([one], rule, scale=0.5).plan.scale == 0.5
+    if rule in ("task_arithmetic", "weighted", "svd", "tsv", "consensus", "emr", "cp"):  # others drop some entries
+        for name, update in merged.adapter.updates.items():
+            torch.testing.assert_close(update.dense(), one.updates[name].dense(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_given_twice_is_refused_or_told(tmp_path) -> None:
+    write_adapter(adapter(0), tmp_path / "a", provenance={})
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write_adapter(adapter(1), tmp_path / "c", provenance={})
+    one, copied, other = (read_adapter(tmp_path / name) for name in "abc")
+    with pytest.raises(LoraloomError, match=f"{tmp_path}/a is given several times: give it once, with a larger weight"):
+        merge([one, read_adapter(tmp_path / "c" / ".." / "a"), other], "weighted")
+    folder = write_merged(merge([one, copied, other], "weighted"), tmp_path / "merged")
+    assert json.loads((folder / "loraloom.json").read_text())["warnings"] == ["a and b hold the same updates"]
+    assert merge([one, other], "weighted").plan.warnings == []
+
+
+def test_base_names_that_differ_are_settled_by_the_caller() -> None:
+    pair = [adapter(i, config={**CONFIG, "base_model_name_or_path": f"org/{name}"}) for i, name in enumerate("xy")]
+    with pytest.raises(LoraloomError, match="if they are one, name it by --base, or mend base_model_name_or_path"):
+        merge(pair, "weighted")
+    assert merge(pair, "weighted", base="org/z").plan.config["base_model_name_or_path"] == "org/z"
+    known = [replace(one, fingerprint=f"f{i}") for i, one in enumerate(pair)]
+    with pytest.raises(LoraloomError, match="base model"):  # the weights themselves say that they differ
+        merge(known, "weighted", base="org/z")
+
+
+def test_a_base_between_folders_tells_against_every_other() -> None:
+    names = ("/srv/base", "org/x", "org/y")
+    trio = [adapter(i, config={**CONFIG, "base_model_name_or_path": name}) for i, name in enumerate(names)]
+    for order in itertools.permutations(trio):
+        with pytest.raises(LoraloomError, match="base model"):
+            merge(list(order), "weighted")
+    assert merge(trio[:2], "weighted").plan.config["base_model_name_or_path"] == "org/x"
+
+
+def test_nothing_of_anybodys_disk_is_published(tmp_path) -> None:
+    config = {**CONFIG, "base_model_name_or_path": str(tmp_path / "bases" / "mine")}
+    for i in range(2):
+        write_adapter(adapter(i, config=config), tmp_path / f"a{i}", provenance={})
+    merged = merge([read_adapter(tmp_path / f"a{i}") for i in range(2)], "weighted")
+    typed = f"loraloom merge {tmp_path}/a0 {tmp_path}/a1 --rule weighted -o {tmp_path}/out"
+    folder = write_merged(merged, tmp_path / "out", command=typed)
+    for path in folder.iterdir():
+        assert str(tmp_path) not in path.read_bytes().decode(errors="replace")
+    assert (
+        json.loads((folder / "loraloom.json").read_text())["command"] == "loraloom merge a0 a1 --rule weighted -o out"
+    )
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "mine"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(4)), st.sampled_from(RULES))
+def test_the_order_of_the_adapters_changes_nothing(tmp_path_factory, order, rule) -> None:
+    place = tmp_path_factory.getbasetemp() / "order"
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float16)
+    for i, dtype in enumerate(dtypes):
+        if not (place / f"a{i}").exists():
+            config = {
+                **CONFIG,
+                "task_type": "CAUSAL_LM" if i else None,
+                f"field{i}": i,
+                "target_modules": ["qv"[i % 2], "v"],
+            }
+            head = {"score.weight": torch.full((2, 6), float(i)).to(dtype)}
+            write_adapter(adapter(i, config=config, head=head, dtype=dtype), place / f"a{i}", provenance={})
+    members = {f"a{i}": read_adapter(place / f"a{i}") for i in range(4)}
+    plans = [
+        merge({name: members[name] for name in names}, rule, heads="average")
+        for names in (list(members), [f"a{i}" for i in order])
+    ]
+    one, two = (merged.plan for merged in plans)
+    assert (one.config, one.dtype, one.left_out, one.forms) == (two.config, two.dtype, two.left_out, two.forms)
+    torch.testing.assert_close(one.head, two.head)
+    for name, update in plans[0].adapter.updates.items():
+        torch.testing.assert_close(update.dense(), plans[1].adapter.updates[name].dense(), atol=2e-5, rtol=1e-4)

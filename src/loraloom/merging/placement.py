@@ -53,7 +53,6 @@ def place(
 
     The arguments are those of `fuse`.
     """
-    head = {name: tensor for name, tensor in head.items() if ".base_layer." not in name}  # copies of the base's own
     names, problems = _find_names(list(shapes), list(head), base)
     tensors = {module: names.tensor(f"{module}.weight") for module in shapes if names.has(module) or module == _OUTPUT}
     heads, unfit = _head_parts(head, names, base)
