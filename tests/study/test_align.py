@@ -14,7 +14,8 @@ from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge, write_merged
 from loraloom.progress import Reporter
-from loraloom.study.by_hand import align_folder, evaluate_folder
+from loraloom.study.align import align_folder
+from loraloom.study.by_hand import evaluate_folder
 from loraloom.study.recipe import Recipe
 
 

@@ -143,6 +143,28 @@ def test_a_second_run_does_nothing_new(finished: Path, compared: Path, tmp_path:
     assert result == StudyResult.load(tmp_path / "out" / "results.json")
 
 
+def test_other_rows_are_evaluated_anew(finished: Path, tmp_path: Path) -> None:
+    """Nothing was trained on rows here, and yet every figure is of them."""
+    for path in finished.glob("*.jsonl"):
+        shutil.copy2(path, tmp_path)
+    recipe = Recipe.parse(tiny_study.recipe(base=str(finished / "base")), "r").resolved(tmp_path)
+    first = on_test_rows(compare(adapters(finished), recipe, tmp_path / "out", rules=["tsv"], scales=[1.0]))
+    rows = [json.loads(line) for line in (tmp_path / "mood.test.jsonl").read_text().splitlines()]
+    turned = [{**row, "mood": {"good": "bad", "bad": "good"}[row["mood"]]} for row in rows]
+    (tmp_path / "mood.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    again = on_test_rows(compare(adapters(finished), recipe, tmp_path / "out", rules=["tsv"], scales=[1.0]))
+    assert again == {case: pytest.approx(1 - score if case[0] == "mood" else score) for case, score in first.items()}
+
+
+def on_test_rows(result: StudyResult) -> dict[tuple[str, str], float]:
+    """Return accuracies on test rows by task and way."""
+    found = {(one.task, "alone"): one.score.value for one in result.singles}
+    for one in result.merges:
+        if one.split == "test":
+            found |= {(task, f"aligned {one.aligned}"): score.value for task, score in one.scores.items()}
+    return found
+
+
 def test_a_further_rule_merges_alone(finished: Path, compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "out")
     recipe = Recipe.load(finished / "recipe.yaml")
@@ -254,9 +276,9 @@ def test_two_adapters_of_one_task(finished: Path, tmp_path: Path) -> None:
 
 def test_no_base_is_loaded_and_nothing_trained(finished: Path, compared: Path) -> None:
     stages = {path.name for path in (compared / "stages").iterdir() if path.is_dir()}
-    assert {"adapter", "merge", "evaluate"} <= stages
+    assert {"adapter", "merge", "heldout", "test"} <= stages
     assert not {"init", "train"} & stages
     recipe = Recipe.parse(json.loads((compared / "results.json").read_text())["recipe"], "results")
     study = Study(recipe, compared, Reporter(quiet=True))
     assert len(list(study.evaluations())) == 1
-    assert "evaluator" not in study.__dict__
+    assert study.engine.loaded is None

@@ -235,14 +235,14 @@ def test_the_papers_recipes_run_on_tiny_models_of_their_kind(tmp_path: Path, nam
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared GLUE rows are not here")
 def test_glue8_reads_its_rows() -> None:
-    from loraloom.study.stages import build_task, sample_problems
+    from loraloom.study.stages import build_task
 
     recipe = Recipe.load(RECIPES / "glue8-minilm.yaml")
     for name, settings in recipe.tasks.items():
         assert isinstance(settings, GlueTask)
         task = build_task(name, settings)
         assert (len(task.train), len(task.heldout)) == (settings.train_rows, settings.heldout_rows)
-        assert sample_problems(task, recipe.statistics, recipe.alignment) == []
+        assert recipe.sample_problems(task) == []
 
 
 def test_the_texts_of_a_rule_are_those_of_its_entry() -> None:

@@ -224,7 +224,7 @@ def report(
 def study_status(folder: StudyFolder, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the stage outputs of a study and what each took, and the stages that failed."""
     with command(quiet, as_json) as out:
-        from loraloom.study.by_hand import study_store
+        from loraloom.study.store import study_store
 
         store = study_store(folder)
         outputs, failures = store.outputs(), store.failures()
@@ -244,7 +244,7 @@ def study_explain(
     """Tell what an output depends on, and what of it is missing."""
     with command(quiet, as_json) as out:
         from loraloom.cli.terminal import explanation
-        from loraloom.study.by_hand import study_store
+        from loraloom.study.store import study_store
 
         found = study_store(folder).explain(output)
         out.result(found, explanation(found))
@@ -259,7 +259,7 @@ def study_rm(
 ) -> None:
     """Remove stage outputs; the next run makes them again."""
     with command(quiet, as_json) as out:
-        from loraloom.study.by_hand import study_store
+        from loraloom.study.store import study_store
 
         store = study_store(folder)
         for name in outputs:

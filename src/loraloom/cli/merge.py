@@ -131,7 +131,7 @@ def align(
 ) -> None:
     """Fit each task's head to what the merged adapter makes of its texts: closed form, no labels, no cost later."""
     with command(quiet, as_json) as out, out.progress() as shown:
-        from loraloom.study.by_hand import align_folder
+        from loraloom.study.align import align_folder
 
         out.result({"folder": str(merged), "heads": align_folder(read_recipe(recipe, base), merged, adapters, shown)})
 

@@ -221,7 +221,8 @@ def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[s
 def explanation(found: Mapping[str, Any]) -> str:
     """Return what `Store.explain` found as an indented list."""
     options = [f"  {name}: {json.dumps(value)}" for name, value in found["options"].items()]
-    return "\n".join([str(found["output"]), *options, *_inputs(found["inputs"], 1)])
+    content = [f"  {name}: sha256 {sha256[:12]}" for name, sha256 in found["content"].items()]
+    return "\n".join([str(found["output"]), *options, *content, *_inputs(found["inputs"], 1)])
 
 
 def _inputs(inputs: Mapping[str, Any], depth: int) -> list[str]:

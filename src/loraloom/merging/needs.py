@@ -43,25 +43,27 @@ def supply(
         known = {
             name: collect(load(), tasks[name].sample("train", reading.texts), targets, reading) for name in adapters
         }
-    if not rule.whole:
-        return known, None
-    heads = [Head.of(adapter.head, adapter.name) for adapter in adapters.values()]
-    return known, _probe(load(), [tasks[name] for name in adapters], heads, texts, progress)
+    return known, probe_of(load(), adapters, tasks, texts, progress) if rule.whole else None
 
 
-def _probe(
+def probe_of(
     evaluator: Evaluator,
-    tasks: Sequence[Task],
-    heads: Sequence[Head],
+    adapters: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
     texts: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TaskProbe:
-    rows = [task.sample("train", texts) for task in tasks]
+    """Return the probe of `texts` training texts a task, with their labels, each under the head of its adapter.
+
+    `tasks` go by adapter's name. Raises LoraloomError for an adapter without a head.
+    """
+    own = [tasks[name] for name in adapters]
+    rows = [task.sample("train", texts) for task in own]
     return TaskProbe(
         evaluator,
-        heads,
+        [Head.of(adapter.head, adapter.name) for adapter in adapters.values()],
         [evaluator.encode(found) for found in rows],
-        [task.label_tensor(found) for task, found in zip(tasks, rows, strict=True)],
-        [task.kind.regression for task in tasks],
+        [task.label_tensor(found) for task, found in zip(own, rows, strict=True)],
+        [task.kind.regression for task in own],
         progress=progress,
     )

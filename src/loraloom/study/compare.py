@@ -36,33 +36,13 @@ def compare(
     and the merged adapters at their chosen scales; what an earlier run did in it is not done again. Raises
     LoraloomError that tells all problems at once.
     """
-    known = rule_names()
-    problems = [f"no merging rule is called {r!r}; {did_you_mean(r, known)}" for r in rules if r not in known]
-    problems += [f"scale {scale} is not finite" for scale in scales or () if not math.isfinite(scale)]
-    problems += [f"rule {rule!r} is given twice" for rule in sorted({rule for rule in rules if rules.count(rule) > 1})]
-    problems += [
-        f"the recipe has no task {name!r}: {did_you_mean(name, tasks.tasks)}"
-        for name in adapters
-        if name not in tasks.tasks
-    ]
-    if len(adapters) < 2:
-        problems.append(f"{len(adapters)} adapters: there is nothing to merge")
-    errors: list[LoraloomError] = []
-    members = []
-    for path in adapters.values():
-        with collecting(errors):
-            members.append(read_adapter(path))
-    problems += compatibility_problems(members)
-    problems += [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
-    with collecting(errors):
-        raise_problems("these adapters cannot be compared", problems, "see `loraloom rules`, and the recipe's tasks")
-    raise_together(errors)
-    recipe = Recipe.model_validate(
-        {
-            **tasks.model_dump(exclude={"inits", "merging", "tasks"}),
+    _check(adapters, tasks, rules, scales)
+    recipe = tasks.model_copy(
+        update={
             "name": f"{tasks.name}: every rule",
-            "tasks": {name: tasks.tasks[name] for name in adapters},
-            "adapters": {name: path.resolve() for name, path in adapters.items()},
+            "tasks": {name: tasks.task(name) for name in adapters},
+            "inits": {},
+            "adapters": dict(adapters),
             "merging": [_settings(rule, scales, tasks) for rule in rules or rule_names()],
         }
     )
@@ -78,6 +58,29 @@ def by_task(folders: Sequence[Path]) -> dict[str, Path]:
             raise LoraloomError(f"{found[task]} and {folder} are both of task {task!r}", "compare one adapter a task")
         found[task] = folder
     return found
+
+
+def _check(adapters: Mapping[str, Path], tasks: Recipe, rules: Sequence[str], scales: Sequence[float] | None) -> None:
+    """Raise LoraloomError that tells everything for which these adapters cannot be compared by these rules."""
+    errors: list[LoraloomError] = []
+    members = []
+    for name, path in adapters.items():
+        with collecting(errors):
+            tasks.task(name)
+        with collecting(errors):
+            members.append(read_adapter(path))
+    problems = [
+        f"no merging rule is called {r!r}; {did_you_mean(r, rule_names())}" for r in rules if r not in rule_names()
+    ]
+    problems += [f"rule {rule!r} is given twice" for rule in sorted({rule for rule in rules if rules.count(rule) > 1})]
+    problems += [f"scale {scale} is not finite" for scale in scales or () if not math.isfinite(scale)]
+    if len(adapters) < 2:
+        problems.append(f"{len(adapters)} adapters: there is nothing to merge")
+    problems += compatibility_problems(members)
+    problems += [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
+    with collecting(errors):
+        raise_problems("these adapters cannot be compared", problems, "see `loraloom rules`, and the recipe's tasks")
+    raise_together(errors)
 
 
 def _settings(rule: str, scales: Sequence[float] | None, tasks: Recipe) -> MergeSettings:

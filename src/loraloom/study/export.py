@@ -22,11 +22,12 @@ from loraloom.model.processes import check_alone
 from loraloom.model.runner import labels
 from loraloom.progress import Reporter
 from loraloom.report import write_report
-from loraloom.results import InitFacts, Interference, MergeScore, Score, SingleScore, StudyResult, TaskFacts, average
+from loraloom.results import InitFacts, Interference, MergeScore, SingleScore, StudyResult, TaskFacts, average
 from loraloom.study import stages
+from loraloom.study.inputs import Output
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import RECORD
-from loraloom.study.study import GIVEN, Evaluated, Output, Study, Trained, merged_facts
+from loraloom.study.study import GIVEN, Evaluated, Study, Trained, merged_facts
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import SPLITS, Task
 
@@ -45,13 +46,13 @@ def run_study(
     check_alone("a study")
     with reporter or Reporter(quiet=True) as shown:
         study = Study(recipe, folder, shown)
-        study.store.tidy()
+        study.engine.store.tidy()
         evaluated = [(one, row) for one, rows in study.evaluations() for row in rows]
         merges = [score for one, row in evaluated for score in _merge_scores(one, row)]
         responses = [table for one, found in study.interference() for table in _interference(one, found)]
         result = _result(study, merges, responses, command)
         # two runs of one study must not write their adapters over each other
-        with study.store.lock("outcome"):
+        with study.engine.store.lock("outcome"):
             for place in (study.folder, *study.folder.glob("adapters/*"), *study.folder.glob("merged/*")):
                 remove_leftovers(place)
             for one in study.trained if recipe.inits else ():
@@ -66,42 +67,42 @@ def run_study(
 
 def _result(study: Study, merges: list[MergeScore], responses: list[Interference], command: str) -> StudyResult:
     recipe, tasks = study.recipe, study.tasks
-    first = next(iter(study.statistics["train"].values())).path
+    seen = stages.read_statistics(study.statistics["train"])
     return StudyResult(
         name=recipe.name,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         base=recipe.base,
-        base_sha256=stages.read_statistics(first).fingerprint,
-        content_sha256=text_sha256("".join(study.digests.values())),
+        base_sha256=next(iter(seen.values())).fingerprint,
+        content_sha256=text_sha256("".join(rows.key for rows in study.rows.values())),
         versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch on {_device()}",
         seeds=recipe.seeds,
         recipe=recipe.model_dump(mode="json"),
         inits=[_init_facts(study, name) for name in recipe.inits] or [_given_facts(study)],
-        tasks=[_task_facts(task, study.digests[task.name]) for task in tasks.values()],
+        tasks=[_task_facts(task, study.rows[task.name].key) for task in tasks.values()],
         singles=[
-            SingleScore(init=one.init, seed=one.seed, task=task, score=_single(output, "test"))
+            SingleScore(init=one.init, seed=one.seed, task=task, score=stages.single_score(output, "test"))
             for one in study.trained
             for task, output in one.singles.items()
         ],
         merges=merges,
         interference=responses,
-        seconds=study.store.seconds(),
+        seconds=study.engine.store.seconds(),
         notes=_notes(study),
     )
 
 
 def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
     facts, found = merged_facts(row.merged), []
-    places: list[tuple[Literal["heldout", "test"], Path, bool]] = []
-    places += [("heldout", row.heldout.path, aligned) for aligned in (False, True)]
+    places: list[tuple[Literal["heldout", "test"], Output, bool]] = []
+    places += [("heldout", row.heldout, aligned) for aligned in (False, True)]
     if row.test is not None:
         chosen = ((False, row.chosen_as_trained), (True, row.chosen_aligned))
         places += [("test", row.test, aligned) for aligned, is_chosen in chosen if is_chosen]
-    for split, path, aligned in places:
-        scores = stages.read_scores(path, aligned)
-        alone = average(_single(output, split) for output in one.singles.values())
+    for split, output, aligned in places:
+        scores = stages.read_scores(output, aligned)
+        by_itself = average(stages.single_score(alone, split) for alone in one.singles.values())
         together = average(scores.values())
         found.append(
             MergeScore(
@@ -113,7 +114,7 @@ def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
                 scale_chosen_with_labels=split == "test" and len(row.settings.scales) > 1,
                 scores=scores,
                 average=together,
-                kept=together.value / alone.value if alone.value else 0.0,
+                kept=together.value / by_itself.value if by_itself.value else 0.0,
                 **facts,
             )
         )
@@ -125,10 +126,6 @@ def _interference(one: Trained, found: dict[str, Any]) -> list[Interference]:
         Interference(init=one.init, seed=one.seed, tasks=found["tasks"], layers=found["layers"], **table)
         for table in found["tables"]
     ]
-
-
-def _single(output: Output, split: str) -> Score:
-    return Score(**json.loads((output.path / stages.SCORES).read_text(encoding="utf-8"))[split])
 
 
 def _init_facts(study: Study, name: str) -> InitFacts:
@@ -190,18 +187,18 @@ def _notes(study: Study) -> list[str]:
 
 
 def _export_adapters(study: Study, one: Trained) -> None:
-    for task, output in one.trained.items():
+    for task, output in one.adapters.items():
         place = study.folder / "adapters" / _place(study, one) / task
         record = (output.path / RECORD).read_text(encoding="utf-8")
         if not (place / RECORD).is_file() or (place / RECORD).read_text(encoding="utf-8") != record:
             with staged_folder(place) as staged:
-                shutil.copytree(output.path / "adapter", staged, dirs_exist_ok=True)
+                shutil.copytree(output.path / stages.ADAPTER, staged, dirs_exist_ok=True)
                 shutil.copy2(output.path / RECORD, staged / RECORD)
 
 
 def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
     """Write the merged adapter at its chosen scale with the aligned heads beside it."""
-    adapter = row.merged / "adapter"
+    adapter = row.merged.path / stages.ADAPTER
     place = study.folder / "merged" / _place(study, one) / _rule_name(study.recipe, row.settings)
     chosen = "the best of several on held-out rows, with labels" if len(row.settings.scales) > 1 else "the recipe's own"
     provenance = {
@@ -213,7 +210,7 @@ def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
     if place.is_dir() and read_provenance(place) == provenance:
         return
     merged = read_adapter(adapter).scaled(row.scale)
-    heads = stages.read_aligned(row.heldout.path, one.heads)
+    heads = stages.read_aligned(row.heldout, stages.read_heads(one.adapters))
     write_adapter(
         merged,
         place,

@@ -33,7 +33,7 @@ from loraloom.tasks.builtin import BuiltinTask
 from loraloom.tasks.files import FileTask
 from loraloom.tasks.glue import GlueTask
 from loraloom.tasks.sources import SUFFIXES
-from loraloom.tasks.task import TaskOptions
+from loraloom.tasks.task import Task, TaskOptions
 
 PROBE_TEXTS = 100  # a task, for a rule that looks at texts
 
@@ -46,6 +46,11 @@ class InitSettings(StartOptions):
     )
     seed: Literal["task", "shared"] = Field("task", description="a seed of its own for every task, or one for all")
     description: str = ""
+
+    @property
+    def start(self) -> StartOptions:
+        """Return what a start is asked for, without the rest."""
+        return StartOptions(**{name: getattr(self, name) for name in StartOptions.model_fields})
 
     @model_validator(mode="before")
     @classmethod
@@ -180,6 +185,22 @@ class Recipe(Settings):
         entries = [entry for entry in self.merging if entry.rule == rule]
         alike = [entry for entry in entries if entry.filled() == get_rule(rule).check(options)[0]]
         return next((entry.texts for entry in [*alike, *entries]), PROBE_TEXTS)
+
+    def task(self, name: str, of: str = "") -> TaskSettings:
+        """Return the settings of one task. Raises LoraloomError where there is none; `of` says whose task it is."""
+        if name not in self.tasks:
+            missing = f"the recipe has no task {name!r}: {did_you_mean(name, self.tasks)}"
+            raise LoraloomError(f"{of}: {missing}" if of else missing, "name folders and tasks alike" if of else "")
+        return self.tasks[name]
+
+    def sample_problems(self, task: Task) -> list[str]:
+        """Return every sample of a task's training texts that this asks for and that is larger than what there is."""
+        asked = {"statistics.texts": self.statistics.texts, "alignment.texts": self.alignment.texts}
+        return [
+            f"task {task.name!r}: {option} asks for {count} texts, {len(task.train)} training rows are left"
+            for option, count in asked.items()
+            if count > len(task.train)
+        ]
 
     def training_of(self, task: str) -> TrainingSettings:
         """Return how one task is trained: `training`, with the task's own epochs where it has them."""

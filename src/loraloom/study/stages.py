@@ -1,38 +1,82 @@
-"""What each stage of a study computes: inputs as files, output as files in one folder. Which and when: study.py."""
+"""What each stage of a study computes, of its inputs and options alone. Which stages there are: study.py."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.adapters.heads import Head, align_heads
 from loraloom.adapters.peft import CONFIG, PROVENANCE, WEIGHTS, read_adapter
 from loraloom.adapters.update import Adapter
-from loraloom.analysis.interference import interference, ratio
-from loraloom.files.hashing import file_sha256, text_sha256, write_json
-from loraloom.merging import read_readout
+from loraloom.analysis.interference import interference as measure_interference, ratio
+from loraloom.files.hashing import write_json
+from loraloom.merging import MergeOptions, make_plan, read_readout, write_merged
+from loraloom.merging.needs import probe_of
 from loraloom.merging.readout import READOUTS
-from loraloom.model.runner import Evaluator, scored
+from loraloom.merging.registry import Probe
+from loraloom.model.runner import scored
 from loraloom.results import Score
-from loraloom.settings import AlignmentSettings, LoraSettings, StatisticsSettings
+from loraloom.settings import Kind, LoraSettings, StatisticsSettings, TrainingSettings
 from loraloom.starts.initialise import initialise
+from loraloom.starts.options import StartOptions
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import collect
-from loraloom.study.recipe import InitSettings, TaskSettings
+from loraloom.study.engine import Context, Reading, stage
+from loraloom.study.inputs import Base, Local, Output, Rows, Texts
+from loraloom.study.recipe import TaskSettings
 from loraloom.tasks.builtin import BuiltinTask, builtin_task, source_versions
-from loraloom.tasks.files import file_task
+from loraloom.tasks.files import FileTask, file_task
 from loraloom.tasks.glue import GlueTask, glue_task
 from loraloom.tasks.task import Task
-from loraloom.training import lora_config
+from loraloom.training import lora_config, train_adapter
 
+ADAPTER, ROWS, STATISTICS = "adapter", "rows", "statistics.safetensors"
 SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
+_ADAPTER_FILES = (CONFIG, WEIGHTS, PROVENANCE)
+_GLUE_FILES = ("train.jsonl", "dev.jsonl", "meta.json")
+
+
+# tasks
+
+
+@stage("task", version=1)
+def make_task(
+    folder: Path,
+    context: Context,
+    *,
+    name: str,
+    settings: TaskSettings,
+    files: Mapping[str, Local],
+    packages: Mapping[str, str],
+) -> None:
+    """Write the rows of a task, of `files` where the settings name a place, or of packages of these versions."""
+    places = {option: str(file.path) for option, file in files.items()}
+    build_task(name, settings.model_validate({**settings.model_dump(), **places})).save(folder / ROWS)
+
+
+def task_arguments(name: str, settings: TaskSettings) -> dict[str, Any]:
+    """Return what `make_task` is given for a task of a recipe: its files by their content, wherever they lie."""
+    files: dict[str, Local] = {}
+    if isinstance(settings, GlueTask) and settings.path:
+        files["path"] = Local.folder(settings.path, *(f"{name}/{file}" for file in _GLUE_FILES))
+    if isinstance(settings, FileTask):
+        places = {split: Path(source).expanduser() for split, source in settings.sources.items()}
+        files = {split: Local.file(path) for split, path in places.items() if path.is_file()}
+    # the name of a file tells by its ending how it is read; epochs are of training
+    names = {option: None if option == "path" else file.path.name for option, file in files.items()}
+    return {
+        "name": name,
+        "settings": settings.model_copy(update={**names, "epochs": None}),
+        "files": files,
+        "packages": source_versions() if isinstance(settings, BuiltinTask) else {},
+    }
 
 
 def build_task(name: str, settings: TaskSettings) -> Task:
@@ -44,38 +88,163 @@ def build_task(name: str, settings: TaskSettings) -> Task:
     return file_task(name, settings)
 
 
-def task_inputs(name: str, settings: TaskSettings) -> dict[str, Any]:
-    """Return what the rows of a task depend on: options, and hashes of its files or versions of its packages."""
-    inputs: dict[str, Any] = {"name": name, **settings.model_dump(mode="json", exclude={"epochs"})}
-    if isinstance(settings, BuiltinTask):
-        inputs["packages"] = source_versions()
-    elif isinstance(settings, GlueTask):
-        folder = settings.path and settings.path / name
-        files = ("train.jsonl", "dev.jsonl", "meta.json")
-        inputs["path"] = [_file_sha256(folder / file) for file in files] if folder else None
-    else:
-        for key in ("train", "heldout", "test"):
-            path = inputs[key] and Path(inputs[key])
-            inputs[key] = _file_sha256(path) if path and path.is_file() else inputs[key]
-    return inputs
+# statistics, starts, training
 
 
-def sample_problems(task: Task, statistics: StatisticsSettings, alignment: AlignmentSettings) -> list[str]:
-    """Return every sample of unlabelled training texts that is asked for and larger than the task's training rows."""
-    asked = {"statistics.texts": statistics.texts, "alignment.texts": alignment.texts}
-    return [
-        f"task {task.name!r}: {option} asks for {count} texts, {len(task.train)} training rows are left"
-        for option, count in asked.items()
-        if count > len(task.train)
-    ]
+@stage("statistics", version=1)
+def collect_statistics(
+    folder: Path, context: Context, *, texts: Texts, base: Base, targets: list[str] | str, kind: Kind, reading: Reading
+) -> None:
+    """Collect what the base model's layers see of texts."""
+    settings = StatisticsSettings(kind=kind, max_length=reading.max_length, batch_size=reading.batch_size)
+    collect(context.evaluator(base, reading), texts.rows, targets, settings).save(folder / STATISTICS)
 
 
-def copy_adapter(source: Path, folder: Path) -> None:
-    """Copy the files of an adapter folder that count: config, weights, provenance."""
-    (folder / "adapter").mkdir()
-    for name in (CONFIG, WEIGHTS, PROVENANCE):
-        if (source / name).is_file():
-            shutil.copy2(source / name, folder / "adapter" / name)
+def read_statistics(outputs: Mapping[str, Output]) -> dict[str, Statistics]:
+    """Read what `collect_statistics` wrote, by the names of the outputs."""
+    return {name: Statistics.load(output.path / STATISTICS) for name, output in outputs.items()}
+
+
+@stage("init", version=1)
+def start_adapter(
+    folder: Path,
+    context: Context,
+    *,
+    own: Output,
+    off: Mapping[str, Output],
+    base: Base,
+    lora: LoraSettings,
+    options: StartOptions,
+    seed: int,
+) -> None:
+    """Write the adapter folder that training starts from, and its mean diagnostics."""
+    config = lora_config(lora, [])
+    config.base_model_name_or_path = base.name
+    seen = Statistics.load(own.path / STATISTICS)
+    done = initialise(folder / ADAPTER, seen, read_statistics(off), config, options, seed=seed)
+    write_json(folder / SCORES, {"diagnostics": done.diagnostics(), "notes": done.notes()})
+
+
+@stage("train", version=1)
+def train(
+    folder: Path,
+    context: Context,
+    *,
+    rows: Rows,
+    start: Output,
+    base: Base,
+    settings: TrainingSettings,
+    seed: int,
+) -> None:
+    """Train one task's adapter from its start; a killed training goes on from its last checkpoint."""
+    train_adapter(
+        base.name,
+        rows.task,
+        folder / ADAPTER,
+        init=start.path / ADAPTER,
+        settings=settings,
+        seed=seed,
+        checkpoints=context.scratch,
+        progress=context.progress,
+    )
+
+
+@stage("adapter", version=1)
+def copy_adapter(folder: Path, context: Context, *, given: Local) -> None:
+    """Copy the files of a given adapter's folder that count."""
+    (folder / ADAPTER).mkdir()
+    for name in _ADAPTER_FILES:
+        if (given.path / name).is_file():
+            shutil.copy2(given.path / name, folder / ADAPTER / name)
+
+
+def given_adapter(folder: Path) -> Local:
+    """Return the files of an adapter's folder that `copy_adapter` copies."""
+    return Local.folder(folder, *_ADAPTER_FILES)
+
+
+def read_adapters(outputs: Mapping[str, Output]) -> dict[str, Adapter]:
+    """Read adapters by task; each is of that task, whatever a given one was trained on."""
+    return {task: replace(read_adapter(output.path / ADAPTER), task=task) for task, output in outputs.items()}
+
+
+def read_heads(outputs: Mapping[str, Output]) -> dict[str, Head]:
+    """Read the heads of adapters as trained, by task."""
+    return {task: Head.of(adapter.head, adapter.name) for task, adapter in read_adapters(outputs).items()}
+
+
+# evaluation of each adapter alone
+
+
+@stage("single", version=1)
+def evaluate_single(
+    folder: Path, context: Context, *, adapter: Output, rows: Rows, base: Base, reading: Reading, texts: int
+) -> None:
+    """Evaluate a task's own adapter on held-out and test rows; keep its features of `texts` unlabelled texts."""
+    evaluator, task = context.evaluator(base, reading), rows.task
+    own = read_adapter(adapter.path / ADAPTER)
+    head = Head.of(own.head, own.name)
+    unlabelled = evaluator.features(own.updates, head, evaluator.encode(task.sample("train", texts)))
+    heldout = evaluator.features(own.updates, head, evaluator.encode(task.heldout))
+    test = evaluator.features(own.updates, head, evaluator.encode(task.test))
+    save_file({"unlabelled": unlabelled}, folder / FEATURES)
+    scores = {split: scored(task, split, head, seen) for split, seen in (("heldout", heldout), ("test", test))}
+    write_json(folder / SCORES, {split: score.model_dump() for split, score in scores.items()})
+
+
+def single_score(output: Output, split: str) -> Score:
+    """Read a score that `evaluate_single` wrote."""
+    return Score(**json.loads((output.path / SCORES).read_text(encoding="utf-8"))[split])
+
+
+# merging
+
+
+@stage("merge", version=1)
+def merge(
+    folder: Path,
+    context: Context,
+    *,
+    adapters: Mapping[str, Output],
+    statistics: Mapping[str, Output],
+    rule: str,
+    options: Mapping[str, Any],
+    seed: int,
+) -> None:
+    """Merge at scale 1 by a rule that needs no base model."""
+    _write_merge(folder, read_adapters(adapters), statistics, MergeOptions(rule, options, scale=1.0, seed=seed))
+
+
+@stage("merge", version=1)
+def merge_by_texts(
+    folder: Path,
+    context: Context,
+    *,
+    adapters: Mapping[str, Output],
+    statistics: Mapping[str, Output],
+    rows: Mapping[str, Rows],
+    base: Base,
+    reading: Reading,
+    texts: int,
+    rule: str,
+    options: Mapping[str, Any],
+    seed: int,
+) -> None:
+    """Merge at scale 1 by a rule that runs the base model on `texts` training texts a task."""
+    members = read_adapters(adapters)
+    tasks = {name: one.task for name, one in rows.items()}
+    probe = probe_of(context.evaluator(base, reading), members, tasks, texts, context.progress)
+    _write_merge(folder, members, statistics, MergeOptions(rule, options, scale=1.0, seed=seed), probe)
+
+
+def _write_merge(
+    folder: Path,
+    members: Mapping[str, Adapter],
+    statistics: Mapping[str, Output],
+    options: MergeOptions,
+    probe: Probe | None = None,
+) -> None:
+    write_merged(make_plan(members, options, statistics=read_statistics(statistics), probe=probe), folder / ADAPTER)
 
 
 def merged_adapters(folder: Path, scale: float, tasks: Iterable[str]) -> dict[str, Adapter]:
@@ -85,144 +254,116 @@ def merged_adapters(folder: Path, scale: float, tasks: Iterable[str]) -> dict[st
     return dict.fromkeys(tasks, read_adapter(folder).scaled(scale))
 
 
-def make_statistics(
-    folder: Path, evaluator: Evaluator, rows: Dataset, settings: StatisticsSettings, targets: list[str] | str
-) -> None:
-    """Collect what the base model's layers see of the texts in `rows`."""
-    collect(evaluator, rows, targets, settings).save(folder / "statistics.safetensors")
+# evaluation of merged adapters
 
 
-def texts_sha256(rows: Dataset) -> str:
-    """Return a hash of the texts in `rows`."""
-    return text_sha256("\n".join(rows["text_a"]))
-
-
-def read_statistics(folder: Path) -> Statistics:
-    """Read what `make_statistics` wrote."""
-    return Statistics.load(folder / "statistics.safetensors")
-
-
-def make_init(
+@stage("heldout", version=1)
+def evaluate_heldout(
     folder: Path,
-    own: Statistics,
-    others: Mapping[str, Statistics],
-    lora: LoraSettings,
-    settings: InitSettings,
-    seed: int,
-    base: str,
+    context: Context,
+    *,
+    merged: Output,
+    adapters: Mapping[str, Output],
+    singles: Mapping[str, Output],
+    rows: Mapping[str, Rows],
+    base: Base,
+    reading: Reading,
+    scale: float,
+    texts: int,
+    ridge: float,
 ) -> None:
-    """Write the adapter folder that training starts from, named for base model `base`, and its mean diagnostics."""
-    config = lora_config(lora, [])
-    config.base_model_name_or_path = base
-    done = initialise(folder / "adapter", own, others, config, settings, seed=seed)
-    write_json(folder / SCORES, {"diagnostics": done.diagnostics(), "notes": done.notes()})
+    """Evaluate a merged adapter on held-out rows with the heads as trained and as aligned; keep the latter.
 
-
-def make_single(folder: Path, evaluator: Evaluator, adapter: Adapter, task: Task, alignment: AlignmentSettings) -> None:
-    """Evaluate a task's own adapter on held-out and test rows; keep its features of the unlabelled texts."""
-    head = Head.of(adapter.head, adapter.name)
-    unlabelled = evaluator.encode(task.sample("train", alignment.texts))
-    features = {
-        "unlabelled": evaluator.features(adapter.updates, head, unlabelled),
-        "heldout": evaluator.features(adapter.updates, head, evaluator.encode(task.heldout)),
-        "test": evaluator.features(adapter.updates, head, evaluator.encode(task.test)),
-    }
-    save_file({"unlabelled": features["unlabelled"]}, folder / FEATURES)
-    scores = {split: scored(task, split, head, features[split]).model_dump() for split in ("heldout", "test")}
-    write_json(folder / SCORES, scores)
-
-
-def own_features(folder: Path) -> Tensor:
-    """Read the features that `make_single` kept."""
-    return load_file(folder / FEATURES)["unlabelled"]
-
-
-def make_heldout_evaluation(
-    folder: Path,
-    evaluator: Evaluator,
-    merged: Mapping[str, Adapter],
-    heads: Mapping[str, Head],
-    own: Mapping[str, Tensor],
-    tasks: Mapping[str, Task],
-    alignment: AlignmentSettings,
-) -> None:
-    """Evaluate a merged adapter, by task, on held-out rows with the heads as trained and aligned; keep the latter.
-
-    One forward pass over unlabelled and held-out rows together serves both.
+    `singles` hold what each task's own adapter makes of its `texts` unlabelled texts. One forward pass over these and
+    the held-out rows together serves both.
     """
+    evaluator, heads = context.evaluator(base, reading), read_heads(adapters)
     unlabelled, heldout = {}, {}
-    for name, task in tasks.items():
-        first = evaluator.encode(task.sample("train", alignment.texts))
-        features = evaluator.features(merged[name].updates, heads[name], first + evaluator.encode(task.heldout))
+    for name, adapter in merged_adapters(merged.path / ADAPTER, scale, rows).items():
+        task = rows[name].task
+        first = evaluator.encode(task.sample("train", texts))
+        features = evaluator.features(adapter.updates, heads[name], first + evaluator.encode(task.heldout))
         unlabelled[name], heldout[name] = features[: len(first)], features[len(first) :]
-    aligned = align_heads(heads, own, unlabelled, ridge=alignment.ridge)
-    save_file(
-        {f"{name}/{path}": tensor for name, head in aligned.items() for path, tensor in head.tensors.items()},
-        folder / HEADS,
-    )
-    write_json(folder / SCORES, _both(heads, aligned, heldout, tasks, "heldout"))
+    own = {name: load_file(output.path / FEATURES)["unlabelled"] for name, output in singles.items()}
+    aligned = align_heads(heads, own, unlabelled, ridge=ridge)
+    tensors = {f"{name}/{path}": tensor for name, head in aligned.items() for path, tensor in head.tensors.items()}
+    save_file(tensors, folder / HEADS)
+    _write_scores(folder, rows, "heldout", heldout, heads, aligned)
 
 
-def make_test_evaluation(
+@stage("test", version=1)
+def evaluate_test(
     folder: Path,
-    evaluator: Evaluator,
-    merged: Mapping[str, Adapter],
-    heads: Mapping[str, Head],
-    aligned: Mapping[str, Head],
-    tasks: Mapping[str, Task],
+    context: Context,
+    *,
+    merged: Output,
+    adapters: Mapping[str, Output],
+    heldout: Output,
+    rows: Mapping[str, Rows],
+    base: Base,
+    reading: Reading,
+    scale: float,
 ) -> None:
-    """Evaluate a merged adapter, by task, on test rows with the heads as trained and as aligned before."""
+    """Evaluate a merged adapter on test rows with the heads as trained and as `evaluate_heldout` aligned them."""
+    evaluator, heads = context.evaluator(base, reading), read_heads(adapters)
     features = {
-        name: evaluator.features(merged[name].updates, heads[name], evaluator.encode(task.test))
-        for name, task in tasks.items()
+        name: evaluator.features(adapter.updates, heads[name], evaluator.encode(rows[name].task.test))
+        for name, adapter in merged_adapters(merged.path / ADAPTER, scale, rows).items()
     }
-    write_json(folder / SCORES, _both(heads, aligned, features, tasks, "test"))
+    _write_scores(folder, rows, "test", features, heads, read_aligned(heldout, heads))
 
 
-def read_aligned(folder: Path, heads: Mapping[str, Head]) -> dict[str, Head]:
-    """Read the aligned heads that `make_heldout_evaluation` kept."""
+def read_aligned(heldout: Output, heads: Mapping[str, Head]) -> dict[str, Head]:
+    """Read the aligned heads that `evaluate_heldout` kept."""
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / HEADS).items():
+    for key, tensor in load_file(heldout.path / HEADS).items():
         name, path = key.split("/", 1)
         found.setdefault(name, {})[path] = tensor
     return {name: Head(found[name], head.last) for name, head in heads.items()}
 
 
-def read_scores(folder: Path, aligned: bool) -> dict[str, Score]:
-    """Read the scores by task that an evaluation wrote."""
-    scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))["aligned" if aligned else "as_trained"]
+def read_scores(output: Output, aligned: bool) -> dict[str, Score]:
+    """Read the scores by task that an evaluation of a merged adapter wrote."""
+    scores = json.loads((output.path / SCORES).read_text(encoding="utf-8"))["aligned" if aligned else "as_trained"]
     return {name: Score(**value) for name, value in scores.items()}
 
 
-def make_interference(
-    folder: Path, start: Mapping[str, Path], trained: Mapping[str, Path], heldout: Mapping[str, Path]
+def _write_scores(
+    folder: Path,
+    rows: Mapping[str, Rows],
+    split: str,
+    features: Mapping[str, Tensor],
+    heads: Mapping[str, Head],
+    aligned: Mapping[str, Head],
 ) -> None:
-    """Measure every adapter's response to every task's held-out inputs; before training too where `start` is given."""
-    seen = {name: read_statistics(path) for name, path in heldout.items()}
-    after = interference({name: read_adapter(path) for name, path in trained.items()}, seen)
+    """Write the scores by task of the heads as trained and as aligned, both reading the same features."""
+    scores = {
+        kind: {name: scored(one.task, split, chosen[name], features[name]).model_dump() for name, one in rows.items()}
+        for kind, chosen in (("as_trained", heads), ("aligned", aligned))
+    }
+    write_json(folder / SCORES, scores)
+
+
+# interference
+
+
+@stage("interference", version=1)
+def measure(
+    folder: Path,
+    context: Context,
+    *,
+    starts: Mapping[str, Output],
+    adapters: Mapping[str, Output],
+    heldout: Mapping[str, Output],
+) -> None:
+    """Measure every adapter's response to every task's held-out inputs; before training too where starts are given."""
+    seen = read_statistics(heldout)
+    after = measure_interference(read_adapters(adapters), seen)
     tables = [("after", "A", after.A), ("after", "BA", after.BA)]
-    if start:
-        before = interference({name: read_adapter(path) for name, path in start.items()}, seen)
-        tables.insert(0, ("before", "A", before.A))
+    if starts:
+        tables.insert(0, ("before", "A", measure_interference(read_adapters(starts), seen).A))
     rows = [
         {"when": when, "quantity": quantity, "values": values.tolist(), "ratio": ratio(values)}
         for when, quantity, values in tables
     ]
     write_json(folder / RESPONSES, {"tasks": after.adapters, "layers": after.layers, "tables": rows})
-
-
-def _both(
-    heads: Mapping[str, Head],
-    aligned: Mapping[str, Head],
-    features: Mapping[str, Tensor],
-    tasks: Mapping[str, Task],
-    split: str,
-) -> dict[str, dict[str, dict[str, float]]]:
-    return {
-        kind: {name: scored(task, split, chosen[name], features[name]).model_dump() for name, task in tasks.items()}
-        for kind, chosen in (("as_trained", heads), ("aligned", aligned))
-    }
-
-
-def _file_sha256(path: Path) -> str:
-    return file_sha256(path) if path.is_file() else f"missing: {path.name}"

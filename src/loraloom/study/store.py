@@ -32,19 +32,25 @@ _UNFINISHED, _FAILURES, _LOCKS = "unfinished", "failures", "locks"
 class Stage:
     """One unit of work: `kind` (statistics, train ...), a readable `label`, and what the output depends on.
 
-    `options` are plain values, `inputs` the stages whose outputs it reads.
+    options: plain values.
+    inputs: the stages whose outputs it reads.
+    content: the sha256 of whatever else it reads: rows, files, the base model.
+    version: of the code, raised where it computes something else.
     """
 
     kind: str
     label: str
     options: Mapping[str, Any]
     inputs: Mapping[str, Stage] = field(default_factory=dict)
+    content: Mapping[str, str] = field(default_factory=dict)
+    version: int = 1
 
     @cached_property
     def key(self) -> str:
-        """Return the sha256 over kind, options and inputs. Raises TypeError for a value that JSON cannot hold."""
-        inputs = {name: stage.key for name, stage in self.inputs.items()}
-        return json_sha256([self.kind, dict(self.options), inputs])
+        """Return the sha256 over all but the label. Raises TypeError for a value that JSON cannot hold."""
+        reads = {**{name: stage.key for name, stage in self.inputs.items()}, **self.content}
+        options = {name: _in_order(value) for name, value in self.options.items()}
+        return json_sha256([self.kind, self.version, options, _in_order(reads)])
 
     @property
     def name(self) -> str:
@@ -55,12 +61,11 @@ class Stage:
 class Store:
     """A folder of stage outputs: <root>/<kind>/<label>-<key>/, each with stage.json.
 
-    `computed` lists the stages that this store made, `used` the records of all that it was asked for.
+    `used` holds the records of all stages that it was asked for, by key.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.computed: list[Stage] = []
         self.used: dict[str, dict[str, Any]] = {}
 
     def get(self, stage: Stage, make: Callable[[Path, Path], None]) -> Path:
@@ -108,7 +113,7 @@ class Store:
         return {f"{path.parent.name}/{path.stem}": path.read_text(encoding="utf-8").strip() for path in paths}
 
     def explain(self, name: str) -> dict[str, Any]:
-        """Return what the output `name` depends on: options, and inputs by name, each with `present` and its own.
+        """Return what the output `name` depends on: options, hashes, and inputs, each with `present` and its own.
 
         Raises LoraloomError where there is no such output.
         """
@@ -120,7 +125,7 @@ class Store:
             inputs[key] = {"output": found, "present": path is not None}
             if path is not None:
                 inputs[key]["inputs"] = self.explain(found)["inputs"]
-        return {"output": name, "options": record["options"], "inputs": inputs}
+        return {"output": name, "options": record["options"], "content": record.get("content", {}), "inputs": inputs}
 
     def remove(self, name: str) -> None:
         """Remove one output by its name. Raises LoraloomError where it is absent."""
@@ -153,7 +158,9 @@ class Store:
                     "kind": stage.kind,
                     "label": stage.label,
                     "key": stage.key,
+                    "version": stage.version,
                     "options": dict(stage.options),
+                    "content": dict(stage.content),
                     "inputs": {name: upstream.name for name, upstream in stage.inputs.items()},
                     "seconds": round(time.monotonic() - started, 3),
                     "files": _sizes(folder),
@@ -166,7 +173,6 @@ class Store:
             raise
         shutil.rmtree(scratch, ignore_errors=True)
         failure.unlink(missing_ok=True)
-        self.computed.append(stage)
         return path
 
     def _found(self, kind: str, key: str) -> Path | None:
@@ -186,6 +192,20 @@ class Store:
         lock = self.lock(key[:_SHORT])
         lock.timeout = timeout
         return lock
+
+
+def study_store(folder: Path) -> Store:
+    """Return the store of a study folder. Raises LoraloomError where there is none."""
+    if not (folder / "stages").is_dir():
+        raise LoraloomError(f"{folder}: not a study folder: it has no stages/", "name the folder of `loraloom run`")
+    return Store(folder / "stages")
+
+
+def _in_order(value: Any) -> Any:
+    """Return mappings as lists of pairs: the order of tasks that are merged counts, and that of PEFT's patterns."""
+    if isinstance(value, Mapping):
+        return [[key, _in_order(one)] for key, one in value.items()]
+    return [_in_order(one) for one in value] if isinstance(value, list) else value
 
 
 def _is_whole(folder: Path) -> bool:

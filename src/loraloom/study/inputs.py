@@ -1,0 +1,93 @@
+"""What stages read: earlier outputs, rows, texts, the base model and files, each known by a hash of its content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset
+
+from loraloom.files.hashing import file_sha256, json_sha256
+from loraloom.model.load import base_folder, base_name, base_sha256
+from loraloom.study.store import Stage
+from loraloom.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of an earlier stage, in the folder `path`."""
+
+    stage: Stage
+    path: Path
+
+    @property
+    def key(self) -> str:
+        """Return the stage's key."""
+        return self.stage.key
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A task's rows with their labels, and what its metric is."""
+
+    task: Task
+    key: str
+
+    @classmethod
+    def of(cls, task: Task) -> Rows:
+        """Return what the digest of `task` covers of it, and no more."""
+        return cls(replace(task, description="", source={}), task.digest())
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts, or pairs of texts, without labels."""
+
+    rows: Dataset
+    key: str
+
+    @classmethod
+    def of(cls, rows: Dataset) -> Texts:
+        """Return the texts in `rows`."""
+        texts = rows.select_columns([name for name in ("text_a", "text_b") if name in rows.column_names])
+        return cls(texts, json_sha256(texts.to_list()))
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model in `folder`. Adapters record its `name`, which like a label is no part of the key."""
+
+    name: str
+    folder: str
+    key: str
+
+    @classmethod
+    def of(cls, base: str) -> Base:
+        """Return the base model of this name on the hub, or in this folder. Raises LoraloomError as `load` does."""
+        folder = base_folder(base)
+        return cls(base_name(base), folder, base_sha256(folder))
+
+
+@dataclass(frozen=True)
+class Local:
+    """A file or folder that the user named."""
+
+    path: Path
+    key: str
+
+    @classmethod
+    def file(cls, path: Path) -> Local:
+        """Return a file."""
+        return cls(path, _sha256(path))
+
+    @classmethod
+    def folder(cls, path: Path, *names: str) -> Local:
+        """Return a folder of which the files of these names are read; one may be missing, which its reader tells."""
+        return cls(path, json_sha256({name: _sha256(path / name) for name in names}))
+
+
+Input = Output | Rows | Texts | Base | Local  # two of one key are read alike, wherever they lie, whatever their names
+
+
+def _sha256(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else "missing"
