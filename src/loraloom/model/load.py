@@ -44,16 +44,16 @@ def load_tokenizer(base: str) -> Any:
     folder, hint = base_folder(base), "put tokenizer.json and tokenizer_config.json of the base into its folder"
     with _told(base, "the base model has no tokenizer that can be loaded", hint):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        # transformers makes an empty tokenizer from config.json alone
-        raise LoraloomError(f"{base}: the base model's tokenizer has no words", hint)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise LoraloomError(
-            f"{base}: its tokenizer has neither a padding token nor an end token",
-            "name one as pad_token in tokenizer_config.json",
-        )
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            # transformers makes an empty tokenizer from config.json alone
+            raise LoraloomError(f"{base}: the base model's tokenizer has no words", hint)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise LoraloomError(
+                f"{base}: its tokenizer has neither a padding token nor an end token",
+                "name one as pad_token in tokenizer_config.json",
+            )
     return tokenizer
 
 
