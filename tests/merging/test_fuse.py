@@ -70,7 +70,7 @@ def adapter_of(kind: str, base: Path, folder: Path, *targets: str, keep: list[st
 def fuse_adapter(base: Path, output: Path, adapter: Adapter, **options: Any) -> FusedFacts:
     """Fuse `adapter` as the command does."""
     shapes = {name: (shape.m, shape.n) for name, shape in adapter.shapes.items()}
-    options = {"transposed": bool(adapter.config.get("fan_in_fan_out")), **options}
+    options = {"transposed": bool(adapter.config.get("fan_in_fan_out")), "forms": adapter.forms, **options}
     return fuse(base, output, adapter.updates.__getitem__, shapes, **options)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from loraloom.adapters.peft import read_adapter
-from loraloom.adapters.update import Adapter, Update
+from loraloom.adapters.update import Adapter, Form, Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.fuse import FusedFacts, fuse
 from loraloom.model.architecture import names_in_model
@@ -56,7 +56,7 @@ def randomly(model: Any) -> Any:
 
 def fuse_adapter(base: Path, output: Path, adapter: Adapter, **options: Any) -> FusedFacts:
     shapes = {name: (shape.m, shape.n) for name, shape in adapter.shapes.items()}
-    return fuse(base, output, adapter.updates.__getitem__, shapes, transposed=False, **options)
+    return fuse(base, output, adapter.updates.__getitem__, shapes, transposed=False, forms=adapter.forms, **options)
 
 
 def relative(one: torch.Tensor, two: torch.Tensor) -> float:
@@ -75,7 +75,8 @@ def test_a_vision_language_model_keeps_the_names_of_its_checkpoint(kind: str, ke
     stored, own = load_file(tmp_path / "base" / "model.safetensors"), base.state_dict()
     assert not stored.keys() <= own.keys()  # else this tests nothing
     tied = (
-        "lm_head.weight" not in names_in_model(json.loads((tmp_path / "base/config.json").read_text()), stored).values()
+        "lm_head.weight"
+        not in names_in_model(json.loads((tmp_path / "base/config.json").read_text()), stored).names.values()
     )
     config = LoraConfig(
         r=2, lora_alpha=4, target_modules=TARGETS.get(kind, ["q_proj", "fc1", "down_proj"]), modules_to_save=keep
@@ -116,6 +117,78 @@ def test_an_adapter_of_old_names_meets_a_checkpoint_of_new_ones(tmp_path: Path) 
         "model.language_model.layers.0.self_attn.q_proj.weight",
         "model.visual.blocks.1.attn.qkv.weight",
     ]
+
+
+# --- layers that are not linear --------------------------------------------------------------------------------------
+
+MOE = {**TEXT, "num_hidden_layers": 1, "hidden_size": 32}
+EXPERTS: dict[str, Any] = {
+    # gate and up of an expert are tensors apart in the checkpoint, and one parameter of all experts in the model
+    "mixtral": lambda: transformers.MixtralConfig(**MOE, num_local_experts=11),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**MOE, num_experts=3, moe_intermediate_size=16),
+    # one tensor in both, inputs before outputs; the down projection is square
+    "gpt_oss": lambda: transformers.GptOssConfig(**{**MOE, "intermediate_size": 32}, num_local_experts=3),
+}
+
+
+@pytest.mark.parametrize("leaves", [["gate_up_proj", "down_proj"], ["down_proj"]])
+@pytest.mark.parametrize("kind", list(EXPERTS))
+def test_fused_experts_go_where_the_checkpoint_has_them(kind: str, leaves: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(EXPERTS[kind]()).eval()
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    targets = {"target_modules": ["q_proj"], "target_parameters": [f"mlp.experts.{leaf}" for leaf in leaves]}
+    theirs = randomly(get_peft_model(base, LoraConfig(r=2, lora_alpha=4, **targets)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    facts = fuse_adapter(tmp_path / "base", tmp_path / "out", read_adapter(tmp_path / "adapter"))
+    assert len(facts.tensors) > 3
+    merged = theirs.merge_and_unload()
+    mine = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(mine.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
+    transformers.AutoModelForCausalLM.from_config(EXPERTS["mixtral"]()).save_pretrained(tmp_path / "base")
+    module = "model.layers.0.mlp.experts"
+    for count, shape in ((10, (96, 32)), (11, (98, 32)), (11, (96, 31))):
+        forms = {f"{module}.{index}": Form("experts", (), module, index, count) for index in range(count)}
+        shapes = dict.fromkeys(forms, shape)
+        with pytest.raises(LoraloomError, match=rf"no parameter of {count} experts of {shape[0]} x {shape[1]}"):
+            fuse(tmp_path / "base", tmp_path / "out", lambda _: torch.ones(1), shapes, transposed=False, forms=forms)
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_embeddings_and_convolutions(square: bool, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"tie_word_embeddings": false}')
+    words = 4 if square else 7
+    weights = {
+        "words.weight": torch.randn(words, 4),
+        "line.weight": torch.randn(4, 2, 2),
+        "picture.weight": torch.randn(3, 1, 2, 5),
+    }
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    forms = {"words": Form("embedding"), "line": Form("convolution", (2, 2)), "picture": Form("convolution", (1, 2, 5))}
+    deltas = {"words": torch.randn(4, words), "line": torch.randn(4, 4), "picture": torch.randn(3, 10)}
+    shapes = {name: tuple(delta.shape) for name, delta in deltas.items()}
+    facts = fuse(tmp_path / "base", tmp_path / "out", deltas.__getitem__, shapes, transposed=False, forms=forms)  # type: ignore[arg-type]
+    after = load_file(facts.folder / "model.safetensors")
+    torch.testing.assert_close(after["words.weight"], weights["words.weight"] + deltas["words"].T)
+    for name in ("line", "picture"):
+        whole = weights[f"{name}.weight"]
+        torch.testing.assert_close(after[f"{name}.weight"], whole + deltas[name].view(whole.shape))
+
+
+def test_an_embedding_that_may_be_tied_is_refused(tmp_path: Path) -> None:
+    base = tiny.base_folder("llama", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    shapes, forms = {"model.embed_tokens": (16, 27)}, {"model.embed_tokens": Form("embedding")}
+    stored = load_file(base / "model.safetensors")
+    save_file({name: stored[name] for name in stored if name != "lm_head.weight"}, base / "model.safetensors")
+    with pytest.raises(LoraloomError, match="may be tied to another tensor"):
+        fuse(base, tmp_path / "out", lambda _: torch.ones(16, 27), shapes, transposed=False, forms=forms)
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

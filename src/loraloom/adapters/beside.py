@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loraloom.files.reading import is_own
+
 # tokenizer and processor: what the texts, images and sounds of the training were read with
 CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -91,12 +93,8 @@ def carry(members: Mapping[str, Beside]) -> tuple[dict[str, bytes], dict[str, st
 
 def _not_carried(path: Path) -> str:
     """Return why a tokenizer's file is not taken along: it leads out of the folder, or is no such file."""
-    if path.is_symlink():
-        target, blobs = path.resolve(), path.parent.parent.parent / "blobs"
-        if target.parent not in (path.parent.resolve(), blobs.resolve()):  # the hub's cache holds links to its blobs
-            return "a link to a file elsewhere"
-    if not path.is_file():
-        return "no file"
+    if not is_own(path):
+        return "a link to a file elsewhere" if path.is_symlink() else "no file"
     return f"larger than {_LARGEST >> 20} MB" if path.stat().st_size > _LARGEST else ""
 
 

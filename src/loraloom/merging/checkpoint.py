@@ -6,16 +6,17 @@ hub's cache is made.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors import SafetensorError
 
+from loraloom.adapters.beside import CARRIED
+from loraloom.errors import LoraloomError
+from loraloom.files.reading import is_own, read_json_object
 from loraloom.merging.shards import MOST_TENSORS, Part, Shard, read_shard
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -23,13 +24,11 @@ _AGAIN = "download it again"
 _TEMPLATES = "additional_chat_templates"
 # what a model is run with beside its weights; adapters, other formats and what a training run left are none of it
 _NEEDED = (
-    *(CONFIG, "generation_config.json", "*preprocessor_config.json", "processor_config.json"),
-    *("audio_tokenizer_config.json", "chat_template.json", "chat_template*.jinja", f"{_TEMPLATES}/*.jinja"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab*.json", "*_vocab.json", "vocab*.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "spm*.model"),
-    *("*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "normalizer.json", "emoji.json"),
-    *("byte_maps.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer"),
-    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
+    *(*CARRIED, CONFIG, "generation_config.json", "*preprocessor_config.json", "audio_tokenizer_config.json"),
+    *("chat_template*.jinja", f"{_TEMPLATES}/*.jinja", "vocab*.json", "*_vocab.json", "vocab*.txt"),
+    *("sentencepiece*.model", "spm*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt"),
+    *("normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json"),
+    *("prophetnet.tokenizer", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
 )
 _CODED = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
@@ -70,13 +69,6 @@ def read_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return (None if problems else Checkpoint(folder, config, shards, parts, index)), problems
 
 
-def is_own(path: Path) -> bool:
-    """Tell whether `path` is a regular file that lies in its folder, or in the blobs beside a snapshot of the hub's."""
-    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
-    return target.is_file() and (cached or target.is_relative_to(folder))
-
-
 def files_beside(base: Checkpoint) -> tuple[list[str], list[str]]:
     """Return the names of the files that go along with the weights, and those of everything else in the folder.
 
@@ -103,18 +95,9 @@ def _read_object(path: Path) -> tuple[dict[str, Any], list[str]]:
     if fault:
         return {}, [fault]
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except RecursionError:
-        return {}, [f"{path.name}: not valid JSON (nested too deeply): {_AGAIN}"]
-    except ValueError as error:
-        return {}, [f"{path.name}: not valid JSON ({error}): {_AGAIN}"]
-    except OSError as error:
-        return {}, [f"{path.name}: cannot be read ({error.strerror})"]
-    return (found, []) if isinstance(found, dict) else ({}, [f"{path.name}: holds no JSON object: {_AGAIN}"])
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+        return read_json_object(path, _AGAIN), []
+    except LoraloomError as error:
+        return {}, [f"{error.message.removeprefix(f'{path.parent}/')}: {error.hint}"]
 
 
 def _reading_fault(path: Path) -> str:

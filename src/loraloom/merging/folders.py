@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loraloom.adapters.bases import public_name
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.adapters.together import compatibility_problems
@@ -99,10 +100,9 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     Dense results go in as they are, nothing is truncated unless a rank was asked for. Heads are written beside the
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
-    embeddings = _embeddings(plan)
     single = next(iter(plan.members.values())).head if len(plan.members) == 1 else {}
     provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": public_command(command)}
-    provenance["fused_into"] = base.resolve().name
+    provenance["fused_into"] = public_name(str(base.resolve()))
     reporter.begin("fusing", 100)
 
     def show(done: int, total: int) -> None:
@@ -110,17 +110,15 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
 
     def delta(module: str) -> Update | torch.Tensor:
         result = plan.layer(module).update if plan.rank else plan.result(module)
-        result = result.update() if isinstance(result, Shared) else result
-        if module not in embeddings:
-            return result
-        return Update(result.A.T, result.B.T) if isinstance(result, Update) else result.T
+        return result.update() if isinstance(result, Shared) else result
 
     fused = fuse(
         base,
         output,
         delta,
-        {name: (one.n, one.m) if name in embeddings else (one.m, one.n) for name, one in plan.shapes.items()},
+        {module: (shape.m, shape.n) for module, shape in plan.shapes.items()},
         transposed=bool(plan.config.get("fan_in_fan_out")),
+        forms=plan.forms,
         head=plan.head or single,
         task_type=plan.config.get("task_type"),
         labels=_labels(plan),
@@ -142,17 +140,6 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         "left out": ", ".join(fused.left_out) or "nothing",
         **_told(plan, "left out of the adapters", dict.fromkeys(plan.copies, "the checkpoint's own is taken")),
     }
-
-
-def _embeddings(plan: Plan) -> set[str]:
-    """Return the modules whose weight is dW transposed. Raises LoraloomError for what no checkpoint is written with."""
-    kinds = {module: form.kind for module, form in plan.forms.items()}
-    if "experts" in kinds.values():
-        raise LoraloomError(
-            "experts that were adapted by target_parameters cannot be fused here",
-            "merge into an adapter, load it in PEFT and call `merge_and_unload`",
-        )
-    return {module for module, kind in kinds.items() if kind == "embedding"}
 
 
 def _labels(plan: Plan) -> list[str] | None:

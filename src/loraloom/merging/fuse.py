@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from loraloom.adapters.update import Update
+from loraloom.adapters.update import Form, Update
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.atomic import check_folder, staged_folder
 from loraloom.files.hashing import file_sha256, write_json
@@ -54,6 +56,7 @@ def fuse(
     shapes: Mapping[str, tuple[int, int]],
     *,
     transposed: bool,
+    forms: Mapping[str, Form] | None = None,
     head: Mapping[str, Tensor] | None = None,
     task_type: str | None = None,
     labels: Sequence[str] | None = None,
@@ -65,11 +68,12 @@ def fuse(
 
     - base: the checkpoint's folder. What it is, is read from its config.json and the headers of its shards alone; links
       that lead out of it are not followed, and code in it is not run.
-    - delta: gives a module's dW: an Update or a dense (m, n) tensor, float32 or float64. It is called once a module, in
-      the order of the shards.
+    - delta: gives a module's dW: an Update or a dense (m, n) tensor, float32 or float64. It is called in the order of
+      the shards, once a module unless the checkpoint has an expert's weights far apart.
     - shapes: (m, n) = (outputs, inputs) of every adapted module. Modules have the checkpoint's names or those of the
       model that transformers builds from it; the checkpoint keeps its own.
     - transposed: the adapter's `fan_in_fan_out` (Conv1D keeps its weight as (n, m)); it decides where no shape does.
+    - forms: of the modules that are no linear layers, as the adapter has them.
     - head: tensors that replace the base's or are added, by parameter path. Where they make a classifier, config.json
       tells so: the class (of `task_type`, as PEFT names it, where that is given) and the `labels`, or LABEL_0 ...
     - files, extra: further text files, and further safetensors files, by name.
@@ -82,7 +86,9 @@ def fuse(
     problems = _output_problems(base, output) + problems
     placed = None
     if found:
-        placed, misfits = place(found, shapes, head or {}, transposed=transposed, task_type=task_type, labels=labels)
+        placed, misfits = place(
+            found, shapes, head or {}, transposed=transposed, forms=forms, task_type=task_type, labels=labels
+        )
         problems += misfits + (_space_problems(output, placed.size) if placed else [])
     raise_problems(f"cannot fuse into {base}", problems, "nothing was written")
     assert found
@@ -145,11 +151,17 @@ def _write_shards(
         if progress:
             progress(done, total)
 
+    modules = Counter(module for shard in placed.shards.values() for part in shard.parts for module in part.modules)
+    remembered = lru_cache(2)(delta)  # of an expert, whose gate and output the checkpoint has apart
+
+    def once(module: str) -> Update | Tensor:
+        return remembered(module) if modules[module] > 1 else delta(module)
+
     sha256 = {}
     with ThreadPoolExecutor(1) as flusher:  # the disk works while the next shard is computed
         flushed = []
         for name, shard in placed.shards.items():
-            sha256[name] = write_shard(shard, staged / name, delta, tell)
+            sha256[name] = write_shard(shard, staged / name, once, tell)
             flushed.append(flusher.submit(_flush, staged / name))
         for future in flushed:
             future.result()

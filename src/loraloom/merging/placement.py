@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
-from loraloom.errors import did_you_mean
+from loraloom.adapters.update import Form
 from loraloom.files.tensors import all_finite
-from loraloom.merging.checkpoint import CONFIG, Checkpoint, each
+from loraloom.merging.checkpoint import CONFIG, Checkpoint
+from loraloom.merging.experts import grouped, place_experts
+from loraloom.merging.lookup import OUTPUT, Names, find_names
 from loraloom.merging.shards import FLOATS, Part, Shard, extended
 
-_OUTPUT = "lm_head"
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 _DEQUANTISE = "fuse into the base it was made from, or call `model.dequantize()` in transformers and save that"
 
@@ -46,6 +47,7 @@ def place(
     head: Mapping[str, Tensor],
     *,
     transposed: bool,
+    forms: Mapping[str, Form] | None = None,
     task_type: str | None = None,
     labels: Sequence[str] | None = None,
 ) -> tuple[Placement | None, list[str]]:
@@ -53,12 +55,19 @@ def place(
 
     The arguments are those of `fuse`.
     """
-    names, problems = _find_names(list(shapes), list(head), base)
-    tensors = {module: names.tensor(f"{module}.weight") for module in shapes if names.has(module) or module == _OUTPUT}
+    forms = forms or {}
+    groups = grouped(shapes, forms)
+    experts = {module for group in groups for module in group.experts}
+    plain = {module: shape for module, shape in shapes.items() if module not in experts}
+    names, problems = find_names([*plain, *(group.module for group in groups)], list(head), base)
+    tensors = {module: names.tensor(f"{module}.weight") for module in plain if names.has(module) or module == OUTPUT}
+    parts, misfits = _weights(base, plain, tensors, transposed, forms)
+    expert_parts, odd = place_experts([group for group in groups if names.has(group.module)], names, base)
+    parts += expert_parts
     heads, unfit = _head_parts(head, names, base)
-    untied, inseparable = _untied(shapes, head, names, base)
-    shards, misfits = _shards(base, shapes, tensors, transposed, heads)
-    problems += [*unfit, *inseparable, *misfits]
+    twice = [f"{part.name}: both adapted and in the head: leave one out" for part in parts if part.name in heads]
+    untied, inseparable = _untied(plain, forms, head, names, base)
+    problems += [*misfits, *odd, *unfit, *twice, *inseparable]
     if problems:
         return None, problems
     config: dict[str, Any] | None = {}
@@ -68,91 +77,15 @@ def place(
 
         config = classifier_config(base.config, added, task_type, labels)
     changes = {**(config or {}), **({"tie_word_embeddings": False} if untied else {})}
-    return Placement(shards, changes, tensors, heads, untied, config is not None), []
+    taking: dict[str, list[str]] = {}
+    for part in parts:
+        for module in part.modules:
+            taking.setdefault(module, []).append(part.name)
+    tensors = {module: " and ".join(found) for module, found in taking.items()}
+    return Placement(_shards(base, [*parts, *heads.values()]), changes, tensors, heads, untied, config is not None), []
 
 
-@dataclass(frozen=True)
-class _Names:
-    """How the adapter's names lead to the checkpoint's: `stored` has these by a tensor's name in the adapter's model.
-
-    `renamed` has the model's name for those of the adapter that come of another version of transformers. A prefix is
-    taken `off` or put `on` where the adapter was made on the model with a head, or on the backbone alone.
-    """
-
-    stored: Mapping[str, str]
-    renamed: Mapping[str, str]
-    off: str = ""
-    on: str = ""
-
-    def tensor(self, name: str) -> str:
-        """Return the name that a tensor has in the checkpoint, or is to get."""
-        return self.stored.get(self.seen(name), self.renamed.get(name, name).removeprefix(self.off))
-
-    def has(self, module: str) -> bool:
-        """Tell whether the checkpoint has tensors of `module`."""
-        return self.seen(f"{module}.weight").rpartition(".")[0] in self.modules
-
-    def seen(self, name: str) -> str:
-        """Return the name of a tensor among those of `stored`."""
-        return self.on + self.renamed.get(name, name).removeprefix(self.off)
-
-    @cached_property
-    def modules(self) -> set[str]:
-        """Return the modules that have tensors, by the names of the adapter's model."""
-        return {name.rpartition(".")[0] for name in self.stored}
-
-
-def _find_names(modules: Sequence[str], heads: Sequence[str], base: Checkpoint) -> tuple[_Names, list[str]]:
-    """Return how names lead to the checkpoint, and a problem where not all `modules` are found, or in several places.
-
-    They may be the checkpoint's own, or those of the model that transformers builds from it.
-    """
-    direct = _Names({name: name for name in base.parts}, {})
-
-    @cache
-    def in_model() -> _Names:
-        from loraloom.model.architecture import names_in_model  # takes seconds to import
-
-        stored = {name: tensor for tensor, name in names_in_model(base.config, base.parts).items()}
-        return _Names(stored, names_in_model(base.config, [*(f"{module}.weight" for module in modules), *heads]))
-
-    places: set[str] = set()
-    # a tied output has no tensor, and transformers looks for it under its own name
-    for wanted in (modules, [module for module in modules if module != _OUTPUT]):
-        for names in (direct, in_model):
-            fitting = list(_fitting(names if isinstance(names, _Names) else names(), wanted))
-            if len(fitting) == 1:
-                return fitting[0], []
-            places |= {one.tensor(f"{modules[0]}.weight").removesuffix(".weight") for one in fitting}
-    if places:
-        return direct, [
-            f"{modules[0]}: could be {' or '.join(sorted(places))}: name the modules as the checkpoint does"
-        ]
-    missing = [module for module in sorted(modules) if not direct.has(module) and module != _OUTPUT]
-    return direct, each(missing, lambda m: f"no module {m} in the checkpoint: {_nearest(m, direct.modules)}")
-
-
-def _fitting(names: _Names, wanted: Sequence[str]) -> Iterator[_Names]:
-    """Yield `names`, or else all ways to take a prefix off or put one on, by which every module is found."""
-    if all(map(names.has, wanted)):
-        yield names
-    else:
-        first = names.seen(f"{wanted[0]}.weight").removesuffix(".weight")
-        parts = first.split(".")
-        ways = [replace(names, off=".".join(parts[:count]) + ".") for count in range(1, len(parts))]
-        ways += [replace(names, on=name.removesuffix(first)) for name in names.modules if name.endswith(f".{first}")]
-        yield from (way for way in ways if all(map(way.has, wanted)))
-
-
-def _nearest(module: str, known: set[str]) -> str:
-    """Return a hint that stays short: paths that end in the same word, or else words that are like it."""
-    ends = {name.rpartition(".")[2] for name in known}
-    end = module.rpartition(".")[2]
-    alike = {name for name in known if name.rpartition(".")[2] == end}
-    return did_you_mean(module, alike) if alike else did_you_mean(end, ends)
-
-
-def _head_parts(head: Mapping[str, Tensor], names: _Names, base: Checkpoint) -> tuple[dict[str, Part], list[str]]:
+def _head_parts(head: Mapping[str, Tensor], names: Names, base: Checkpoint) -> tuple[dict[str, Part], list[str]]:
     """Return the head's tensors by their names in the checkpoint, in its dtype; and what is wrong with them."""
     dtypes = [part.dtype for part in base.parts.values() if part.dtype in FLOATS]
     common = max(sorted(set(dtypes)), key=dtypes.count, default="F32")
@@ -174,20 +107,26 @@ def _head_parts(head: Mapping[str, Tensor], names: _Names, base: Checkpoint) -> 
 
 
 def _untied(
-    shapes: Mapping[str, tuple[int, int]], head: Mapping[str, Tensor], names: _Names, base: Checkpoint
+    shapes: Mapping[str, tuple[int, int]],
+    forms: Mapping[str, Form],
+    head: Mapping[str, Tensor],
+    names: Names,
+    base: Checkpoint,
 ) -> tuple[bool, list[str]]:
     """Tell whether lm_head.weight must part from the embedding; a problem where that would change more than it."""
-    changed: dict[str, Sequence[int]] = {f"{module}.weight": shape for module, shape in shapes.items()}
+    changed: dict[str, Sequence[int]] = {
+        f"{module}.weight": shape[::-1] if _is_embedding(module, forms) else shape for module, shape in shapes.items()
+    }
     changed |= {name: tuple(tensor.shape) for name, tensor in head.items()}
     sizes = set(_settings(base.config, "vocab_size"))
     over_words = [name for name, shape in changed.items() if _is_over_words(name, shape, sizes)]
-    output = names.tensor(f"{_OUTPUT}.weight")
+    output = names.tensor(f"{OUTPUT}.weight")
     stored = output in base.parts
     if not over_words:
         return False, []
     ties = _settings(base.config, "tie_word_embeddings")
     if ties and all(tie is False for tie in ties):
-        lacking = output in map(names.tensor, over_words) and not stored and f"{_OUTPUT}.weight" not in head
+        lacking = output in map(names.tensor, over_words) and not stored and f"{OUTPUT}.weight" not in head
         return False, [f"{output}: not in the checkpoint, and {CONFIG} says that it is not tied"] if lacking else []
     nested = any(isinstance(value, dict) and "model_type" in value for value in base.config.values())
     written = stored or any(names.tensor(name) == output for name in over_words)
@@ -206,37 +145,45 @@ def _settings(config: Mapping[str, Any], key: str) -> list[Any]:
 def _is_over_words(name: str, shape: Sequence[int], sizes: set[int]) -> bool:
     """Tell whether a tensor has a row for each word: an embedding or an output, which may be tied."""
     parts = name.split(".")
-    return parts[-2:-1] == [_OUTPUT] or (len(shape) == 2 and shape[0] in sizes and not any(map(str.isdigit, parts)))
+    return parts[-2:-1] == [OUTPUT] or (len(shape) == 2 and shape[0] in sizes and not any(map(str.isdigit, parts)))
 
 
-def _shards(
+def _is_embedding(module: str, forms: Mapping[str, Form]) -> bool:
+    return module in forms and forms[module].kind == "embedding"
+
+
+def _weights(
     base: Checkpoint,
     shapes: Mapping[str, tuple[int, int]],
     tensors: Mapping[str, str],
     transposed: bool,
-    heads: Mapping[str, Part],
-) -> tuple[dict[str, Shard], list[str]]:
-    """Return the shards to write, and what does not fit; what the base lacks goes into the last of them."""
-    changed = {name: part for name, part in heads.items() if name in base.parts}
-    added = [part for name, part in heads.items() if name not in base.parts]
-    problems = [f"{name}: both adapted and in the head: leave one out" for name in tensors.values() if name in heads]
+    forms: Mapping[str, Form],
+) -> tuple[list[Part], list[str]]:
+    """Return the tensors that take an update each, and what does not fit."""
     found: dict[str, Part] = {}
+    problems = []
     for module, name in tensors.items():
         part = base.parts.get(name) or _tied_to(name, shapes[module], base)
         fault = _misfit(name, part, shapes[module], base)
         if part and not fault:
-            found[module] = part
+            matrix = (part.shape[0], prod(part.shape[1:]))
+            found[module] = replace(part, name=name, modules=(module,), matrix=matrix)
         problems += [fault] if fault else []
     # PEFT keeps one fan_in_fan_out for all layers, that of the last one: any shape that shows Conv1D goes before it
-    conv1d = transposed or any(part.matrix != tuple(shapes[module]) for module, part in found.items())
+    linear = {module: part for module, part in found.items() if module not in forms}
+    conv1d = transposed or any(part.matrix != tuple(shapes[module]) for module, part in linear.items())
+    parts = []
     for module, part in found.items():
-        name, (rows, cols) = tensors[module], part.matrix
-        turned = (rows, cols) != tuple(shapes[module]) or (conv1d and rows == cols)
-        fused = replace(part, name=name, module=module, transposed=turned)
-        if name in base.parts:
-            changed[name] = fused
-        else:
-            added.append(fused)
+        square = part.matrix[0] == part.matrix[1]
+        turned_square = square and (conv1d if module in linear else _is_embedding(module, forms))
+        parts.append(replace(part, transposed=part.matrix != tuple(shapes[module]) or turned_square))
+    return parts, problems
+
+
+def _shards(base: Checkpoint, parts: Sequence[Part]) -> dict[str, Shard]:
+    """Return the shards to write; what the base lacks goes into the last of them."""
+    changed = {part.name: part for part in parts if part.name in base.parts}
+    added = [part for part in parts if part.name not in base.parts]
     shards = {
         file: Shard(shard.header, [changed.get(part.name, part) if base.owns(part) else part for part in shard.parts])
         for file, shard in base.shards.items()
@@ -244,7 +191,7 @@ def _shards(
     if added:
         last = max(shards)
         shards[last] = extended(shards[last], added)
-    return shards, problems
+    return shards
 
 
 def _tied_to(name: str, shape: tuple[int, int], base: Checkpoint) -> Part | None:
@@ -267,7 +214,7 @@ def _misfit(name: str, part: Part | None, shape: tuple[int, int], base: Checkpoi
     if part.dtype not in FLOATS:
         return f"{name}: is {part.dtype}, quantised: {_DEQUANTISE}"
     fitting = [tuple(shape), tuple(shape)[::-1]] if len(part.shape) == 2 else [tuple(shape)]
-    if len(part.shape) < 2 or part.matrix not in fitting:
+    if len(part.shape) < 2 or (part.shape[0], prod(part.shape[1:])) not in fitting:
         return f"{name}: is {_times(part.shape)}, its update is {_times(shape)}: another model"
     return ""
 

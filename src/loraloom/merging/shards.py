@@ -39,7 +39,8 @@ _HINT = "nothing was written; use a smaller scale, or convert the base to bfloat
 class Part:
     """One tensor of a shard: `size` bytes in `file` from `start`, or those of `whole`.
 
-    `module` names the update that is added to it, "" for none; `transposed`: the tensor is (n, m), the update (m, n).
+    `modules` names the updates that are added to it, none for most: each to its own (rows, columns) = `matrix`, one
+    matrix after another. An update's rows are taken from `first` on. `transposed`: updates are (columns, rows).
     """
 
     name: str
@@ -49,13 +50,10 @@ class Part:
     file: Path
     start: int = 0
     whole: Tensor | None = None
-    module: str = ""
+    modules: tuple[str, ...] = ()
+    matrix: tuple[int, int] = (0, 0)
+    first: int = 0
     transposed: bool = False
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Return the shape as rows and columns: a convolution's inputs and kernel are its columns."""
-        return (self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else (math.prod(self.shape), 1)
 
 
 @dataclass(frozen=True)
@@ -136,15 +134,14 @@ def _blocks(part: Part, delta: Callable[[str], Update | Tensor]) -> Iterator[mem
         return
     with open(part.file, "rb") as file:
         file.seek(part.start)
-        if part.module:
-            yield from _fused(part, file, delta(part.module))
-        else:
-            for start in range(0, part.size, _BLOCK):
-                yield _read(file, min(_BLOCK, part.size - start)).data
+        for module in part.modules:
+            yield from _fused(part, module, file, delta(module))
+        for start in range(0, 0 if part.modules else part.size, _BLOCK):
+            yield _read(file, min(_BLOCK, part.size - start)).data
 
 
-def _fused(part: Part, file: BinaryIO, update: Update | Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of W + dW, for W (rows, cols) as stored in `file` from here on."""
+def _fused(part: Part, module: str, file: BinaryIO, update: Update | Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of W + dW, for the matrix W (rows, cols) of `module` as stored in `file` from here on."""
     dtype = FLOATS[part.dtype]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     rows, cols = part.matrix
@@ -152,8 +149,9 @@ def _fused(part: Part, file: BinaryIO, update: Update | Tensor) -> Iterator[memo
     factors = [factor.detach().to("cpu", work) for factor in factors]
     if part.transposed:
         factors = [factor.T for factor in reversed(factors)]  # (B A)^T = A^T B^T
+    factors[0] = factors[0][part.first : part.first + rows]
     if (factors[0].shape[0], factors[-1].shape[1]) != (rows, cols):
-        raise ValueError(f"delta({part.module!r}) is not of the shape that was announced")
+        raise ValueError(f"delta({module!r}) is not of the shape that was announced")
     step = max(1, _BLOCK // (cols * dtype.itemsize))
     room = torch.empty(min(step, rows), cols, dtype=work)
     threads = torch.get_num_threads()

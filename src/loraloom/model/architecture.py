@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -22,7 +22,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils import logging as transformers_logging
 
 _CLASSIFIERS = {
@@ -34,26 +41,63 @@ _COUNTS = re.compile(r"(.+_)?(n_)?(layers?|depths?|experts)")
 _LARGEST = 1000  # layers or experts of the largest models, doubled
 
 
-def names_in_model(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str]:
-    """Return the name that each of a checkpoint's `tensors` has in the model, by its name in the checkpoint.
+class ModelNames(NamedTuple):
+    """The names in a model of a checkpoint's tensors, by their names in the checkpoint.
+
+    Transformers keeps the experts of a layer in one parameter, and most checkpoints have tensors for each: `joined`
+    gives by the parameter's name the tensors of every expert whose rows follow one another in it.
+    """
+
+    names: dict[str, str]
+    joined: dict[str, list[list[str]]]
+
+
+def names_in_model(config: Mapping[str, Any], tensors: Iterable[str]) -> ModelNames:
+    """Return the names that a checkpoint's `tensors` have in the model that transformers builds from its config.json.
 
     `config` is config.json as read. A name of the model's own stays as it is, so names of any version meet. Tensors
-    that transformers does not only rename but splits, joins or turns are left out; all are where it does not know the
-    architecture.
+    that transformers splits, turns or joins in another way than experts are left out; all are where it does not know
+    the architecture.
     """
     model = _built(config)
     if model is None:
-        return {}
+        return ModelNames({}, {})
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     own = model.state_dict()
-    names = {}
-    for tensor in sorted(tensors):
-        renamed, converted = rename_source_key(tensor, renamings, converters, model.base_model_prefix, own)
-        if not converted or renamed == tensor:
+    names: dict[str, str] = {}
+    sources: dict[tuple[str, str], list[str]] = {}
+    for tensor in sorted(tensors, key=dot_natural_key):
+        renamed, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, own)
+        if not pattern or renamed == tensor:
             names[tensor] = renamed
-    return names
+        else:
+            sources.setdefault((renamed, pattern), []).append(tensor)
+    return ModelNames(names, _joined(sources, converters))
+
+
+def modules_with_inputs_first(config: Mapping[str, Any]) -> set[str] | None:
+    """Return the modules whose parameters, fused experts, have inputs before outputs; None where nothing tells."""
+    model = _built(config)
+    if model is None:
+        return None
+    return {name for name, module in model.named_modules() if getattr(module, "is_transposed", False)}
+
+
+def _joined(sources: Mapping[tuple[str, str], list[str]], converters: Sequence[Any]) -> dict[str, list[list[str]]]:
+    """Return the tensors of each expert by parameter, of `sources` by parameter and pattern, in the experts' order."""
+    patterns: dict[str, list[str]] = {}
+    for converter in converters:
+        steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
+        if steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+            patterns |= dict.fromkeys(converter.source_patterns, converter.source_patterns)
+    found = {}
+    for parameter, pattern in sources:
+        columns = [sources.get((parameter, one), []) for one in patterns.get(pattern, [])]
+        if columns and len(set(map(len, columns))) == 1:
+            found[parameter] = [list(expert) for expert in zip(*columns, strict=True)]
+    return found
 
 
 def classifier_config(
