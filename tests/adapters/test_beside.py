@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from loraloom.adapters.beside import CARRIED, carry, files_beside
 from loraloom.adapters.peft import read_adapter, write_adapter

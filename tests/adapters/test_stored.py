@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -163,6 +162,12 @@ def test_rank_0_and_factors_that_do_not_multiply(tmp_path: Path) -> None:
     assert read_adapter(folder_of(tmp_path / "scalar", scalar)).head == {"scale": torch.tensor(2.0)}
 
 
+def test_a_file_without_factors_is_told(tmp_path: Path) -> None:
+    for number, tensors in enumerate(({}, {"classifier.weight": torch.ones(2, 6)})):
+        with pytest.raises(LoraloomError, match="holds no lora_A and lora_B tensors"):
+            read_adapter(folder_of(tmp_path / f"{number}", tensors))
+
+
 def test_a_grouped_convolution_is_told(tmp_path: Path) -> None:
     tensors = {"conv.lora_A.weight": torch.ones(4, 6, 3), "conv.lora_B.weight": torch.ones(8, 2, 1)}
     with pytest.raises(LoraloomError, match="conv: LoRA of a convolution in 2 groups"):
@@ -225,7 +230,7 @@ def test_balanced_factors_make_the_same_update(seed: int, a: float, b: float, em
 def test_overflow_is_still_told(tmp_path: Path) -> None:
     update = Update(torch.full((3, 1), 1e9), torch.full((1, 3), 1e9))
     one = Adapter({"q": update}, dict(SETTINGS), dtype=torch.float16)
-    with pytest.raises(LoraloomError, match=r"overflows torch\.float16"):
+    with pytest.raises(LoraloomError, match=rf"^{tmp_path}/out: 2 problems\n.*overflows torch\.float16"):
         write_adapter(one, tmp_path / "out", provenance={})
     assert not (tmp_path / "out").exists()
 

@@ -294,3 +294,35 @@ def test_a_class_of_the_trainers_own_may_call_its_modules_as_wrappers_do(plain: 
         own = {"base_model_class": "Reward", "parent_library": "mine.models"}
         (folder / CONFIG).write_text(json.dumps({**config, "auto_mapping": own}))
         assert all(module.startswith(f"{style}layers.") for module in read_adapter(folder).shapes)
+
+
+HEADS = {
+    "as PEFT saves it": {"score.weight": 1.0, "score.bias": 2.0},
+    "with the adapter's name": {
+        "score.modules_to_save.default.weight": 1.0,
+        "score.modules_to_save.default.bias": 2.0,
+        "score.original_module.weight": 9.0,
+        "score.original_module.bias": 9.0,
+    },
+    "of older files": {"score.modules_to_save.weight": 1.0, "score.modules_to_save.bias": 2.0},
+    "compiled": {"score._orig_mod.weight": 1.0, "score._orig_mod.bias": 2.0},
+}
+
+
+@pytest.mark.parametrize("style", HEADS)
+def test_a_head_is_read_by_its_path_in_the_model(style: str, plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain / "0", tmp_path / "one")
+    shapes = {"weight": (3, 10), "bias": (3,)}
+    head = {PREFIX + key: torch.full(shapes[key.rsplit(".", 1)[1]], value) for key, value in HEADS[style].items()}
+    save_file({**load_file(tmp_path / "one" / WEIGHTS), **head}, tmp_path / "one" / WEIGHTS)
+    adapter = read_adapter(tmp_path / "one")
+    assert {name: float(tensor.mean()) for name, tensor in adapter.head.items()} == HEADS["as PEFT saves it"]
+    told = [name for name in adapter.beside.left_out if "original_module" in name]
+    assert len(told) == (2 if style == "with the adapter's name" else 0)
+
+
+def test_a_head_with_modules_of_its_own_keeps_their_names(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain / "0", tmp_path / "one")
+    head = {f"{PREFIX}classifier.modules_to_save.dense.weight": torch.ones(3, 10)}
+    save_file({**load_file(tmp_path / "one" / WEIGHTS), **head}, tmp_path / "one" / WEIGHTS)
+    assert set(read_adapter(tmp_path / "one").head) == {"classifier.dense.weight"}

@@ -126,7 +126,8 @@ def _add_heads(names: Names, heads: Mapping[str, str], adapters: set[str]) -> No
             module, saved, inner = path.partition(".modules_to_save.")
             first, _, rest = inner.partition(".")
             # older files keep the adapter's name here, or `modules_to_save` alone
-            plain = f"{module}.{rest if rest and first in {*adapters, 'default'} else inner}" if saved else path
+            inner = rest if rest and first in {*adapters, "default"} else inner
+            plain = f"{module}.{inner}" if saved else path
             names.problems += _twice(key, names.whole.get(plain))
             names.whole[plain] = key
 

@@ -14,6 +14,7 @@ from loraloom.adapters.stored import Checked, Place
 from loraloom.adapters.update import Form, Shape
 
 _LARGEST = torch.finfo(torch.float32).max
+_MOST_EXPERTS = 1 << 12
 _INNER = ".base_layer"  # of several parameters of one module PEFT wraps one inside the other
 
 
@@ -135,6 +136,9 @@ def _add_experts(
         layers.problems.append(f"{module}: lora_A {a.shape} does not hold experts of rank {r}, as the config has it")
         return
     count = a.shape[0] // r
+    if count > _MOST_EXPERTS:
+        layers.problems.append(f"{module}: {count} experts of rank {r}: is r of the config the factors'?")
+        return
     scaling = _scaling(alpha, r, config)
     for index in range(count):
         expert = f"{module}.{index}"

@@ -61,7 +61,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         problems.append(f"{CONFIG}: {error.message}: {error.hint}")
     saved = {path: checked[key] for path, key in {**names.whole, **names.copies}.items()}
     told = [*names.problems, *layers.problems, *whole_problems(saved)]
-    if files and not (names.factors or told):
+    if not (names.factors or told or problems):
         told.append("holds no lora_A and lora_B tensors")
     problems += [f"{WEIGHTS}: {problem}" for problem in told]
     raise_problems(str(folder), problems, "train the adapter again or convert it with the tool that made it")
@@ -83,8 +83,9 @@ def read_adapter(folder: str | Path) -> Adapter:
 class AdapterWriter:
     """Writes an ordinary PEFT adapter update by update; see `adapter_writer`."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], weights: UpdateFile) -> None:
+    def __init__(self, folder: Path, staged: Path, config: Mapping[str, Any], weights: UpdateFile) -> None:
         self.folder = folder
+        self.staged = staged
         self.config = config
         self.weights = weights
 
@@ -111,10 +112,10 @@ class AdapterWriter:
         problems = [f"{name}: overflows {self.weights.dtype}" for name in self.weights.overflowing]
         raise_problems(str(self.folder), problems, "nothing was written; use a smaller scale")
         self.weights.close()
-        write_json(self.folder / CONFIG, self.weights.config(self.config), sort_keys=True)
+        write_json(self.staged / CONFIG, self.weights.config(self.config), sort_keys=True)
         for name, content in (carried or {}).items():
-            (self.folder / name).write_bytes(content)
-        _write_beside(self.folder, provenance, files, extra)
+            (self.staged / name).write_bytes(content)
+        _write_beside(self.staged, provenance, files, extra)
 
 
 @contextmanager
@@ -135,7 +136,7 @@ def adapter_writer(
     with staged_folder(Path(folder)) as staged:
         weights = UpdateFile(staged, dtype, modules, head, forms or {})
         try:
-            yield AdapterWriter(staged, config, weights)
+            yield AdapterWriter(Path(folder), staged, config, weights)
         finally:
             weights.close()
 
@@ -226,8 +227,10 @@ def files_by_task(folder: Path, place: str) -> dict[str, tuple[str, Path]]:
 
 
 def adapter_sha256(folder: str | Path) -> str:
-    """Return the sha256 over config and weights of an adapter folder."""
-    return file_sha256(Path(folder) / CONFIG, *weight_files(Path(folder))[0])
+    """Return the sha256 over config and weights of an adapter folder. Raises LoraloomError where it has none."""
+    paths, fault = weight_files(Path(folder))
+    raise_problems(str(folder), [fault] if fault else [], "save the adapter again")
+    return file_sha256(Path(folder) / CONFIG, *paths)
 
 
 def _write_beside(
