@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +138,83 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str | bytes, told: str) 
         Recipe.load(path)
     with pytest.raises(LoraloomError, match=r"gone\.yaml: cannot be read: No such file"):
         Recipe.load(tmp_path / "gone.yaml")
-    with pytest.raises(LoraloomError, match="cannot be read: Is a directory"):
+    with pytest.raises(LoraloomError, match="is a folder"):
         Recipe.load(tmp_path)
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9)}]\n  k: 1\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: [" + "[" * 200_000, "nested too deeply (line 1)"),
+        ("\n".join(f"{' ' * i}a{i}:" for i in range(300)), "nested too deeply (line 20)"),
+        ("? " * 1000, "nested too deeply"),
+        (LAUGHS, "aliases unfold without end"),
+        (MERGES, "r.yaml: "),  # newer parsers take each key once, older ones are stopped
+        ("name: &a [*a]", "aliases unfold without end"),
+        ("name: x\nbase: !!int foo", "no int (line 2)"),
+        ("name: !!float ''", "no float (line 1)"),
+        ("name: !!bool foo", "no bool (line 1)"),
+        ("name: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("name: !!binary x", "could not determine a constructor"),
+        ("seeds: [" + "9" * 5000 + "]", "no int (line 1)"),
+        ("seeds: [0x" + "f" * 5000 + "]", "a number of more than 64 bits"),
+        ('name: "\\ud800"', "surrogates not allowed"),
+        ("[a]: b", "found unhashable key"),
+        ("name: \x00", "special characters are not allowed"),
+        ("x" * 300_000, "larger than 256 kB"),
+        ("seeds: [-1, 4294967296]", "seeds.1: Input should be less than 4294967296"),
+    ],
+)
+def test_yaml_that_no_parser_should_hold(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    started = time.process_time()
+    with pytest.raises(LoraloomError) as caught:
+        Recipe.load(path)
+    assert time.process_time() - started < 2
+    assert told in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < 5000
+
+
+def test_a_recipe_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    with pytest.raises(LoraloomError, match="is no regular file"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_a_date_is_the_text_that_was_written(tmp_path: Path) -> None:
+    raw = tiny_study.recipe()
+    raw["tasks"]["mood"] |= {"labels": ["DATE", "other"]}
+    text = yaml.safe_dump(raw).replace("DATE", "2001-99-99").replace("name: tiny", "name: 2001-01-01")
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    assert recipe.name == "2001-01-01"
+    assert recipe.tasks["mood"].labels == ["2001-99-99", "other"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/a.jsonl", "nul\0.jsonl", "loop/a.jsonl"])
+def test_paths_that_are_none(tmp_path: Path, path: str) -> None:
+    raw = tiny_study.recipe()
+    raw["tasks"]["mood"] |= {"train": path}
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(LoraloomError, match=r"r\.yaml: a path in it is none: "):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_long_names_make_no_file_that_a_disk_refuses(tmp_path: Path) -> None:
+    for name in ("a" * 300, "ä" * 200, "x y " * 100):
+        short = slug(name)
+        assert len(short.encode()) <= 80
+        assert slug(name) == short != slug(f"{name}b")
+    assert "a task's name is at most 80 bytes" in fault(tasks={"ä" * 41: {"source": "glue"}, "b": {"source": "glue"}})
 
 
 def test_paths_start_at_the_recipes_folder_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
+from loraloom.files.hashing import text_sha256
+from loraloom.files.reading import read_yaml
 from loraloom.merging.registry import get_rule
 from loraloom.settings import (
     AlignmentSettings,
@@ -36,6 +38,7 @@ from loraloom.tasks.sources import SUFFIXES
 from loraloom.tasks.task import Task, TaskOptions
 
 PROBE_TEXTS = 100  # a task, for a rule that looks at texts
+_LONGEST_NAME = 80  # bytes; a stage's folder has names of an init and a task, and 255 in all
 
 
 class InitSettings(StartOptions):
@@ -97,14 +100,22 @@ _SOURCES: dict[str, type[TaskOptions]] = {"builtin": BuiltinTask, "glue": GlueTa
 
 
 def slug(name: str) -> str:
-    """Return `name` as one file name: letters, digits, `_`, `.`, `+` and `-` stay, anything else becomes `-`."""
-    return re.sub(r"[^\w.+]+", "-", name).strip(".-") or "-"
+    """Return `name` as one file name: letters, digits, `_`, `.`, `+` and `-` stay, anything else becomes `-`.
+
+    A long one is cut, and ends in a hash of the whole.
+    """
+    found = re.sub(r"[^\w.+]+", "-", name).strip(".-") or "-"
+    if len(found.encode()) <= _LONGEST_NAME:
+        return found
+    return found.encode()[: _LONGEST_NAME - 13].decode(errors="ignore") + "-" + text_sha256(name)[:12]
 
 
 def _task_name(name: str) -> str:
     # heads and rows are files of this name, and error messages of the tasks say it
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"a task's name is letters, digits, `_`, `.`, `+` and `-`, not {name!r}")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"a task's name is at most {_LONGEST_NAME} bytes, this one {len(name.encode())}")
     return name
 
 
@@ -113,7 +124,7 @@ class Recipe(Settings):
 
     name: str
     base: str = Field(description="hub name or local folder of the base model; `demo` is the embedded default")
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     tasks: dict[Annotated[str, AfterValidator(_task_name)], TaskSettings] = Field(min_length=2)
     lora: LoraSettings = LoraSettings()
     statistics: StatisticsSettings = StatisticsSettings()
@@ -155,13 +166,12 @@ class Recipe(Settings):
         Raises LoraloomError that names every wrong key and value, with the nearest known key.
         """
         path = Path(path)
+        raw = read_yaml(path, "name a recipe, as in recipes/, and mend what it tells")
+        recipe = cls.parse(raw, str(path))
         try:
-            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except OSError as error:
-            raise LoraloomError(f"{path}: cannot be read: {error.strerror}", "name a recipe, as in recipes/") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise LoraloomError(f"{path}: not valid YAML: {error}", "mend the line that it names") from error
-        return cls.parse(raw, str(path)).resolved(path.parent)
+            return recipe.resolved(path.parent)
+        except (OSError, RuntimeError, ValueError) as error:  # a home that nobody has, a loop of links, a NUL
+            raise LoraloomError(f"{path}: a path in it is none: {error}", "name a file, a folder or the hub") from error
 
     @classmethod
     def parse(cls, raw: Any, origin: str) -> Recipe:
@@ -221,26 +231,14 @@ class Recipe(Settings):
             if isinstance(task, FileTask):
                 for key in ("train", "test", "heldout"):
                     value = getattr(task, key)
-                    if value is not None and (value.lower().endswith(SUFFIXES) or _from(folder, value).exists()):
+                    if value is not None and (value.lower().endswith(SUFFIXES) or os.path.exists(_from(folder, value))):
                         changes[key] = str(_from(folder, value))
             tasks[name] = task.model_copy(update=changes)
         base = self.base
-        if base.startswith((".", "~")) or (base != "demo" and (folder / base).is_dir()):
+        if base.startswith((".", "~")) or (base != "demo" and os.path.isdir(folder / base)):
             base = str(_from(folder, base))
         adapters = {name: _from(folder, path) for name, path in self.adapters.items()}
         return self.model_copy(update={"tasks": tasks, "base": base, "adapters": adapters})
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where plain YAML would keep the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping in `node`. Raises yaml.YAMLError naming the line of a repeated key."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, (key, _) in enumerate(node.value):
-            if isinstance(key, yaml.ScalarNode) and key.value in keys[:index] and key.value != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _from(folder: Path, path: str | Path) -> Path:
