@@ -30,7 +30,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import save_file
 
-from loraloom import Update, fuse
+from loraloom import Changes, Update, fuse
 
 HIDDEN, WIDE, KEYS, LAYERS, WORDS, RANK, SHARDS = 2048, 8192, 512, 15, 32_000, 16, 4
 LINEAR = {
@@ -122,7 +122,7 @@ def fuse_once(base: Path, output: Path) -> tuple[float, int]:
         name: Update(torch.randn(m, RANK) * 0.01, torch.randn(RANK, n) * 0.01) for name, (m, n) in SHAPES.items()
     }
     start = time.perf_counter()
-    fuse(base, output, updates.__getitem__, SHAPES, transposed=False)
+    fuse(base, output, Changes(SHAPES), updates.__getitem__)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return seconds, peak * (1 if sys.platform == "darwin" else 1024)

@@ -42,6 +42,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, conte
         (b'{"r": -Infinity}', "-Infinity is no JSON"),
         (b'{"r": "\\ud800"}', "not valid JSON"),
         (b'{"\\uDC00": 1}', "not valid JSON"),
+        (b"[" + b"[]," * 1_000_000 + b"[]]", "more than 1,000,000 values"),
     ],
 )
 def test_what_is_no_json_is_told(content: bytes, told: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import loraloom.merging.shards
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.fuse import FusedFacts, fuse
+from loraloom.merging.placement import Changes
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -43,7 +44,7 @@ def write_index(folder: Path, weight_map: Any, **more: Any) -> None:
 
 def fused(base: Path, **options: Any) -> FusedFacts:
     update = Update(torch.ones(2, 1), torch.ones(1, 3))
-    return fuse(base, base.parent / "out", lambda _: update, {"a": (2, 3)}, transposed=False, **options)
+    return fuse(base, base.parent / "out", Changes({"a": (2, 3)}), lambda _: update, **options)
 
 
 def refused(base: Path, *words: str) -> str:
@@ -141,7 +142,7 @@ def test_a_snapshot_of_the_hubs_cache_is_a_folder_of_links(base: Path) -> None:
     update = Update(torch.ones(2, 1), torch.ones(1, 3))
     here = base.parent / "here"
     here.symlink_to(snapshot)
-    facts = fuse(here, base.parent / "out", lambda _: update, {"a": (2, 3)}, transposed=False)
+    facts = fuse(here, base.parent / "out", Changes({"a": (2, 3)}), lambda _: update)
     assert facts.left_out == ["vocab.txt"]
     assert torch.equal(load_file(facts.folder / SHARDS[0])["a.weight"], torch.full((2, 3), 2.0))
     assert (facts.folder / "tokenizer.json").read_text() == "{}"

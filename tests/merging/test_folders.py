@@ -306,7 +306,7 @@ def test_a_result_is_replaced_and_a_foreign_folder_is_not(place: Path) -> None:
 def test_a_dry_run_tells_ranks_and_sizes_and_writes_nothing(place: Path) -> None:
     before = listing(place)
     plan = planned(folders(place), "task_arithmetic", place / "out", {}, weights=[1, 0.25, 1])
-    told = dry_run(plan, None)
+    told = dry_run(plan, place / "out", None)
     assert listing(place) == before
     assert told["adapters"] == {
         "mood": f"3 layers, rank 2, weight 1, {place / 'mood'}",
@@ -340,7 +340,7 @@ def test_a_dry_run_tells_the_size_that_is_written(rule: str, rank: int | None, e
         config = {"peft_type": "LORA", "target_modules": ["q"]}
         write_adapter(Adapter(updates, config, dtype=torch.float16), tmp_path / name, provenance={})
     plan = planned([tmp_path / "one", tmp_path / "two"], rule, tmp_path / "out", {}, rank=rank)
-    told = dry_run(plan, None)
+    told = dry_run(plan, tmp_path / "out", None)
     assert told["output rank"] == f"at most {expected}"
     megabytes = 6 * expected * 3500 * 2 / 1e6
     assert told["output size"] == f"at most {megabytes:.1f} MB in float16"
@@ -348,14 +348,6 @@ def test_a_dry_run_tells_the_size_that_is_written(rule: str, rank: int | None, e
         merge_folders(plan, tmp_path / "out", "", QUIET)
         assert (tmp_path / "out" / WEIGHTS).stat().st_size / 1e6 == pytest.approx(megabytes, rel=0.01)
         assert read_adapter(tmp_path / "out").rank == expected
-
-
-def test_a_dry_run_of_a_fusion_tells_the_bases_size(place: Path) -> None:
-    base = place / "base"
-    base.mkdir()
-    (base / "model.safetensors").write_bytes(b"\0" * 20_000_000)
-    plan = planned(folders(place), "ties", place / "out", {})
-    assert dry_run(plan, base)["output size"] == f"0.02 GB, as {base}"
 
 
 def test_the_dry_run_of_the_command_writes_nothing(place: Path) -> None:
@@ -377,7 +369,7 @@ def test_no_time_is_told_where_it_depends_on_the_texts(place: Path) -> None:
     files = [place / f"{name}.safetensors" for name in ("mood", "tone", "size")]
     plan = planned(folders(place), "regmean", place / "out", {}, statistics=files)
     assert estimate(plan) is None
-    assert dry_run(plan, None)["estimated time"] == "not known: it depends on the texts"
+    assert dry_run(plan, place / "out", None)["estimated time"] == "not known: it depends on the texts"
 
 
 # what each task reads
@@ -538,6 +530,25 @@ def test_averaged_heads_go_in(trained: Path) -> None:
     torch.testing.assert_close(model.classifier.weight.detach(), sum(heads) / 2)
     expected = dense_logits(trained / "base", plan, plan.head, None)
     assert (model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_dry_run_of_a_fusion_checks_the_checkpoint(trained: Path) -> None:
+    plan = planned(folders(trained, "mood", "tone"), "ties", trained / "out", {})
+    before = listing(trained)
+    told = dry_run(plan, trained / "out", trained / "base")
+    assert told["output size"] == f"0.00 GB, as {trained / 'base'}"
+    (trained / "base" / "config.json").write_text("[")
+    with pytest.raises(LoraloomError, match="not valid JSON"):
+        dry_run(plan, trained / "out", trained / "base")
+    assert set(listing(trained)) == set(before)
+
+
+def test_the_labels_that_the_adapter_was_trained_on_go_into_the_config(trained: Path) -> None:
+    (trained / "mood" / "loraloom.json").write_text(json.dumps({"task": {"name": "mood", "labels": ["bad", "good"]}}))
+    plan = planned(folders(trained, "mood"), "weighted", trained / "out", {})
+    told = fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
+    assert told["config.json"] == "BertForSequenceClassification with 2 labels"
+    assert classifier(trained / "out").config.id2label == {0: "bad", 1: "good"}
 
 
 def test_nothing_is_left_of_a_fusion_that_fails(trained: Path) -> None:

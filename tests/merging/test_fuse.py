@@ -24,6 +24,7 @@ from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.fuse import FusedFacts, fuse
+from loraloom.merging.placement import Changes
 
 CAUSAL = ("llama", "gpt2")
 TARGETS = {
@@ -67,11 +68,11 @@ def adapter_of(kind: str, base: Path, folder: Path, *targets: str, keep: list[st
     return read_adapter(folder)
 
 
-def fuse_adapter(base: Path, output: Path, adapter: Adapter, **options: Any) -> FusedFacts:
+def fuse_adapter(base: Path, output: Path, adapter: Adapter, head: Any = None, **options: Any) -> FusedFacts:
     """Fuse `adapter` as the command does."""
     shapes = {name: (shape.m, shape.n) for name, shape in adapter.shapes.items()}
-    options = {"transposed": bool(adapter.config.get("fan_in_fan_out")), "forms": adapter.forms, **options}
-    return fuse(base, output, adapter.updates.__getitem__, shapes, **options)
+    changes = Changes(shapes, bool(adapter.config.get("fan_in_fan_out")), adapter.forms, head or {})
+    return fuse(base, output, changes, adapter.updates.__getitem__, **options)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -197,7 +198,8 @@ def test_square_conv1d_weights_are_transposed(flag: bool, tmp_path: Path) -> Non
     base = base_of("gpt2", tmp_path / "base")
     targets = ["attn.c_proj"] if flag else ["c_attn", "attn.c_proj"]  # without the flag, c_attn's shape tells
     adapter = adapter_of("gpt2", base, tmp_path / "adapter", *targets)
-    facts = fuse_adapter(base, tmp_path / "out", adapter, transposed=flag)
+    shapes = {name: (shape.m, shape.n) for name, shape in adapter.shapes.items()}
+    facts = fuse(base, tmp_path / "out", Changes(shapes, transposed=flag), adapter.updates.__getitem__)
     name = "transformer.h.0.attn.c_proj"
     want = stored(base)[f"{name}.weight"] + adapter.updates[name].dense().T
     torch.testing.assert_close(stored(facts.folder)[f"{name}.weight"], want)
@@ -220,7 +222,9 @@ def test_dense_updates_beside_other_dtypes(dtype: torch.dtype, transposed: bool,
     (base / "config.json").write_text("{}")
     added = torch.randn(3, 5)
     dense = torch.randn(shape, dtype=torch.float64)
-    facts = fuse(base, tmp_path / "out", lambda _: dense, {"a": shape}, transposed=transposed, head={"head.w": added})
+    facts = fuse(
+        base, tmp_path / "out", Changes({"a": shape}, transposed=transposed, head={"head.w": added}), lambda _: dense
+    )
     after = stored(facts.folder)
     want = tensors["a.weight"].double() + (dense.T if transposed else dense)
     torch.testing.assert_close(
@@ -254,7 +258,7 @@ def test_a_prefix_may_be_put_on(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path / "base")
     update = Update(torch.ones(16, 1), torch.ones(1, 16))
     modules = [f"layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
-    facts = fuse(base, tmp_path / "out", lambda _: update, dict.fromkeys(modules, (16, 16)), transposed=False)
+    facts = fuse(base, tmp_path / "out", Changes(dict.fromkeys(modules, (16, 16))), lambda _: update)
     assert facts.tensors == {module: f"model.{module}.weight" for module in modules}
 
 
@@ -270,7 +274,7 @@ def test_updates_are_asked_for_once_in_the_order_of_the_shards(tmp_path: Path) -
     shapes = {name: (shape.m, shape.n) for name, shape in adapter.shapes.items()}
     torch.set_num_threads(2)
     try:
-        facts = fuse(base, tmp_path / "out", delta, shapes, transposed=False)
+        facts = fuse(base, tmp_path / "out", Changes(shapes), delta)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -287,7 +291,7 @@ def test_a_stale_copy_in_another_shard_is_no_tensor_of_the_model(llama: Path) ->
     stale = torch.full((16, 16), 9.0)
     save_file({**load_file(last), f"{QUERY}.weight": stale}, last, metadata={"format": "pt"})
     update = Update(torch.ones(16, 1), torch.ones(1, 16))
-    facts = fuse(llama, llama.parent / "out", lambda _: update, {QUERY: (16, 16)}, transposed=False)
+    facts = fuse(llama, llama.parent / "out", Changes({QUERY: (16, 16)}), lambda _: update)
     before, after = (load_file(folder / home)[f"{QUERY}.weight"] for folder in (llama, facts.folder))
     torch.testing.assert_close(after, before + 1)
     assert torch.equal(load_file(facts.folder / last.name)[f"{QUERY}.weight"], stale)
@@ -314,7 +318,7 @@ def refused(base: Path, *words: str, out: str = "out", shapes: Mapping[str, Any]
         raise AssertionError(f"asked for {module} though something is wrong")
 
     with pytest.raises(LoraloomError) as caught:
-        fuse(base, base.parent / out, delta, wanted, transposed=False, **options)
+        fuse(base, base.parent / out, Changes(wanted, **options), delta)
     for word in words:
         assert word in str(caught.value)
     assert sorted(base.parent.rglob("*")) == before
@@ -406,7 +410,7 @@ def test_an_overflow_names_its_tensor_and_leaves_nothing(value: float, told: str
     update = Update(torch.full((24, 1), 100.0), torch.full((1, 16), 100.0))
     shapes = {f"model.layers.{layer}.mlp.up_proj": (24, 16) for layer in (0, 1)}
     with pytest.raises(LoraloomError) as caught:
-        fuse(base, tmp_path / "out", lambda _: update, shapes, transposed=False)
+        fuse(base, tmp_path / "out", Changes(shapes), lambda _: update)
     assert f"{path}: model.layers.1.mlp.up_proj.weight: " in str(caught.value)
     assert told in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -424,7 +428,7 @@ def test_an_exception_midway_leaves_nothing(error: type[BaseException], llama: P
 
     shapes = {f"model.layers.{layer}.self_attn.q_proj": (16, 16) for layer in (0, 1)}
     with pytest.raises(error):
-        fuse(llama, llama.parent / "out", delta, shapes, transposed=False)
+        fuse(llama, llama.parent / "out", Changes(shapes), delta)
     assert len(asked) == 2
     assert list(llama.parent.iterdir()) == [llama]
 
@@ -434,9 +438,10 @@ def test_a_kill_midway_leaves_nothing_that_looks_whole(llama: Path) -> None:
 import os, signal
 from pathlib import Path
 from loraloom.merging.fuse import fuse
+from loraloom.merging.placement import Changes
 base = Path({str(llama)!r})
-shapes = {{{QUERY!r}: (16, 16)}}
-fuse(base, base.parent / "out", lambda _: os.kill(os.getpid(), signal.SIGKILL), shapes, transposed=False)
+changes = Changes({{{QUERY!r}: (16, 16)}})
+fuse(base, base.parent / "out", changes, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == -signal.SIGKILL
@@ -451,5 +456,5 @@ def test_a_shard_that_shrinks_while_it_is_read_is_told(llama: Path) -> None:
         return Update(torch.ones(16, 1), torch.ones(1, 16))
 
     with pytest.raises(LoraloomError, match="ended early"):
-        fuse(llama, llama.parent / "out", delta, {QUERY: (16, 16)}, transposed=False)
+        fuse(llama, llama.parent / "out", Changes({QUERY: (16, 16)}), delta)
     assert list(llama.parent.iterdir()) == [llama]

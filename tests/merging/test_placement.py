@@ -17,6 +17,7 @@ from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter, Form, Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.fuse import FusedFacts, fuse
+from loraloom.merging.placement import Changes
 from loraloom.model.architecture import names_in_model
 from loraloom.model.load import head_modules
 
@@ -56,7 +57,7 @@ def randomly(model: Any) -> Any:
 
 def fuse_adapter(base: Path, output: Path, adapter: Adapter, **options: Any) -> FusedFacts:
     shapes = {name: (shape.m, shape.n) for name, shape in adapter.shapes.items()}
-    return fuse(base, output, adapter.updates.__getitem__, shapes, transposed=False, forms=adapter.forms, **options)
+    return fuse(base, output, Changes(shapes, forms=adapter.forms, **options), adapter.updates.__getitem__)
 
 
 def relative(one: torch.Tensor, two: torch.Tensor) -> float:
@@ -112,7 +113,7 @@ def test_an_adapter_of_old_names_meets_a_checkpoint_of_new_ones(tmp_path: Path) 
     save_file(base.state_dict(), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     modules = {"model.layers.0.self_attn.q_proj": (32, 32), "visual.blocks.1.attn.qkv": (96, 32)}
     updates = {name: Update(torch.ones(m, 1), torch.ones(1, n)) for name, (m, n) in modules.items()}
-    facts = fuse(tmp_path / "base", tmp_path / "out", updates.__getitem__, modules, transposed=False)
+    facts = fuse(tmp_path / "base", tmp_path / "out", Changes(modules), updates.__getitem__)
     assert list(facts.tensors.values()) == [
         "model.language_model.layers.0.self_attn.q_proj.weight",
         "model.visual.blocks.1.attn.qkv.weight",
@@ -155,7 +156,7 @@ def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
         forms = {f"{module}.{index}": Form("experts", (), module, index, count) for index in range(count)}
         shapes = dict.fromkeys(forms, shape)
         with pytest.raises(LoraloomError, match=rf"no parameter of {count} experts of {shape[0]} x {shape[1]}"):
-            fuse(tmp_path / "base", tmp_path / "out", lambda _: torch.ones(1), shapes, transposed=False, forms=forms)
+            fuse(tmp_path / "base", tmp_path / "out", Changes(shapes, forms=forms), lambda _: torch.ones(1))
 
 
 @pytest.mark.parametrize("square", [True, False])
@@ -172,7 +173,7 @@ def test_embeddings_and_convolutions(square: bool, tmp_path: Path) -> None:
     forms = {"words": Form("embedding"), "line": Form("convolution", (2, 2)), "picture": Form("convolution", (1, 2, 5))}
     deltas = {"words": torch.randn(4, words), "line": torch.randn(4, 4), "picture": torch.randn(3, 10)}
     shapes = {name: tuple(delta.shape) for name, delta in deltas.items()}
-    facts = fuse(tmp_path / "base", tmp_path / "out", deltas.__getitem__, shapes, transposed=False, forms=forms)  # type: ignore[arg-type]
+    facts = fuse(tmp_path / "base", tmp_path / "out", Changes(shapes, forms=forms), deltas.__getitem__)  # type: ignore[arg-type]
     after = load_file(facts.folder / "model.safetensors")
     torch.testing.assert_close(after["words.weight"], weights["words.weight"] + deltas["words"].T)
     for name in ("line", "picture"):
@@ -188,7 +189,7 @@ def test_an_embedding_that_may_be_tied_is_refused(tmp_path: Path) -> None:
     stored = load_file(base / "model.safetensors")
     save_file({name: stored[name] for name in stored if name != "lm_head.weight"}, base / "model.safetensors")
     with pytest.raises(LoraloomError, match="may be tied to another tensor"):
-        fuse(base, tmp_path / "out", lambda _: torch.ones(16, 27), shapes, transposed=False, forms=forms)
+        fuse(base, tmp_path / "out", Changes(shapes, forms=forms), lambda _: torch.ones(16, 27))
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_labels_that_are_not_known_are_numbered(tmp_path: Path) -> None:
     update = Update(torch.ones(16, 1), torch.ones(1, 16))
     shapes = {"model.layers.0.self_attn.q_proj": (16, 16)}
     options: Any = {"transposed": False, "head": {"score.weight": torch.ones(3, 16)}, "labels": ["one", "two"]}
-    fuse(base, tmp_path / "out", lambda _: update, shapes, task_type="TOKEN_CLS", **options)
+    fuse(base, tmp_path / "out", Changes(shapes, task_type="TOKEN_CLS", **options), lambda _: update)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForTokenClassification"]
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
@@ -238,9 +239,7 @@ def test_a_head_that_no_class_has_is_told(tmp_path: Path) -> None:
     base = tiny.base_folder("llama", tmp_path / "base")
     update = Update(torch.ones(16, 1), torch.ones(1, 16))
     shapes = {"model.layers.0.self_attn.q_proj": (16, 16)}
-    facts = fuse(
-        base, tmp_path / "out", lambda _: update, shapes, transposed=False, head={"v.weight": torch.ones(1, 16)}
-    )
+    facts = fuse(base, tmp_path / "out", Changes(shapes, head={"v.weight": torch.ones(1, 16)}), lambda _: update)
     assert facts.added == ["v.weight"]
     assert not facts.classified
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()

@@ -114,7 +114,7 @@ def merge(
         asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads), base)
         plan = folders.plan_folders(paths, asked, output, statistics=statistics or (), look=look)
         if dry_run:
-            out.result(folders.dry_run(plan, fuse_into))
+            out.result(folders.dry_run(plan, output, fuse_into))
         elif fuse_into:
             out.result(folders.fuse_folders(plan, fuse_into, output, typed(), shown))
         else:

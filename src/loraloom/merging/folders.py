@@ -18,10 +18,11 @@ from loraloom.errors import LoraloomError, collecting, raise_problems, raise_tog
 from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import json_text
 from loraloom.merging.card import fused_card
-from loraloom.merging.fuse import FusedFacts, fuse
+from loraloom.merging.fuse import FusedFacts, fuse, prepare
 from loraloom.merging.merger import energy_lost, plan_facts, write_merged
 from loraloom.merging.names import input_names, public_command
 from loraloom.merging.options import MergeOptions
+from loraloom.merging.placement import Changes
 from loraloom.merging.plan import Plan, make_plan
 from loraloom.merging.registry import Probe, Rule, get_rule
 from loraloom.progress import Reporter
@@ -100,7 +101,7 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     Dense results go in as they are, nothing is truncated unless a rank was asked for. Heads are written beside the
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
-    single = next(iter(plan.members.values())).head if len(plan.members) == 1 else {}
+    single = _single_head(plan)
     provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": public_command(command)}
     provenance["fused_into"] = public_name(str(base.resolve()))
     reporter.begin("fusing", 100)
@@ -115,13 +116,8 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     fused = fuse(
         base,
         output,
+        _changes(plan),
         delta,
-        {module: (shape.m, shape.n) for module, shape in plan.shapes.items()},
-        transposed=bool(plan.config.get("fan_in_fan_out")),
-        forms=plan.forms,
-        head=plan.head or single,
-        task_type=plan.config.get("task_type"),
-        labels=_labels(plan),
         files={"loraloom.json": json_text(provenance), "README.md": fused_card(provenance)},
         extra={} if single else {f"heads/{name}.safetensors": head for name, head in plan.task_heads.items()},
         progress=show,
@@ -142,6 +138,22 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     }
 
 
+def _changes(plan: Plan) -> Changes:
+    return Changes(
+        {module: (shape.m, shape.n) for module, shape in plan.shapes.items()},
+        transposed=bool(plan.config.get("fan_in_fan_out")),
+        forms=plan.forms,
+        head=plan.head or _single_head(plan),
+        task_type=plan.config.get("task_type"),
+        labels=_labels(plan),
+    )
+
+
+def _single_head(plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the head of an adapter that is alone: it goes into the weights."""
+    return next(iter(plan.members.values())).head if len(plan.members) == 1 else {}
+
+
 def _labels(plan: Plan) -> list[str] | None:
     """Return the names of the labels that all members were trained on, where their loraloom.json tells them."""
     tasks = [read_provenance(member.path).get("task") if member.path else None for member in plan.members.values()]
@@ -158,15 +170,19 @@ def _classifier(fused: FusedFacts) -> str:
     return "as the base's"
 
 
-def dry_run(plan: Plan, fuse_into: Path | None) -> dict[str, Any]:
-    """Return what a merge would do: sizes, ranks and the time to expect, from headers and one small trial."""
+def dry_run(plan: Plan, output: Path, fuse_into: Path | None) -> dict[str, Any]:
+    """Return what a merge would do: sizes, ranks and the time to expect, from headers and one small trial.
+
+    Raises LoraloomError where the checkpoint `fuse_into` could not take it.
+    """
     shapes = plan.shapes
     ranks = {module: min(plan.bound(module), plan.rank or plan.bound(module)) for module in plan.modules}
     numbers = sum(r * (shapes[module].m + shapes[module].n) for module, r in ranks.items())
     seconds = estimate(plan)
     size = f"at most {numbers * plan.dtype.itemsize / 1e6:.1f} MB in {str(plan.dtype).removeprefix('torch.')}"
     if fuse_into is not None:
-        size = f"{sum(path.stat().st_size for path in fuse_into.glob('*.safetensors')) / 1e9:.2f} GB, as {fuse_into}"
+        _, placed = prepare(fuse_into, output, _changes(plan))
+        size = f"{placed.size / 1e9:.2f} GB, as {fuse_into}"
     return {
         "adapters": {
             name: f"{len(member.shapes)} layers, rank {member.rank}, weight {plan.weights[name]:g}, {member.path}"

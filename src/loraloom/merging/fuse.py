@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from loraloom.adapters.update import Form, Update
+from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.atomic import check_folder, staged_folder
 from loraloom.files.hashing import file_sha256, write_json
 from loraloom.files.tensors import write_files
 from loraloom.merging.checkpoint import CONFIG, INDEX, Checkpoint, files_beside, read_checkpoint
-from loraloom.merging.placement import Placement, place
+from loraloom.merging.placement import Changes, Placement, place
 from loraloom.merging.shards import Shard, write_shard
 
 SUMS = "SHA256SUMS"
@@ -52,14 +52,9 @@ class FusedFacts:
 def fuse(
     base: Path,
     output: Path,
+    changes: Changes,
     delta: Callable[[str], Update | Tensor],
-    shapes: Mapping[str, tuple[int, int]],
     *,
-    transposed: bool,
-    forms: Mapping[str, Form] | None = None,
-    head: Mapping[str, Tensor] | None = None,
-    task_type: str | None = None,
-    labels: Sequence[str] | None = None,
     files: Mapping[str, str] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -68,31 +63,16 @@ def fuse(
 
     - base: the checkpoint's folder. What it is, is read from its config.json and the headers of its shards alone; links
       that lead out of it are not followed, and code in it is not run.
+    - changes: which modules have updates, and the head.
     - delta: gives a module's dW: an Update or a dense (m, n) tensor, float32 or float64. It is called in the order of
       the shards, once a module unless the checkpoint has an expert's weights far apart.
-    - shapes: (m, n) = (outputs, inputs) of every adapted module. Modules have the checkpoint's names or those of the
-      model that transformers builds from it; the checkpoint keeps its own.
-    - transposed: the adapter's `fan_in_fan_out` (Conv1D keeps its weight as (n, m)); it decides where no shape does.
-    - forms: of the modules that are no linear layers, as the adapter has them.
-    - head: tensors that replace the base's or are added, by parameter path. Where they make a classifier, config.json
-      tells so: the class (of `task_type`, as PEFT names it, where that is given) and the `labels`, or LABEL_0 ...
     - files, extra: further text files, and further safetensors files, by name.
     - progress: is told the bytes done and those of all shards.
 
     `sha256sum -c SHA256SUMS` checks the folder. Raises LoraloomError that tells all problems before anything is
     written; for a value that does not fit its weight's dtype when it is met, with nothing left behind.
     """
-    found, problems = read_checkpoint(base)
-    problems = _output_problems(base, output) + problems
-    placed = None
-    if found:
-        placed, misfits = place(
-            found, shapes, head or {}, transposed=transposed, forms=forms, task_type=task_type, labels=labels
-        )
-        problems += misfits + (_space_problems(output, placed.size) if placed else [])
-    raise_problems(f"cannot fuse into {base}", problems, "nothing was written")
-    assert found
-    assert placed
+    found, placed = prepare(base, output, changes)
     with staged_folder(output) as staged:
         sha256 = _write_shards(placed, staged, delta, progress)
         _write_index(found, placed.shards, staged)
@@ -117,6 +97,18 @@ def fuse(
         classified=placed.classified,
         left_out=left_out,
     )
+
+
+def prepare(base: Path, output: Path, changes: Changes) -> tuple[Checkpoint, Placement]:
+    """Return what `fuse` would write and from what. Raises LoraloomError that tells all problems."""
+    found, problems = read_checkpoint(base)
+    problems = _output_problems(base, output) + problems
+    placed, misfits = place(found, changes) if found else (None, [])
+    problems += misfits + (_space_problems(output, placed.size) if placed else [])
+    raise_problems(f"cannot fuse into {base}", problems, "nothing was written")
+    assert found
+    assert placed
+    return found, placed
 
 
 def _output_problems(base: Path, output: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -18,6 +18,26 @@ from loraloom.merging.shards import FLOATS, Part, Shard, extended
 
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 _DEQUANTISE = "fuse into the base it was made from, or call `model.dequantize()` in transformers and save that"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a merge changes in a checkpoint.
+
+    - shapes: (m, n) = (outputs, inputs) of every adapted module. Modules have the checkpoint's names or those of the
+      model that transformers builds from it; the checkpoint keeps its own.
+    - transposed: the adapter's `fan_in_fan_out` (Conv1D keeps its weight as (n, m)); it decides where no shape does.
+    - forms: of the modules that are no linear layers, as the adapter has them.
+    - head: tensors that replace the base's or are added, by parameter path. Where they make a classifier, config.json
+      tells so: the class, of `task_type` (PEFT's word) where that is given, and the `labels`, or LABEL_0 ...
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    transposed: bool = False
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    task_type: str | None = None
+    labels: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,27 +61,15 @@ class Placement:
         return sum(part.size for shard in self.shards.values() for part in shard.parts)
 
 
-def place(
-    base: Checkpoint,
-    shapes: Mapping[str, tuple[int, int]],
-    head: Mapping[str, Tensor],
-    *,
-    transposed: bool,
-    forms: Mapping[str, Form] | None = None,
-    task_type: str | None = None,
-    labels: Sequence[str] | None = None,
-) -> tuple[Placement | None, list[str]]:
-    """Return where updates of these `shapes` and the `head` go in `base`, or None with all that does not fit.
-
-    The arguments are those of `fuse`.
-    """
-    forms = forms or {}
+def place(base: Checkpoint, changes: Changes) -> tuple[Placement | None, list[str]]:
+    """Return where the `changes` go in `base`, or None with all that does not fit."""
+    shapes, forms, head = changes.shapes, changes.forms, changes.head
     groups = grouped(shapes, forms)
     experts = {module for group in groups for module in group.experts}
     plain = {module: shape for module, shape in shapes.items() if module not in experts}
     names, problems = find_names([*plain, *(group.module for group in groups)], list(head), base)
     tensors = {module: names.tensor(f"{module}.weight") for module in plain if names.has(module) or module == OUTPUT}
-    parts, misfits = _weights(base, plain, tensors, transposed, forms)
+    parts, misfits = _weights(base, plain, tensors, changes)
     expert_parts, odd = place_experts([group for group in groups if names.has(group.module)], names, base)
     parts += expert_parts
     heads, unfit = _head_parts(head, names, base)
@@ -75,14 +83,14 @@ def place(
     if added:
         from loraloom.model.architecture import classifier_config  # takes seconds to import
 
-        config = classifier_config(base.config, added, task_type, labels)
-    changes = {**(config or {}), **({"tie_word_embeddings": False} if untied else {})}
+        config = classifier_config(base.config, added, changes.task_type, changes.labels)
+    told = {**(config or {}), **({"tie_word_embeddings": False} if untied else {})}
     taking: dict[str, list[str]] = {}
     for part in parts:
         for module in part.modules:
             taking.setdefault(module, []).append(part.name)
     tensors = {module: " and ".join(found) for module, found in taking.items()}
-    return Placement(_shards(base, [*parts, *heads.values()]), changes, tensors, heads, untied, config is not None), []
+    return Placement(_shards(base, [*parts, *heads.values()]), told, tensors, heads, untied, config is not None), []
 
 
 def _head_parts(head: Mapping[str, Tensor], names: Names, base: Checkpoint) -> tuple[dict[str, Part], list[str]]:
@@ -156,8 +164,7 @@ def _weights(
     base: Checkpoint,
     shapes: Mapping[str, tuple[int, int]],
     tensors: Mapping[str, str],
-    transposed: bool,
-    forms: Mapping[str, Form],
+    changes: Changes,
 ) -> tuple[list[Part], list[str]]:
     """Return the tensors that take an update each, and what does not fit."""
     found: dict[str, Part] = {}
@@ -170,12 +177,12 @@ def _weights(
             found[module] = replace(part, name=name, modules=(module,), matrix=matrix)
         problems += [fault] if fault else []
     # PEFT keeps one fan_in_fan_out for all layers, that of the last one: any shape that shows Conv1D goes before it
-    linear = {module: part for module, part in found.items() if module not in forms}
-    conv1d = transposed or any(part.matrix != tuple(shapes[module]) for module, part in linear.items())
+    linear = {module: part for module, part in found.items() if module not in changes.forms}
+    conv1d = changes.transposed or any(part.matrix != tuple(shapes[module]) for module, part in linear.items())
     parts = []
     for module, part in found.items():
         square = part.matrix[0] == part.matrix[1]
-        turned_square = square and (conv1d if module in linear else _is_embedding(module, forms))
+        turned_square = square and (conv1d if module in linear else _is_embedding(module, changes.forms))
         parts.append(replace(part, transposed=part.matrix != tuple(shapes[module]) or turned_square))
     return parts, problems
 
