@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from hypothesis import given, strategies as st
 from safetensors.torch import save
 
 from loraloom import merge, read_adapter, write_merged
-from loraloom.merging import MergeOptions
 
 MODULES = ("encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.value")
 CONFIG: dict[str, Any] = {
@@ -77,7 +77,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged_with_a_good_one(place: Path) -> Path:
     """Merge the odd adapter with a good one and write the result, as `loraloom merge` does."""
     adapters = {name: read_adapter(place / name) for name in ("odd", "good")}
-    return write_merged(merge(adapters, options=MergeOptions(rule="task_arithmetic")), place / "out", overwrite=True)
+    shutil.rmtree(place / "out", ignore_errors=True)
+    return write_merged(merge(adapters, "task_arithmetic"), place / "out")
 
 
 def right(folder: Path) -> str:
@@ -89,6 +90,11 @@ def right(folder: Path) -> str:
         return f"{constants} in JSON"
     updates = read_adapter(folder).updates
     return "" if all(update.dense().isfinite().all() for update in updates.values()) else "values that are not finite"
+
+
+def test_what_is_spoiled_is_good_before(place: Path) -> None:
+    written(place / "odd")
+    assert right(merged_with_a_good_one(place)) == ""
 
 
 @many
