@@ -176,3 +176,8 @@ def test_every_file_that_a_document_names_exists() -> None:
     }
     assert len(named) > 20
     assert not sorted((page, name) for page, name in named if not (ROOT / name).exists())
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.errors import LoraloomError
 from loraloom.model.load import load_classifier
 from loraloom.progress import Reporter
+from loraloom.results import StudyResult
 from loraloom.study.by_hand import evaluate_folder
 from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
@@ -394,3 +396,13 @@ def test_adapters_name_their_base(finished: Path) -> None:
     adapter = read_adapter(finished / "study" / "adapters" / "LoRA" / "mood")
     assert adapter.base == str(finished / "base")
     assert load_classifier(adapter.base, outputs=2).config.model_type == "bert"
+
+
+def test_test_rows_are_resampled_alike_for_every_merge(finished: Path) -> None:
+    result = StudyResult.load(finished / "study" / "results.json")
+    for merge in result.merges:
+        assert len(merge.resamples) == (200 if merge.split == "test" else 0)
+        if merge.split == "test":
+            spread = statistics.stdev(merge.resamples)
+            assert abs(statistics.mean(merge.resamples) - merge.average.value) < 0.5 * spread + 1e-9
+            assert spread == pytest.approx(merge.average.stderr, rel=0.5, abs=1e-9)

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from loraloom.errors import LoraloomError
 from loraloom.results import Score, average
-from loraloom.tasks.metrics import metric_value, score
+from loraloom.tasks.metrics import metric_value, resampled, score
 
 CLASSES = ["accuracy", "matthews", "accuracy_f1"]
 
@@ -109,3 +109,22 @@ def test_half_precision_logits() -> None:
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(LoraloomError, match="did you mean 'accuracy'"):
         metric_value("acuracy", *classes())
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "matthews"])
+def test_resamples_are_the_same_rows_for_every_model_and_others_for_another_seed(metric: str) -> None:
+    """Against a loop over the rows drawn; two models that differ in one row differ on few resamples' worth of it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (60,), generator=generator)
+    logits = torch.randn(60, 2, generator=generator)
+    found, again = (resampled(metric, logits, labels, seed=seed) for seed in (5, 5))
+    assert (found == again).all()
+    assert (found != resampled(metric, logits, labels, seed=6)).any()
+    drawn = numpy.random.default_rng(5)
+    for value in found:
+        rows = torch.from_numpy(drawn.integers(0, 60, 60))
+        assert value == pytest.approx(metric_value(metric, logits[rows], labels[rows]))
+    one_row = logits.clone()
+    one_row[7] = one_row[7].flip(0)
+    apart = numpy.std(found - resampled(metric, one_row, labels, seed=5), ddof=1)
+    assert 0 < apart < numpy.std(found, ddof=1) / 2

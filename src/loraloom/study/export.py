@@ -114,6 +114,7 @@ def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
                 scale_chosen_with_labels=split == "test" and len(row.settings.scales) > 1,
                 scores=scores,
                 average=together,
+                resamples=stages.read_resamples(output, aligned) if split == "test" else [],
                 kept=together.value / by_itself.value if by_itself.value else 0.0,
                 **facts,
             )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,12 +17,12 @@ from loraloom.adapters.heads import Head, align_heads
 from loraloom.adapters.peft import CONFIG, PROVENANCE, WEIGHTS, read_adapter
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import interference as measure_interference, ratio
-from loraloom.files.hashing import write_json
+from loraloom.files.hashing import task_seed, write_json
 from loraloom.merging import MergeOptions, make_plan, read_readout, write_merged
 from loraloom.merging.needs import probe_of
 from loraloom.merging.readout import READOUTS
 from loraloom.merging.registry import Probe
-from loraloom.model.runner import scored
+from loraloom.model.runner import labels, scored
 from loraloom.results import Score
 from loraloom.settings import Kind, LoraSettings, StatisticsSettings, TrainingSettings
 from loraloom.starts.initialise import initialise
@@ -34,11 +35,13 @@ from loraloom.study.recipe import TaskSettings
 from loraloom.tasks.builtin import BuiltinTask, builtin_task, source_versions
 from loraloom.tasks.files import FileTask, file_task
 from loraloom.tasks.glue import GlueTask, glue_task
+from loraloom.tasks.metrics import resampled
 from loraloom.tasks.task import Task
 from loraloom.training import lora_config, train_adapter
 
 ADAPTER, ROWS, STATISTICS = "adapter", "rows", "statistics.safetensors"
 SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
+RESAMPLES = "resamples.json"
 _ADAPTER_FILES = (CONFIG, WEIGHTS, PROVENANCE)
 _GLUE_FILES = ("train.jsonl", "dev.jsonl", "meta.json")
 
@@ -291,7 +294,7 @@ def evaluate_heldout(
     _write_scores(folder, rows, "heldout", heldout, heads, aligned)
 
 
-@stage("test", version=1)
+@stage("test", version=2)
 def evaluate_test(
     folder: Path,
     context: Context,
@@ -310,7 +313,25 @@ def evaluate_test(
         name: evaluator.features(adapter.updates, heads[name], evaluator.encode(rows[name].task.test))
         for name, adapter in merged_adapters(merged.path / ADAPTER, scale, rows).items()
     }
-    _write_scores(folder, rows, "test", features, heads, read_aligned(heldout, heads))
+    aligned = read_aligned(heldout, heads)
+    _write_scores(folder, rows, "test", features, heads, aligned)
+    pairs = {"as_trained": heads, "aligned": aligned}
+    write_json(folder / RESAMPLES, {kind: _resampled(rows, features, chosen) for kind, chosen in pairs.items()})
+
+
+def _resampled(rows: Mapping[str, Rows], features: Mapping[str, Tensor], heads: Mapping[str, Head]) -> list[float]:
+    """Return the average over tasks on resamples of their test rows, which are the same for every merge."""
+    found = []
+    for name, one in rows.items():
+        logits, true = heads[name].logits(features[name]), labels(one.task, "test")
+        found.append(resampled(one.task.metric, logits, true, seed=task_seed(0, name)))
+    return [float(value) for value in np.mean(found, axis=0)]
+
+
+def read_resamples(output: Output, aligned: bool) -> list[float]:
+    """Read what `evaluate_test` kept of the resamples."""
+    found = json.loads((output.path / RESAMPLES).read_text(encoding="utf-8"))
+    return list(found["aligned" if aligned else "as_trained"])
 
 
 def read_aligned(heldout: Output, heads: Mapping[str, Head]) -> dict[str, Head]:
