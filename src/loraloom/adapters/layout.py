@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loraloom.adapters.patterns import pattern_values
+from loraloom.adapters.patterns import check_patterns, pattern_values
 from loraloom.adapters.stored import Checked, Place
 from loraloom.adapters.update import Form, Shape
 
@@ -44,6 +44,7 @@ def find_layers(
     found = {module: _pair(module, parts, checked, layers.problems) for module, parts in factors.items()}
     parameters = {module: parameters_of(module, config) for module in found}
     plain = [module for module in found if not parameters[module]]
+    check_patterns(config, plain)
     alphas = _alphas(plain, config)
     found_in = {module: names for module, names in parameters.items() if names}
     experts = {module: _expert_settings(module, names, config, layers.problems) for module, names in found_in.items()}

@@ -71,6 +71,24 @@ def pattern_values(
     return values
 
 
+def check_patterns(config: Mapping[str, Any], modules: Sequence[str]) -> None:
+    """Raise LoraloomError for a pattern by which PEFT finds layers, and that it could not match to `modules` in time.
+
+    `config` is adapter_config.json. Ranks and alphas are not among them: `pattern_values` matches those.
+    """
+    for field in ("target_modules", "exclude_modules"):
+        value = config.get(field)
+        if isinstance(value, str) and value:
+            _matches(((value, value),), tuple(modules), field, whole=True)
+    for field, form in (
+        ("modules_to_save", r"(^|.*\.){}($|\..*)"),
+        ("layers_pattern", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
+    ):
+        value = config.get(field)
+        names = [value] if isinstance(value, str) else value or []
+        _matches(tuple((name, form.replace("{}", name)) for name in names), tuple(modules), field)
+
+
 @functools.lru_cache(maxsize=64)
 def _matches(
     patterns: tuple[tuple[str, str], ...], names: tuple[str, ...], what: str, whole: bool = False

@@ -85,7 +85,10 @@ def merge(
         int | None,
         typer.Option(min=1, help="Texts a task for a rule that looks at texts. Without it as the recipe has them."),
     ] = None,
-    base: Base = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Base model of all, where the adapters name it in ways that are not known as one."),
+    ] = None,
     fuse_into: Annotated[
         Path | None,
         typer.Option("--fuse-into", help="Checkpoint folder of the base model. It is written with the result in it."),

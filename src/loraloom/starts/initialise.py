@@ -17,7 +17,7 @@ from torch import Tensor
 
 import loraloom
 from loraloom.adapters.config import headless_config
-from loraloom.adapters.patterns import pattern_values
+from loraloom.adapters.patterns import pattern_values, targeted
 from loraloom.adapters.peft import write_folder
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
@@ -256,6 +256,8 @@ def _config_and_ranks(lora: LoraConfig | None, own: Statistics) -> tuple[LoraCon
     if lora.target_modules in (None, "all-linear"):
         lora.target_modules = sorted(own.layers)
     targets = lora.target_modules
+    if isinstance(targets, str):
+        targeted(own.layers, targets)  # for its limit: PEFT's own matching has none
     # PEFT's own test: it knows exclude_modules and layers_to_transform too
     chosen = [module for module in own.layers if check_target_module_exists(lora, module)]
     if not chosen:
