@@ -22,5 +22,6 @@ given = parser.parse_args()
 plan = plan_folders(given.adapters, MergeOptions("task_arithmetic", scale=given.scale), given.output)
 with Reporter() as shown:
     facts = fuse_folders(plan, given.base, given.output, "examples/fused_checkpoint.py", shown)
-for name, fact in facts.items():
-    print(f"{name}: {fact}")
+print(f"rule: {facts.rule} at scale {facts.scale:g}")
+print(f"{given.output}: {facts.checkpoint.size / 1e9:.2f} GB, {len(facts.checkpoint.tensors)} weights changed")
+print(f"heads beside it: {', '.join(facts.heads) or 'none'}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from loraloom import MergeOptions, energy_lost, make_plan, read_adapter, read_provenance, write_merged
+from loraloom import MergeOptions, make_plan, read_adapter, read_provenance, write_merged
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapters", nargs="+", help="adapter folders, of any ranks")
@@ -21,7 +21,8 @@ given = parser.parse_args()
 # a plan is checked at once and computed layer by layer while it is written
 plan = make_plan([read_adapter(folder) for folder in given.adapters], MergeOptions(given.rule, rank=given.rank))
 folder = write_merged(plan, given.output)
-layers = read_provenance(folder)["layers"]
+told = read_provenance(folder)
+layers = told["layers"]
 worst = max(layers, key=lambda module: layers[module]["energy_lost"])
-print(f"{folder}: rank {max(layer['rank'] for layer in layers.values())}, {len(layers)} layers")
-print(f"energy lost: {energy_lost(layers):.2%} in total, {layers[worst]['energy_lost']:.2%} in {worst}")
+print(f"{folder}: rank {told['output_rank']}, {len(layers)} layers")
+print(f"energy lost: {told['energy_lost']:.2%} in total, {layers[worst]['energy_lost']:.2%} in {worst}")

@@ -52,9 +52,9 @@ from .merging import (
     rule_names as rule_names,
     write_merged as write_merged,
 )
+from .merging.facts import FusionFacts as FusionFacts, MergedFacts as MergedFacts, MergeFacts as MergeFacts
 from .merging.folders import fuse_folders as fuse_folders, merge_folders as merge_folders, plan_folders as plan_folders
 from .merging.fuse import fuse as fuse
-from .merging.merger import energy_lost as energy_lost
 from .merging.placement import Changes as Changes
 from .merging.registry import Probe as Probe
 from .merging.rules.regression import reading_groups as reading_groups, rows_read as rows_read

@@ -9,10 +9,10 @@ import pytest
 import typer
 
 from loraloom.cli.main import app
-from loraloom.cli.rule_options import one_rule, options_help, rule_list, split_arguments, typed
+from loraloom.cli.rule_options import one_rule, options_help, rule_list, split_arguments
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, rule_names
-from loraloom.merging.registry import TAKEN
+from loraloom.merging.registry import TAKEN, option_flag
 
 OWN = ["--rule", "--output", "--scale", "--weight", "--rank", "--seed", "--heads", "--dry-run"]
 
@@ -86,9 +86,9 @@ def test_no_option_of_a_rule_is_one_of_the_command() -> None:
     group = typer.main.get_command(app)
     merge = group.commands["merge"]  # type: ignore[attr-defined]
     own = {flag for parameter in merge.params for flag in parameter.opts if flag.startswith("--")} | {"--help"}
-    assert own <= {typed(name) for name in TAKEN}, "the registry must refuse these names to the rules of plugins"
+    assert own <= {option_flag(name) for name in TAKEN}, "the registry must refuse these names to the rules of plugins"
     for rule in rule_names():
-        assert not {typed(name) for name in get_rule(rule).options.model_fields} & own, rule
+        assert not {option_flag(name) for name in get_rule(rule).options.model_fields} & own, rule
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,6 @@ def test_the_help_holds_every_option_once_under_its_rule() -> None:
     assert list(found) == [rule for rule in rule_names() if options[rule]]
     for rule, lines in found.items():
         first = [line.split()[0].rstrip(":") for line in lines if line.startswith("    --")]
-        assert first == [typed(name) for name in options[rule]]
+        assert first == [option_flag(name) for name in options[rule]]
     density = "--density NUMBER: share of entries kept per task and layer (above 0, at most 1, 0.2 by default)"
     assert " ".join(" ".join(found["ties"]).split()).startswith(density)

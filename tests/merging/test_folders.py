@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from loraloom.adapters.update import Adapter, Update
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
 from loraloom.merging import MergeOptions, Plan, merge
+from loraloom.merging.card import merge_lines
 from loraloom.merging.folders import dry_run, estimate, fuse_folders, merge_folders, plan_folders
 from loraloom.merging.readout import read_readout
 from loraloom.progress import Reporter
@@ -207,7 +209,7 @@ def test_statistics_are_read_from_files_in_the_order_of_the_adapters(place: Path
         assert (update.dense() - expected).norm() < 1e-5 * expected.norm()
         mixed = dense_regmean(members, seen[::-1], 0.7, name)
         assert (update.dense() - mixed).norm() > 1e-2 * mixed.norm()
-    assert (told["rule"], told["rank"]) == ("regmean", 6)
+    assert (told.rule, told.output_rank) == ("regmean", 6)
 
 
 def test_the_command_takes_statistics_in_order(place: Path) -> None:
@@ -261,27 +263,33 @@ def test_folders_merge_as_adapters_do(place: Path) -> None:
     whole = {name: layer["energy"] / (1 - lost[name]) for name, layer in facts["layers"].items()}
     in_total = sum(lost[name] * whole[name] for name in lost) / sum(whole.values())
     assert in_total > 0.01
-    assert told == {
-        "folder": str(place / "out"),
-        "rule": "dare",
-        "space": "full",
-        "scale": 0.3,
-        "rank": 4,
-        "share of energy lost": {"in total": round(in_total, 6), **{name: round(one, 6) for name, one in lost.items()}},
-        "heads": "mood, tone, size",
+    assert told.energy_lost == pytest.approx(in_total)
+    assert {name: (layer.rank, layer.energy_lost) for name, layer in told.layers.items()} == {
+        name: (4, share) for name, share in lost.items()
     }
+    assert (told.rule, told.options, told.space) == ("dare", {"density": 0.6, "space": "full"}, "full")
+    assert (told.scale, told.scale_from, told.rank, told.output_rank, told.seed) == (0.3, "asked", 4, 4, 7)
+    assert told.heads == ["mood", "size", "tone"]
+    energies = [
+        weight**2 * sum(float(dense64(update).square().sum()) for update in members[name].updates.values())
+        for name, weight in zip(members, settings["weights"], strict=True)
+    ]
+    for one, energy, rank in zip(told.inputs, energies, (2, 3, 1), strict=True):
+        assert (one.rank, one.targets) == (rank, ["q", "up", "v"])
+        assert one.energy_share == pytest.approx(energy / sum(energies))
+    assert json.loads(json.dumps(asdict(told))) == facts
 
 
 def test_weights_of_the_command(place: Path) -> None:
     words = (*folders(place), "--rule", "task_arithmetic", *each("--weight", 0.5, -1, 2), "--scale", "1")
     code, told = command(*words, "-o", place / "out")
-    assert (code, json.loads(told)["rank"]) == (0, 6)
+    assert (code, json.loads(told)["output_rank"]) == (0, 6)
     members = [read_adapter(place / name) for name in ("mood", "tone", "size")]
     for name, update in read_adapter(place / "out").updates.items():
         parts = [w * member.updates[name].dense() for w, member in zip((0.5, -1, 2), members, strict=True)]
         torch.testing.assert_close(update.dense(), sum(parts), atol=1e-5, rtol=1e-5)
     code, told = command(*words[:-2], "--heads", "average", "-o", place / "averaged")
-    assert (code, json.loads(told)["heads"]) == (0, "averaged")
+    assert (code, json.loads(told)["heads_averaged"]) == (0, True)
     head = load_file(place / "averaged" / WEIGHTS)["base_model.model.classifier.weight"]
     torch.testing.assert_close(head, torch.full((2, 9), (0.5 * 0 - 1 * 1 + 2 * 2) / 1.5))
     code, told = command(*folders(place), "--rule", "ties", "--weights", "1, 2,3", "-o", place / "x")
@@ -308,22 +316,16 @@ def test_a_dry_run_tells_ranks_and_sizes_and_writes_nothing(place: Path) -> None
     plan = planned(folders(place), "task_arithmetic", place / "out", {}, weights=[1, 0.25, 1])
     told = dry_run(plan, place / "out", None)
     assert listing(place) == before
-    assert told["adapters"] == {
-        "mood": f"3 layers, rank 2, weight 1, {place / 'mood'}",
-        "tone": f"3 layers, rank 3, weight 0.25, {place / 'tone'}",
-        "size": f"3 layers, rank 1, weight 1, {place / 'size'}",
-    }
-    facts = {key: told[key] for key in ("rule", "space", "options", "scale", "seed", "output rank", "heads")}
-    assert facts == {
-        "rule": "task_arithmetic",
-        "space": "full",
-        "options": {},
-        "scale": 0.3,
-        "seed": 0,
-        "output rank": "at most 6",
-        "heads": "mood, tone, size",
-    }
-    assert told["estimated time"] == "about 1 s"
+    assert [(one.name, one.rank, one.weight) for one in told.inputs] == [
+        ("mood", 2, 1),
+        ("tone", 3, 0.25),
+        ("size", 1, 1),
+    ]
+    assert (told.rule, told.options, told.space) == ("task_arithmetic", {}, "full")
+    assert (told.scale, told.scale_from, told.seed, told.output_rank) == (0.3, "rule", 0, 6)
+    assert told.heads == ["mood", "size", "tone"]
+    assert told.seconds is not None
+    assert 0 < told.seconds < 5
 
 
 @pytest.mark.parametrize(
@@ -341,12 +343,11 @@ def test_a_dry_run_tells_the_size_that_is_written(rule: str, rank: int | None, e
         write_adapter(Adapter(updates, config, dtype=torch.float16), tmp_path / name, provenance={})
     plan = planned([tmp_path / "one", tmp_path / "two"], rule, tmp_path / "out", {}, rank=rank)
     told = dry_run(plan, tmp_path / "out", None)
-    assert told["output rank"] == f"at most {expected}"
-    megabytes = 6 * expected * 3500 * 2 / 1e6
-    assert told["output size"] == f"at most {megabytes:.1f} MB in float16"
+    size = 6 * expected * 3500 * 2
+    assert (told.output_rank, told.size, told.dtype) == (expected, size, "float16")
     if rule == "task_arithmetic":
         merge_folders(plan, tmp_path / "out", "", QUIET)
-        assert (tmp_path / "out" / WEIGHTS).stat().st_size / 1e6 == pytest.approx(megabytes, rel=0.01)
+        assert (tmp_path / "out" / WEIGHTS).stat().st_size == pytest.approx(size, rel=0.01)
         assert read_adapter(tmp_path / "out").rank == expected
 
 
@@ -369,7 +370,7 @@ def test_no_time_is_told_where_it_depends_on_the_texts(place: Path) -> None:
     files = [place / f"{name}.safetensors" for name in ("mood", "tone", "size")]
     plan = planned(folders(place), "regmean", place / "out", {}, statistics=files)
     assert estimate(plan) is None
-    assert dry_run(plan, place / "out", None)["estimated time"] == "not known: it depends on the texts"
+    assert dry_run(plan, place / "out", None).seconds is None
 
 
 # what each task reads
@@ -487,8 +488,10 @@ def test_a_merge_goes_whole_into_the_weights(rule: str, rank: int | None, traine
     """Nothing is truncated unless that was asked for, though `ties` has full rank; heads lie beside the weights."""
     plan = planned(folders(trained, "mood", "tone"), rule, trained / "out", {}, rank=rank)
     told = fuse_folders(plan, trained / "base", trained / "out", "loraloom merge", QUIET)
-    assert (told["rule"], told["layers"], told["head"]) == (rule, 4, "the base's own")
-    assert told["heads beside it"] == "mood, tone"
+    made = told.checkpoint
+    assert (told.rule, len(made.tensors), made.replaced, made.added) == (rule, 4, [], [])
+    assert told.heads == ["mood", "tone"]
+    assert made.size == sum(path.stat().st_size for path in (trained / "out").rglob("*") if path.is_file())
     for name in ("mood", "tone"):
         head = load_file(trained / "out" / "heads" / f"{name}.safetensors")
         assert head.keys() == read_adapter(trained / name).head.keys()
@@ -514,7 +517,7 @@ def test_a_merge_goes_whole_into_the_weights(rule: str, rank: int | None, traine
 def test_one_adapter_goes_in_with_its_head(trained: Path) -> None:
     code, told = command(trained / "mood", "--rule", "weighted", "--fuse-into", trained / "base", "-o", trained / "out")
     assert code == 0
-    assert json.loads(told)["heads beside it"] == "none"
+    assert json.loads(told)["heads"] == []
     expected = torch.load(trained / "mood.logits")
     got = classifier(trained / "out")(TOKENS).logits
     assert (got - expected).norm() < 1e-5 * expected.norm()
@@ -524,7 +527,8 @@ def test_one_adapter_goes_in_with_its_head(trained: Path) -> None:
 def test_averaged_heads_go_in(trained: Path) -> None:
     plan = planned(folders(trained, "mood", "tone"), "weighted", trained / "out", {}, heads="average")
     told = fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
-    assert (told["heads beside it"], told["head"]) == ("none", "classifier.bias, classifier.weight")
+    assert (told.heads, told.checkpoint.replaced) == ([], [])
+    assert sorted(told.checkpoint.added) == ["classifier.bias", "classifier.weight"]
     heads = [read_adapter(trained / name).head["classifier.weight"] for name in ("mood", "tone")]
     model = classifier(trained / "out")
     torch.testing.assert_close(model.classifier.weight.detach(), sum(heads) / 2)
@@ -536,7 +540,7 @@ def test_a_dry_run_of_a_fusion_checks_the_checkpoint(trained: Path) -> None:
     plan = planned(folders(trained, "mood", "tone"), "ties", trained / "out", {})
     before = listing(trained)
     told = dry_run(plan, trained / "out", trained / "base")
-    assert told["output size"] == f"0.00 GB, as {trained / 'base'}"
+    assert told.size == pytest.approx((trained / "base" / "model.safetensors").stat().st_size, rel=0.05)
     (trained / "base" / "config.json").write_text("[")
     with pytest.raises(LoraloomError, match="not valid JSON"):
         dry_run(plan, trained / "out", trained / "base")
@@ -547,7 +551,8 @@ def test_the_labels_that_the_adapter_was_trained_on_go_into_the_config(trained: 
     (trained / "mood" / "loraloom.json").write_text(json.dumps({"task": {"name": "mood", "labels": ["bad", "good"]}}))
     plan = planned(folders(trained, "mood"), "weighted", trained / "out", {})
     told = fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
-    assert told["config.json"] == "BertForSequenceClassification with 2 labels"
+    assert told.checkpoint.config["architectures"] == ["BertForSequenceClassification"]
+    assert ("config.json", "BertForSequenceClassification with 2 labels") in merge_lines(told)
     assert classifier(trained / "out").config.id2label == {0: "bad", 1: "good"}
 
 

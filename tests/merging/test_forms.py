@@ -86,7 +86,7 @@ def test_a_merge_of_other_forms_goes_into_the_weights(kind: str, rank: int | Non
     if rank is None:
         assert float((merged - expected).norm() / expected.norm()) < 1e-6
     if kind == "embedding":
-        told = facts["left out of the adapters"]
+        told = facts.left_out
         assert told["model.embed_tokens.base_layer.weight"] == "the checkpoint's own is taken"
 
 

@@ -92,6 +92,27 @@ def test_defaults_in_force_are_recorded(rule, weight, scale) -> None:
     assert merged.plan.space == "full"
 
 
+def test_whose_the_scale_is_is_recorded() -> None:
+    pair = [adapter(0), adapter(1)]
+    for merged, scale, whose in (
+        (merge(pair, "tsv"), 0.75, "rule"),
+        (merge(pair, "tsv", scale=0.75), 0.75, "asked"),
+        (merge(pair[:1], "tsv"), 1.0, "single adapter"),
+        (merge(pair, "tsv", weights=[0.0, 1.0]), 1.0, "single adapter"),
+        (merge(pair[:1], "tsv", scale=0.5), 0.5, "asked"),
+    ):
+        assert (merged.plan.scale, merged.plan.scale_from) == (scale, whose)
+
+
+def test_one_adapter_comes_back_as_itself_by_default() -> None:
+    one = adapter(0)
+    merged = merge([one])
+    for name, update in merged.adapter.updates.items():
+        torch.testing.assert_close(update.dense(), one.updates[name].dense())
+    assert merged.plan.warnings == ["one adapter takes part: there is nothing to merge"]
+    assert merge([one, adapter(1)]).plan.warnings == []
+
+
 def test_space_and_options_are_recorded() -> None:
     merged = merge([adapter(0), adapter(1)], "ties", space="core")
     assert (merged.plan.space, merged.plan.options) == ("core", {"density": 0.2, "space": "core"})
@@ -132,12 +153,17 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
     merged = merge(inputs, "svd", rank=1, seed=5)
     folder = write_merged(merged, tmp_path / "merged", command="loraloom merge")
     facts = json.loads((folder / "loraloom.json").read_text())
+    energies = [sum(update.energy() for update in one.updates.values()) for one in inputs]
     assert facts["inputs"] == [
         {
             "name": f"task{i}",
             "task": f"task{i}",
             "folder": f"task{i}",
             "sha256": adapter_sha256(tmp_path / f"task{i}"),
+            "rank": 2,
+            "alpha": 2.0,
+            "targets": ["q", "v"],
+            "energy_share": pytest.approx(energies[i] / sum(energies)),
             "weight": 0.5,
         }
         for i in range(2)
@@ -152,7 +178,20 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
     assert facts["layers"]["layer.0.q"]["energy_lost"] > 0.05
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nbase_model: some/base\nlibrary_name: peft\n")
-    assert facts["inputs"][1]["sha256"] in card
+    shares = [f"{100 * energy / sum(energies):.1f} %" for energy in energies]
+    lost = {name: f"{100 * share:.1f} %" for name, share in merged.energy_lost.items()}
+    worst = sorted(merged.energy_lost, key=lambda name: -merged.energy_lost[name])
+    for part in (
+        "2 adapters merged by the rule `svd`",
+        *(f"| task{i} | 2 | 2 | q, v | {shares[i]} | 0.5 | {facts['inputs'][i]['sha256']} |" for i in range(2)),
+        "- scale: 1, the rule's own",
+        "- output rank: 1, 1 asked for, in 2 layers",
+        f"- energy lost: {100 * facts['energy_lost']:.1f} % in total, by truncation; most in "
+        + ", ".join(f"{name} {lost[name]}" for name in worst),
+        "- heads: task0, task1: kept as they are, in heads/",
+        f"- warning: truncation took {100 * facts['energy_lost']:.0f} % of the energy: ask for a larger rank",
+    ):
+        assert part in card
     assert str(tmp_path) not in card
     for i in range(2):
         head = load_file(folder / "heads" / f"task{i}.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -12,6 +13,7 @@ from typer.core import TyperCommand
 from loraloom.cli.common import AsJson, Base, Output, Quiet, RecipeOption, command, read_recipe, typed
 
 if TYPE_CHECKING:
+    from loraloom.merging.facts import MergeFacts
     from loraloom.merging.options import Heads
 
 _Value = TypeVar("_Value", float, str)
@@ -104,6 +106,7 @@ def merge(
     No base model is loaded, except for rules that look at texts.
     """
     with command(quiet, as_json) as out, out.progress() as shown:
+        from loraloom.cli.merge_page import merge_page, next_step
         from loraloom.cli.rule_options import split_arguments
         from loraloom.merging import MergeOptions, folders
 
@@ -116,12 +119,16 @@ def merge(
             look = looker(read, probe_texts or read.probe_texts(rule, options), shown)
         asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads), base)
         plan = folders.plan_folders(paths, asked, output, statistics=statistics or (), look=look)
+        facts: MergeFacts
         if dry_run:
-            out.result(folders.dry_run(plan, output, fuse_into))
+            facts = folders.dry_run(plan, output, fuse_into)
         elif fuse_into:
-            out.result(folders.fuse_folders(plan, fuse_into, output, typed(), shown))
+            facts = folders.fuse_folders(plan, fuse_into, output, typed(), shown)
         else:
-            out.result(folders.merge_folders(plan, output, typed(), shown))
+            facts = folders.merge_folders(plan, output, typed(), shown)
+        out.result({"folder": str(output), **asdict(facts)}, "")
+        merge_page(out, facts, output)
+        next_step(out, facts, output, ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE"))
 
 
 def align(

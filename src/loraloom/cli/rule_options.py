@@ -11,6 +11,7 @@ from typing import Any
 
 from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.merging import Rule, get_rule, rule_names
+from loraloom.merging.registry import option_flag
 
 _WIDTH = 80
 _VALUES = {"number": "NUMBER", "integer": "INTEGER", "string": "WORD"}
@@ -47,11 +48,6 @@ def split_arguments(tokens: Sequence[str], rule: str, known: Sequence[str]) -> t
             value = left.pop(0)
         options[name] = _value(value)
     return paths, options
-
-
-def typed(name: str) -> str:
-    """Return an option of a rule as it is typed."""
-    return f"--{name.replace('_', '-')}"
 
 
 def option_lines(rule: Rule) -> dict[str, str]:
@@ -117,7 +113,7 @@ def _described(name: str, option: Mapping[str, Any]) -> tuple[str, str]:
         notes.append(f"{option['default']} by default")
     value = "" if kind["type"] == "boolean" else " " + ("|".join(kind.get("enum", ())) or _VALUES[kind["type"]])
     ending = f" ({', '.join(notes)})" if notes else ""
-    return typed(name) + value, f"{option.get('description', '')}{ending}".strip()
+    return option_flag(name) + value, f"{option.get('description', '')}{ending}".strip()
 
 
 def _meant(flag: str, value: str, known: Sequence[str]) -> str:

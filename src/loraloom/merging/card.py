@@ -1,65 +1,172 @@
-"""The model card of a merge: of what, how, what was lost, how to load it."""
+"""A merge in words: its members as a table and its facts a line each, for the model card and for the terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
+from loraloom.merging.registry import get_rule, option_flag
+
+Lines = list[tuple[str, str]]
+
+COLUMNS = ("adapter", "rank", "alpha", "targets", "energy", "weight")
+_WORST = 3  # layers that are named
+_SCALE_FROM = {"asked": "as asked for", "rule": "the rule's own", "single adapter": "a single adapter stays what it is"}
 
 
-def merged_card(base: str, provenance: Mapping[str, Any]) -> str:
-    """Return the model card that `provenance` (a merged adapter's loraloom.json) tells: of what, how, how to load it.
-
-    `provenance["notes"]`, where present, is a list of further lines.
-    """
-    front = ["library_name: peft", "tags:", "- lora", "- merge", "- loraloom"]
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not base.startswith("."):
-        front.insert(0, f"base_model: {base}")  # a name on the Hub; the Hub refuses a folder here
-    layers = provenance["layers"].values()
-    facts = [
-        f"output rank {max(layer['rank'] for layer in layers)}",
-        f"energy lost by truncation in the worst layer {max(layer['energy_lost'] for layer in layers):.3g}",
-        f"task heads, kept apart and never merged {_heads_listed(provenance)}",
-        *provenance.get("notes", ()),
+def member_rows(facts: MergeFacts, width: int = 26) -> list[tuple[str, ...]]:
+    """Return the cells of COLUMNS for each input; of its targets as many as `width` characters hold."""
+    return [
+        (
+            one.name,
+            str(one.rank),
+            "?" if one.alpha is None else f"{one.alpha:g}",
+            _some(one.targets, width),
+            percent(one.energy_share),
+            f"{one.weight:.4g}",
+        )
+        for one in facts.inputs
     ]
+
+
+def merge_lines(facts: MergeFacts) -> Lines:
+    """Return the facts of a merge, what and how it is: rule, scale, and what the kind of result has to tell."""
+    lines = [("rule", _rule(facts)), ("scale", f"{facts.scale:.4g}, {_SCALE_FROM[facts.scale_from]}")]
+    if isinstance(facts, MergedFacts):
+        lines += _merged(facts)
+    elif isinstance(facts, FusionFacts):
+        lines += _fused(facts)
+    elif isinstance(facts, ForecastFacts):
+        lines += _forecast(facts)
+    lines += _heads(facts)
+    if facts.carried:
+        lines.append(("brought along", ", ".join(facts.carried)))
+    if facts.left_out:
+        lines.append(("left out", _grouped(facts.left_out)))
+    return lines
+
+
+def merged_card(facts: MergedFacts) -> str:
+    """Return the model card of a merged adapter: of what, how, what was lost, how to load it."""
+    front = ["library_name: peft", "tags:", "- lora", "- merge", "- loraloom"]
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", facts.base) and not facts.base.startswith("."):
+        front.insert(0, f"base_model: {facts.base}")  # a name on the Hub; the Hub refuses a folder here
     loading = [
         *("An ordinary PEFT adapter, with the scaling folded in:", ""),
         *("```python", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""),
         "Everything needed to make it again is in `loraloom.json`.",
     ]
-    return _card(front, "Merged LoRA adapter", "", provenance, facts, loading)
+    return _card(front, "Merged LoRA adapter", "", facts, loading)
 
 
-def fused_card(provenance: Mapping[str, Any]) -> str:
+def fused_card(facts: MergeFacts) -> str:
     """Return the model card of a checkpoint with a merge in its weights."""
-    heads = f"task heads {_heads_listed(provenance)}"
     ending = ["`sha256sum -c SHA256SUMS` checks the files; `loraloom.json` holds what made them."]
     front, title = ["tags:", "- merge", "- loraloom"], "Checkpoint with merged LoRA adapters"
-    return _card(front, title, ", in a base model's weights", provenance, [heads], ending)
+    return _card(front, title, ", in a base model's weights", facts, ending)
 
 
-def _card(
-    front: Sequence[str],
-    title: str,
-    where: str,
-    provenance: Mapping[str, Any],
-    facts: Sequence[str],
-    ending: Sequence[str],
-) -> str:
-    """Return a model card: front matter, the inputs as a table, how they were merged with further `facts`, an end."""
-    options = ", ".join(f"{key} {value}" for key, value in provenance["options"].items()) or "none"
-    rows = [f"| {one['name']} | {one['weight']:g} | {one['sha256'] or 'unknown'} |" for one in provenance["inputs"]]
-    how = [f"space {provenance['space']}", f"options {options}", f"scale {provenance['scale']:g}", *facts]
+def percent(share: float) -> str:
+    """Return a share with the digits that mean something: those of a tenth of a percent."""
+    if 0 < share < 0.001:
+        return "under 0.1 %"
+    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
+
+
+def bytes_in_words(size: int) -> str:
+    """Return a size with three digits at most before its unit."""
+    for unit, bytes_each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= bytes_each:
+            return f"{size / bytes_each:.3g} {unit}" if size < 999.5 * bytes_each else f"{size / bytes_each:.0f} {unit}"
+    return f"{size} bytes"
+
+
+def _rule(facts: MergeFacts) -> str:
+    """Return the rule's name with its options as they are typed, and the seed where it draws at random."""
+    told = {option_flag(name): value for name, value in facts.options.items() if value not in (None, False)}
+    if "seed" in get_rule(facts.rule).needs:
+        told["--seed"] = facts.seed
+    return " ".join([facts.rule, *(flag if value is True else f"{flag} {value}" for flag, value in told.items())])
+
+
+def _merged(facts: MergedFacts) -> Lines:
+    layers = sorted(facts.layers, key=lambda name: -facts.layers[name].energy_lost)
+    worst = [f"{name} {percent(facts.layers[name].energy_lost)}" for name in layers[:_WORST]]
+    lost = f"{percent(facts.energy_lost)} in total, by truncation; most in {', '.join(worst)}"
+    asked = f", {facts.rank} asked for" if facts.rank else ""
+    return [
+        ("output rank", f"{facts.output_rank}{asked}, in {len(facts.layers)} layers"),
+        ("energy lost", lost if facts.energy_lost > 0 else "none"),
+        *(("note", note) for note in facts.notes),
+    ]
+
+
+def _fused(facts: FusionFacts) -> Lines:
+    made = facts.checkpoint
+    heads = [*made.replaced, *made.added]
+    lines = [
+        ("checkpoint", f"{bytes_in_words(made.size)}, {len(made.tensors)} weights changed"),
+        ("its head", ", ".join(heads) if heads else "the base's own"),
+    ]
+    if made.added and not made.classified:
+        lines.append(("config.json", "says nothing of that head: load it with the class and labels of the training"))
+    elif "architectures" in made.config:
+        labels = len(made.config["id2label"])
+        lines.append(("config.json", f"{made.config['architectures'][0]} with {labels} labels"))
+    if made.untied:
+        lines.append(("untied", "lm_head.weight is a tensor of its own now"))
+    if made.left_out:
+        lines.append(("not copied", f"of the base: {', '.join(made.left_out)}"))
+    return lines
+
+
+def _forecast(facts: ForecastFacts) -> Lines:
+    spent = "not known: it depends on the texts" if facts.seconds is None else f"about {max(1, facts.seconds):.0f} s"
+    return [
+        ("output rank", f"at most {facts.output_rank}"),
+        ("size", f"at most {bytes_in_words(facts.size)}, in {facts.dtype}"),
+        ("time", spent),
+    ]
+
+
+def _heads(facts: MergeFacts) -> Lines:
+    if facts.heads_averaged:
+        return [("heads", "their weighted mean is in the result")]
+    return [("heads", f"{', '.join(facts.heads)}: kept as they are, in heads/")] if facts.heads else []
+
+
+def _some(names: Sequence[str], width: int) -> str:
+    """Return as many of `names` as `width` characters hold, and how many more there are."""
+    for count in range(len(names), 0, -1):
+        text = ", ".join(names[:count]) + (f" +{len(names) - count}" if count < len(names) else "")
+        if len(text) <= width or count == 1:
+            return text
+    return ""
+
+
+def _grouped(reasons: Mapping[str, str]) -> str:
+    """Return names with why, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(some)} ({why})" for why, some in names.items())
+
+
+def _card(front: Sequence[str], title: str, where: str, facts: MergeFacts, ending: Sequence[str]) -> str:
+    """Return a model card: front matter, the inputs as a table, how they were merged, warnings, an end."""
+    hashes = [one.sha256 or "unknown" for one in facts.inputs]
+    rows = [
+        f"| {' | '.join([*cells, sha256])} |" for cells, sha256 in zip(member_rows(facts, 200), hashes, strict=True)
+    ]
+    head = [f"| {' | '.join([*COLUMNS, 'sha256'])} |", "|---" * (len(COLUMNS) + 1) + "|"]
     return "\n".join(
         [
             *("---", *front, "---", "", f"# {title}", ""),
-            f"{len(rows)} adapters merged by the rule `{provenance['rule']}` of loraloom{where}.",
-            *("", "| input | weight | sha256 |", "|---|---|---|", *rows, ""),
-            *(f"- {fact}" for fact in how),
+            f"{len(rows)} adapters merged by the rule `{facts.rule}` of loraloom{where}.",
+            *("", *head, *rows, ""),
+            *(f"- {what}: {how}" for what, how in merge_lines(facts)),
+            *(f"- warning: {warning}" for warning in facts.warnings),
             *("", *ending, ""),
         ]
     )
-
-
-def _heads_listed(provenance: Mapping[str, Any]) -> str:
-    return "; ".join(f"`heads/{name}.safetensors`" for name in provenance["heads"]) or "none"

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from loraloom.adapters.bases import public_name
 from loraloom.adapters.lowrank import Shared
-from loraloom.adapters.peft import read_adapter, read_provenance
+from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
 from loraloom.adapters.together import compatibility_problems
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import json_text
 from loraloom.merging.card import fused_card
-from loraloom.merging.fuse import FusedFacts, fuse, prepare
-from loraloom.merging.merger import energy_lost, plan_facts, write_merged
-from loraloom.merging.names import input_names, public_command
+from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
+from loraloom.merging.fuse import fuse, prepare
+from loraloom.merging.merger import write_merged
+from loraloom.merging.names import input_names
 from loraloom.merging.options import MergeOptions
 from loraloom.merging.placement import Changes
 from loraloom.merging.plan import Plan, make_plan
@@ -77,33 +78,25 @@ def plan_folders(
     return make_plan(named, options, statistics=supplied[0], probe=supplied[1])
 
 
-def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) -> dict[str, Any]:
-    """Merge into an adapter folder and return the facts to tell."""
+def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) -> MergedFacts:
+    """Merge into the adapter folder `output` and return what was written."""
     reporter.begin("merging", len(plan.modules))
     write_merged(plan, output, command=command, progress=lambda done, total: reporter.advance("merging"))
-    layers = read_provenance(output)["layers"]
-    lost = {"in total": energy_lost(layers), **{module: layer["energy_lost"] for module, layer in layers.items()}}
-    return {
-        "folder": str(output),
-        "rule": plan.rule.name,
-        "space": plan.space,
-        "scale": plan.scale,
-        "rank": max(layer["rank"] for layer in layers.values()),
-        "share of energy lost": {name: round(share, 6) for name, share in lost.items()} if any(lost.values()) else 0.0,
-        "heads": _heads(plan),
-        **_told(plan),
-    }
+    return MergedFacts.read(output)
 
 
-def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: Reporter) -> dict[str, Any]:
-    """Write the checkpoint `base` with the merge in its weights, and return the facts to tell.
+def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: Reporter) -> FusionFacts:
+    """Write the checkpoint `base` with the merge in its weights to `output`, and return what was written.
 
     Dense results go in as they are, nothing is truncated unless a rank was asked for. Heads are written beside the
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
     single = _single_head(plan)
-    provenance = {**plan_facts(plan), "kind": "fused checkpoint", "command": public_command(command)}
-    provenance["fused_into"] = public_name(str(base.resolve()))
+    facts = MergeFacts.of(plan, "fused checkpoint", command)
+    left_out = {**facts.left_out, **dict.fromkeys(plan.copies, "the checkpoint's own is taken")}
+    facts = replace(facts, heads=[] if single else facts.heads, left_out=left_out)
+    fused_into = public_name(str(base.resolve()))
+    provenance = {**asdict(facts), "fused_into": fused_into}
     reporter.begin("fusing", 100)
 
     def show(done: int, total: int) -> None:
@@ -118,24 +111,11 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         output,
         _changes(plan),
         delta,
-        files={"loraloom.json": json_text(provenance), "README.md": fused_card(provenance)},
+        files={PROVENANCE: json_text(provenance), "README.md": fused_card(facts)},
         extra={} if single else {f"heads/{name}.safetensors": head for name, head in plan.task_heads.items()},
         progress=show,
     )
-    return {
-        "folder": str(fused.folder),
-        "rule": plan.rule.name,
-        "space": plan.space,
-        "scale": plan.scale,
-        "layers": len(fused.tensors),
-        "size": f"{fused.size / 1e9:.2f} GB",
-        "head": ", ".join([*fused.replaced, *fused.added]) or "the base's own",
-        "heads beside it": "none" if single else ", ".join(plan.task_heads) or "none",
-        "config.json": _classifier(fused),
-        "untied": "lm_head.weight is a tensor of its own now" if fused.untied else "nothing",
-        "left out": ", ".join(fused.left_out) or "nothing",
-        **_told(plan, "left out of the adapters", dict.fromkeys(plan.copies, "the checkpoint's own is taken")),
-    }
+    return FusionFacts(**vars(facts), fused_into=fused_into, checkpoint=fused)
 
 
 def _changes(plan: Plan) -> Changes:
@@ -162,43 +142,24 @@ def _labels(plan: Plan) -> list[str] | None:
     return [str(label) for label in known] if isinstance(known, list) else None
 
 
-def _classifier(fused: FusedFacts) -> str:
-    if not fused.classified:
-        return f"says nothing of {', '.join(fused.added)}: load it with the class and the labels it was trained with"
-    if "architectures" in fused.config:
-        return f"{fused.config['architectures'][0]} with {len(fused.config['id2label'])} labels"
-    return "as the base's"
-
-
-def dry_run(plan: Plan, output: Path, fuse_into: Path | None) -> dict[str, Any]:
-    """Return what a merge would do: sizes, ranks and the time to expect, from headers and one small trial.
+def dry_run(plan: Plan, output: Path, fuse_into: Path | None) -> ForecastFacts:
+    """Return what a merge would do: sizes, ranks and the time to expect, from one reading and one small trial.
 
     Raises LoraloomError where the checkpoint `fuse_into` could not take it.
     """
     shapes = plan.shapes
     ranks = {module: min(plan.bound(module), plan.rank or plan.bound(module)) for module in plan.modules}
     numbers = sum(r * (shapes[module].m + shapes[module].n) for module, r in ranks.items())
-    seconds = estimate(plan)
-    size = f"at most {numbers * plan.dtype.itemsize / 1e6:.1f} MB in {str(plan.dtype).removeprefix('torch.')}"
+    size = numbers * plan.dtype.itemsize
     if fuse_into is not None:
-        _, placed = prepare(fuse_into, output, _changes(plan))
-        size = f"{placed.size / 1e9:.2f} GB, as {fuse_into}"
-    return {
-        "adapters": {
-            name: f"{len(member.shapes)} layers, rank {member.rank}, weight {plan.weights[name]:g}, {member.path}"
-            for name, member in plan.members.items()
-        },
-        "rule": plan.rule.name,
-        "space": plan.space,
-        "options": plan.options,
-        "scale": plan.scale,
-        "seed": plan.seed,
-        "output rank": f"at most {max(ranks.values())}",
-        "output size": size,
-        "heads": _heads(plan),
-        **_told(plan),
-        "estimated time": f"about {max(1, seconds):.0f} s" if seconds else "not known: it depends on the texts",
-    }
+        size = prepare(fuse_into, output, _changes(plan))[1].size
+    return ForecastFacts(
+        **vars(MergeFacts.of(plan, "dry run")),
+        output_rank=max(ranks.values()),
+        size=size,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        seconds=estimate(plan),
+    )
 
 
 def estimate(plan: Plan) -> float | None:
@@ -219,14 +180,3 @@ def estimate(plan: Plan) -> float | None:
     if isinstance(result, torch.Tensor):
         return spent * sum(shape.m * shape.n for shape in shapes.values()) / (m * n)
     return spent * sum(shape.m + shape.n for shape in shapes.values()) / (m + n)
-
-
-def _heads(plan: Plan) -> str:
-    return ", ".join(plan.task_heads) or ("averaged" if plan.head else "none")
-
-
-def _told(plan: Plan, key: str = "left out", more: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return what the caller should know beside the result: files and fields that are not in it, odd inputs."""
-    left_out = {**plan.left_out, **(more or {})}
-    told: dict[str, Any] = {key: left_out} if left_out else {}
-    return {**told, "warnings": plan.warnings} if plan.warnings else told

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from loraloom.adapters.peft import adapter_sha256, adapter_writer
+from loraloom.adapters.peft import adapter_writer
 from loraloom.adapters.update import Adapter
 from loraloom.merging.card import merged_card
-from loraloom.merging.names import public_command
+from loraloom.merging.facts import MergedFacts, MergeFacts, layer_facts
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.plan import Layer, Plan, make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
@@ -100,8 +98,12 @@ def write_merged(
 ) -> Path:
     """Write a PEFT folder with heads/<input>.safetensors, a model card and loraloom.json; return the folder.
 
-    A Plan is computed while it is written, so that no more than one layer is in memory. `progress` is called after
-    each layer with the layers done and all. The folder appears whole or not at all.
+    merged: what `merge` returned; or a plan, which is computed while it is written: one layer at a time in memory.
+    folder: appears whole or not at all; what loraloom wrote there before is replaced.
+    command: as it was typed, for loraloom.json.
+    progress: is called after each layer with the layers done and all.
+
+    Raises LoraloomError where the folder holds what loraloom did not write, or a value does not fit the dtype.
     """
     plan = merged if isinstance(merged, Plan) else merged.plan
     head, layers, copies = plan.head, {}, plan.copies
@@ -111,56 +113,14 @@ def write_merged(
         out.add_head(copies)
         for layer in merged.layers():
             out.add(layer.module, layer.update)
-            layers[layer.module] = _layer_facts(layer)
+            layers[layer.module] = layer_facts(layer)
             if layer.shared:
                 for file, tensors in readout_tensors(layer.module, layer.shared, plan.used).items():
                     readouts.setdefault(file, {}).update(tensors)
             if progress:
                 progress(len(layers), len(plan.modules))
-        provenance = {**plan_facts(plan), "command": public_command(command), "layers": layers}
+        facts = MergedFacts.written(MergeFacts.of(plan, "merged adapter", command), layers)
         extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
         extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
-        base = str(plan.config.get("base_model_name_or_path") or "")
-        out.finish(provenance, {"README.md": merged_card(base, provenance)}, extra, plan.carried)
+        out.finish(asdict(facts), {"README.md": merged_card(facts)}, extra, plan.carried)
     return Path(folder)
-
-
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """Return inputs with their tasks and hashes, rule, options, scale, weights, seed and versions."""
-    return {
-        "kind": "merged adapter",
-        "inputs": [
-            {
-                "name": name,
-                "task": member.task or name,
-                "folder": member.path.resolve().name if member.path else None,
-                "sha256": adapter_sha256(member.path) if member.path else None,
-                "weight": plan.weights[name],
-            }
-            for name, member in plan.members.items()
-        ],
-        "rule": plan.rule.name,
-        "space": plan.space,
-        "options": plan.options,
-        "scale": plan.scale,
-        "rank": plan.rank,
-        "seed": plan.seed,
-        "heads": sorted(plan.task_heads),
-        "carried": sorted(plan.carried),
-        "left_out": plan.left_out,
-        "warnings": plan.warnings,
-        "base_fingerprint": next((a.fingerprint for a in plan.members.values() if a.fingerprint), ""),
-        "versions": {"loraloom": version("loraloom"), "torch": torch.__version__},
-    }
-
-
-def energy_lost(layers: Mapping[str, Mapping[str, float]]) -> float:
-    """Return the share of the whole adapter's |dW|_F^2 that truncation took, of the layers of a loraloom.json."""
-    kept = sum(layer["energy"] for layer in layers.values())
-    whole = sum(layer["energy"] / (1 - layer["energy_lost"]) for layer in layers.values() if layer["energy_lost"] < 1)
-    return 1 - kept / whole if whole else 0.0
-
-
-def _layer_facts(layer: Layer) -> dict[str, Any]:
-    update = layer.update
-    return {"rank": update.rank, "energy": update.energy(), "energy_lost": layer.energy_lost}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from loraloom.merging.registry import Probe, Result, Rule, get_rule
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import cover_problems
 
+ScaleFrom = Literal["asked", "rule", "single adapter"]
+
 
 class Layer(NamedTuple):
     """One merged layer: its update, the share of |dW|_F^2 that truncation took, and what each task reads of it."""
@@ -40,9 +42,12 @@ class Layer(NamedTuple):
 class Plan:
     """A checked merge; `make_plan` makes it. Nothing is computed before a layer is asked for.
 
-    `members`, `weights` and `statistics` go by input name; `options`, `scale` and `weights` are those in force, with
-    defaults filled in. `rank` is what the caller asked for. `heads` "keep" leaves each input's head to itself. `base`
-    is the base model's name where the caller settled it.
+    members, statistics: by input name.
+    options, weights, scale: those in force, with defaults filled in; weights by input name.
+    scale_from: whose the scale is: the caller's, the rule's own, or that of one adapter that stays as it is.
+    rank: what the caller asked for.
+    heads: "keep" leaves each input's head to itself, "average" merges them.
+    base: the base model's name, where the caller settled it.
     """
 
     members: dict[str, Adapter]
@@ -50,6 +55,7 @@ class Plan:
     options: dict[str, Any]
     weights: dict[str, float]
     scale: float
+    scale_from: ScaleFrom
     rank: int | None
     seed: int
     statistics: dict[str, Statistics]
@@ -81,6 +87,14 @@ class Plan:
     def used(self) -> list[str]:
         """The inputs that take part: those of weight 0 do not, as if they had not been given."""
         return [name for name, weight in self.weights.items() if weight != 0] or list(self.members)
+
+    @cached_property
+    def energies(self) -> dict[str, float]:
+        """The energy |w_i dW_i|_F^2 over all layers of every input, as the rule is given it."""
+        return {
+            name: weight**2 * sum(update.energy() for update in self.members[name].updates.values()) if weight else 0.0
+            for name, weight in self.weights.items()
+        }
 
     def layers(self) -> Iterator[Layer]:
         """Yield every merged layer, one at a time."""
@@ -176,8 +190,9 @@ class Plan:
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What may not be meant: an adapter given twice, under two names."""
-        return [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
+        """What may not be meant: an adapter given twice, under two names; one adapter alone."""
+        equal = [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
+        return equal + (["one adapter takes part: there is nothing to merge"] if len(self.used) == 1 else [])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,14 +240,14 @@ def make_plan(
     weights = options.weights
     if weights is None:
         weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
-    # the rules' own scales make room for several adapters; one alone stays what it is
-    alone = [weight for weight in weights if weight] == [1.0]
+    scale, scale_from = _scale(found, options.scale, weights)
     return Plan(
         members=dict(zip(names, members, strict=True)),
         rule=found,
         options=chosen,
         weights=dict(zip(names, weights, strict=True)),
-        scale=(1.0 if alone else found.default_scale) if options.scale is None else options.scale,
+        scale=scale,
+        scale_from=scale_from,
         rank=options.rank,
         seed=options.seed,
         statistics=seen,
@@ -240,6 +255,15 @@ def make_plan(
         heads=options.heads,
         base=options.base,
     )
+
+
+def _scale(rule: Rule, asked: float | None, weights: Sequence[float]) -> tuple[float, ScaleFrom]:
+    """Return the scale in force and whose it is; the rules' own make room for several adapters, one stays as it is."""
+    if asked is not None:
+        return asked, "asked"
+    if sum(weight != 0 for weight in weights) == 1:
+        return 1.0, "single adapter"
+    return rule.default_scale, "rule"
 
 
 def _times(result: Result, factor: float) -> Result:

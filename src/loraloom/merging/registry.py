@@ -283,6 +283,11 @@ def _load_plugins() -> None:
             warnings.warn(f"rule plugin {entry.name!r}{source} ({entry.value}) is left out: {error!r}", stacklevel=3)
 
 
+def option_flag(name: str) -> str:
+    """Return an option of a rule as it is typed on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _signature(
     name: str, function: Callable[..., Any], spaces: Sequence[str]
 ) -> tuple[frozenset[str], type[BaseModel]]:

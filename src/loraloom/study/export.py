@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance
 from loraloom.files.atomic import remove_leftovers, staged_folder
 from loraloom.files.hashing import text_sha256
 from loraloom.merging.card import merged_card
+from loraloom.merging.facts import MergedFacts
 from loraloom.merging.readout import scaled_readouts
 from loraloom.model.processes import check_alone
 from loraloom.model.runner import labels
@@ -202,12 +204,9 @@ def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
     adapter = row.merged.path / stages.ADAPTER
     place = study.folder / "merged" / _place(study, one) / _rule_name(study.recipe, row.settings)
     chosen = "the best of several on held-out rows, with labels" if len(row.settings.scales) > 1 else "the recipe's own"
-    provenance = {
-        **read_provenance(adapter),
-        "scale": row.scale,
-        "notes": [f"scale: {chosen}", "heads: aligned to the merged features on unlabelled training texts"],
-        "evaluation": row.heldout.stage.key,
-    }
+    notes = [f"scale: {chosen}", "heads: aligned to the merged features on unlabelled training texts"]
+    facts = MergedFacts.read(adapter).scaled(row.scale, notes)
+    provenance = {**asdict(facts), "evaluation": row.heldout.stage.key}
     if place.is_dir() and read_provenance(place) == provenance:
         return
     merged = read_adapter(adapter).scaled(row.scale)
@@ -216,7 +215,7 @@ def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
         merged,
         place,
         provenance=provenance,
-        files={"README.md": merged_card(merged.base, provenance)},
+        files={"README.md": merged_card(facts)},
         extra={f"heads/{task}.safetensors": head.tensors for task, head in heads.items()}
         | scaled_readouts(adapter, row.scale),
     )

@@ -1,0 +1,210 @@
+"""What a merge is and did: numbers, lists and None, the same in loraloom.json, the model card, --json and on a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_provenance
+from loraloom.adapters.update import Adapter
+from loraloom.errors import LoraloomError
+from loraloom.merging.fuse import FusedFacts
+from loraloom.merging.names import public_command
+from loraloom.merging.plan import Layer, Plan, ScaleFrom
+
+_LOSSY = 0.1  # share of the energy that goes with a warning
+
+
+@dataclass(frozen=True)
+class MemberFacts:
+    """One of the adapters that are merged.
+
+    name: what it is called among them, and what is kept of it beside the result.
+    task: what it was trained on, or else its name.
+    folder: the last part of its folder's path; None where it was in memory. sha256: of its config and weights.
+    rank: the largest of any layer. alpha: as its config has it.
+    targets: the last parts of its layers' paths, each once.
+    energy_share: of sum_i |w_i dW_i|_F^2 over all layers, its part.
+    weight: w_i, in force.
+    """
+
+    name: str
+    task: str
+    folder: str | None
+    sha256: str | None
+    rank: int
+    alpha: float | None
+    targets: list[str]
+    energy_share: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One merged layer: its rank, |dW|_F^2, and the share of that which truncation took."""
+
+    rank: int
+    energy: float
+    energy_lost: float
+
+
+@dataclass(frozen=True)
+class MergeFacts:
+    """How adapters are merged: all that is known before anything is computed.
+
+    scale_from: who chose the scale. rank: what was asked for. heads: the inputs whose heads are kept beside the result.
+    carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
+    """
+
+    kind: str
+    command: str | None
+    base: str
+    base_fingerprint: str
+    inputs: list[MemberFacts]
+    rule: str
+    options: dict[str, Any]
+    space: str
+    scale: float
+    scale_from: ScaleFrom
+    rank: int | None
+    seed: int
+    heads: list[str]
+    heads_averaged: bool
+    carried: list[str]
+    left_out: dict[str, str]
+    warnings: list[str]
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, plan: Plan, kind: str, command: str | None = None) -> MergeFacts:
+        """Return the facts of a plan; reads the weights once, for the shares of the energy."""
+        return MergeFacts(
+            kind=kind,
+            command=public_command(command),
+            base=str(plan.config.get("base_model_name_or_path") or ""),
+            base_fingerprint=next((one.fingerprint for one in plan.members.values() if one.fingerprint), ""),
+            inputs=_members(plan),
+            rule=plan.rule.name,
+            options=plan.options,
+            space=plan.space,
+            scale=plan.scale,
+            scale_from=plan.scale_from,
+            rank=plan.rank,
+            seed=plan.seed,
+            heads=sorted(plan.task_heads),
+            heads_averaged=plan.heads == "average",
+            carried=sorted(plan.carried),
+            left_out=plan.left_out,
+            warnings=plan.warnings,
+            versions={"loraloom": version("loraloom"), "torch": torch.__version__},
+        )
+
+
+@dataclass(frozen=True)
+class MergedFacts(MergeFacts):
+    """A merged adapter as it was written: loraloom.json holds this.
+
+    output_rank: the largest of any layer. energy_lost: the share of the whole |dW|_F^2 that truncation took.
+    layers: by module path. notes: what was done to it since.
+    """
+
+    output_rank: int
+    energy_lost: float
+    layers: dict[str, LayerFacts]
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def written(cls, facts: MergeFacts, layers: Mapping[str, LayerFacts]) -> MergedFacts:
+        """Return what was merged as `facts` say, into `layers`."""
+        lost = _energy_lost(layers.values())
+        told = vars(facts)
+        if lost > _LOSSY:
+            advice = "ask for a larger rank" if facts.rank else "its result has no low rank: fuse it into the base"
+            told = {
+                **told,
+                "warnings": [*facts.warnings, f"truncation took {100 * lost:.0f} % of the energy: {advice}"],
+            }
+        rank = max(layer.rank for layer in layers.values())
+        return cls(**told, output_rank=rank, energy_lost=lost, layers=dict(layers))
+
+    @classmethod
+    def read(cls, folder: Path) -> MergedFacts:
+        """Return what loraloom.json of a merged adapter tells. Raises LoraloomError where it is none of these."""
+        try:
+            return TypeAdapter(cls).validate_python(read_provenance(folder))
+        except ValidationError as error:
+            raise LoraloomError(
+                f"{folder / PROVENANCE}: does not tell of a merge", "merge the adapters again"
+            ) from error
+
+    def scaled(self, scale: float, notes: list[str]) -> MergedFacts:
+        """Return the facts of the same merge at another scale, with `notes`."""
+        factor = (scale / self.scale) ** 2
+        layers = {name: dataclasses.replace(layer, energy=factor * layer.energy) for name, layer in self.layers.items()}
+        return dataclasses.replace(self, scale=scale, scale_from="asked", layers=layers, notes=notes)
+
+
+@dataclass(frozen=True)
+class FusionFacts(MergeFacts):
+    """A checkpoint with a merge in its weights. fused_into: the base's folder, by the last part of its path."""
+
+    fused_into: str
+    checkpoint: FusedFacts
+
+
+@dataclass(frozen=True)
+class ForecastFacts(MergeFacts):
+    """What a merge would do.
+
+    output_rank: of the largest layer, at most. size: of what is written, bytes, at most. dtype: of the weights.
+    seconds: that the rule will take; None where they depend on texts or statistics.
+    """
+
+    output_rank: int
+    size: int
+    dtype: str
+    seconds: float | None
+
+
+def layer_facts(layer: Layer) -> LayerFacts:
+    """Return the facts of one merged layer."""
+    return LayerFacts(layer.update.rank, layer.update.energy(), layer.energy_lost)
+
+
+def _energy_lost(layers: Iterable[LayerFacts]) -> float:
+    """Return the share of the whole adapter's |dW|_F^2 that truncation took."""
+    found = [layer for layer in layers if layer.energy_lost < 1]
+    kept = sum(layer.energy for layer in found)
+    whole = sum(layer.energy / (1 - layer.energy_lost) for layer in found)
+    return 1 - kept / whole if whole else 0.0
+
+
+def _members(plan: Plan) -> list[MemberFacts]:
+    energies = plan.energies
+    whole = sum(energies.values()) or 1.0
+    return [
+        MemberFacts(
+            name=name,
+            task=member.task or name,
+            folder=member.path.resolve().name if member.path else None,
+            sha256=adapter_sha256(member.path) if member.path else None,
+            rank=member.rank,
+            alpha=_alpha(member),
+            targets=sorted({module.rpartition(".")[2] for module in member.shapes}),
+            energy_share=energies[name] / whole,
+            weight=plan.weights[name],
+        )
+        for name, member in plan.members.items()
+    ]
+
+
+def _alpha(member: Adapter) -> float | None:
+    alpha = member.config.get("lora_alpha")
+    return float(alpha) if alpha is not None else None
