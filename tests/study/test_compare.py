@@ -255,7 +255,7 @@ def test_an_unknown_rule_is_told_with_the_rest(finished: Path, tmp_path: Path) -
         ("--rule ties,tsv", "did you mean --rule ties --rule tsv?"),
         ("--scale 0.5,1", "did you mean --scale 0.5 --scale 1?"),
         ("--scale much", "'much' is not a number"),
-        ("--rules ties", "No such option: --rules"),
+        ("--rules ties", "no such option: --rules"),
     ],
 )
 def test_odd_words_are_refused_without_a_traceback(words: str, told: str, finished: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_the_exports_are_what_the_results_say(finished: Path) -> None:
             assert (read_adapter(folder).updates[module].dense() - merge["scale"] * update.dense()).abs().max() < 1e-6
         facts, card = read_provenance(folder), (folder / "README.md").read_text()
         assert facts["scale"] == merge["scale"]
-        assert f"\n- scale {merge['scale']:g}\n" in card
+        assert f"\n- scale: {merge['scale']:g}, as asked for\n" in card
         assert "aligned to the merged features" in card
 
 
