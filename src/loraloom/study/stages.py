@@ -203,7 +203,7 @@ def single_score(output: Output, split: str) -> Score:
 # merging
 
 
-@stage("merge", version=1)
+@stage("merge", version=2)
 def merge(
     folder: Path,
     context: Context,
@@ -218,7 +218,7 @@ def merge(
     _write_merge(folder, read_adapters(adapters), statistics, MergeOptions(rule, options, scale=1.0, seed=seed))
 
 
-@stage("merge", version=1)
+@stage("merge", version=2)
 def merge_by_texts(
     folder: Path,
     context: Context,
