@@ -105,6 +105,18 @@ def test_every_room_and_file_of_the_architecture_page_exists_and_none_is_left_ou
     assert not [file for file in files - found if not file.startswith(by_folder)]
 
 
+def test_every_walk_of_the_architecture_page_leads_from_import_to_import() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Three walks")[1].split("##")[0]
+    walks = [re.findall(r"[\w/]+\.py", block) for block in re.findall(r"(?:^    .+\n)+", page, flags=re.M)]
+    assert len(walks) == 3
+    for walk in walks:
+        assert len(walk) == len(set(walk)), "a file is entered twice"
+        names = ["loraloom." + file.removesuffix(".py").replace("/", ".") for file in walk]
+        used = {name: _imports(MODULES[name], lazy=True) for name in names}
+        for number, name in enumerate(names[1:], start=1):
+            assert any(name in used[before] or before in used[name] for before in names[:number]), name
+
+
 def _commands() -> dict[str, click.Command]:
     group = typer.main.get_command(app)
     found: dict[str, click.Command] = {}
