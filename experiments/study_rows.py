@@ -4,7 +4,8 @@
 
 A study counts few test rows, so that many merges can be counted. This takes its trained and merged adapters at the
 scales that its held-out rows chose, and counts the first --rows dev rows of every task (fewer where it has fewer) that
-are not among its training rows. Logits stay in --out and are taken from there the next time.
+are not among its training rows. Logits stay in --out and are taken from there the next time. Relative paths of the
+study's recipe start at the working folder: call it in the folder of the recipe.
 
 A difference to the baseline is taken within one seed. Its first error is that of the mean over seeds (the same rows,
 adapters trained anew), its second that over rows: the spread of the same mean under 200 resamples of every task's rows,

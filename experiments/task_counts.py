@@ -4,7 +4,8 @@
 
 Groups are cut from the tasks of the recipe in an order drawn once, the same for all inits and seeds; tasks that do not
 fill a group are left out. Scales are chosen on held-out rows for each group, the heads as trained and aligned apart,
-and test rows report. `kept` is the merged average over that of the same adapters alone. Nothing is trained.
+and test rows report. `kept` is the merged average over that of the same adapters alone. Nothing is trained. Relative
+paths of the study's recipe start at the working folder: call it in the folder of the recipe.
 """
 
 from __future__ import annotations

@@ -31,12 +31,13 @@ from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import loraloom
+from loraloom.adapters.bases import public_name
 from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems
 from loraloom.files.atomic import staged_folder, write_text
 from loraloom.files.hashing import write_json
-from loraloom.model.load import base_name, base_sha256, head_modules, load_classifier, load_tokenizer
+from loraloom.model.load import base_sha256, head_modules, load_classifier, load_tokenizer
 from loraloom.model.processes import by_first, check_training, on_cpu, raise_of_all, rank_and_size, started
 from loraloom.model.tokens import encode
 from loraloom.settings import LoraSettings, TrainingSettings
@@ -357,8 +358,8 @@ def _save(
         "heldout": {"metric": task.metric, "best": state.best_metric, "step": state.best_global_step},
     }
     with staged_folder(output) as staged:
-        # the snapshot's folder means nothing on another machine, the hub's name does
-        model.peft_config["default"].base_model_name_or_path = base_name(base)
+        # a folder means nothing on another machine
+        model.peft_config["default"].base_model_name_or_path = public_name(base)
         model.save_pretrained(str(staged), save_embedding_layers=False)
         (staged / "README.md").unlink(missing_ok=True)
         write_json(staged / PROVENANCE, provenance)

@@ -306,9 +306,9 @@ def test_study_status_explain_and_rm(finished: Path, tmp_path: Path) -> None:
     init = next(name for name in names if name.startswith("init/LoRA.s0.mood"))
     train = next(name for name in names if name.startswith("train/LoRA.s0.mood"))
     merge = next(name for name in names if name.startswith("merge/LoRA.s0.tsv"))
-    assert said("study", "explain", study, merge)["inputs"]["mood"]["inputs"]["init"]["output"] == init
+    assert said("study", "explain", study, merge)["inputs"]["adapters.mood"]["inputs"]["start"]["output"] == init
     assert json.loads(call("study", "rm", study, train, "--json").stdout) == {"removed": [train]}
-    assert f"mood: {train} MISSING" in " ".join(call("study", "explain", study, merge).stdout.split())
+    assert f"adapters.mood: {train} MISSING" in " ".join(call("study", "explain", study, merge).stdout.split())
     assert f"no whole output '{train}'" in refused("study", "rm", study, train)
     assert "did you mean" in refused("study", "explain", study, merge[:-1])
     assert "not a study folder" in refused("study", "status", tmp_path)

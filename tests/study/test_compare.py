@@ -278,7 +278,9 @@ def test_no_base_is_loaded_and_nothing_trained(finished: Path, compared: Path) -
     stages = {path.name for path in (compared / "stages").iterdir() if path.is_dir()}
     assert {"adapter", "merge", "heldout", "test"} <= stages
     assert not {"init", "train"} & stages
-    recipe = Recipe.parse(json.loads((compared / "results.json").read_text())["recipe"], "results")
+    merging = Recipe.parse(json.loads((compared / "results.json").read_text())["recipe"], "results").merging
+    changes = {"inits": {}, "adapters": adapters(finished), "merging": merging}
+    recipe = Recipe.load(finished / "recipe.yaml").model_copy(update=changes)
     study = Study(recipe, compared, Reporter(quiet=True))
     assert len(list(study.evaluations())) == 1
     assert study.engine.loaded is None

@@ -24,7 +24,6 @@ from transformers import AutoModelForSequenceClassification
 import tiny_study
 from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.errors import LoraloomError
-from loraloom.model.load import load_classifier
 from loraloom.progress import Reporter
 from loraloom.results import StudyResult
 from loraloom.study.by_hand import evaluate_folder
@@ -393,9 +392,7 @@ def test_two_runs_at_once_both_finish_and_compute_each_stage_once(long: Path) ->
 
 
 def test_adapters_name_their_base(finished: Path) -> None:
-    adapter = read_adapter(finished / "study" / "adapters" / "LoRA" / "mood")
-    assert adapter.base == str(finished / "base")
-    assert load_classifier(adapter.base, outputs=2).config.model_type == "bert"
+    assert read_adapter(finished / "study" / "adapters" / "LoRA" / "mood").base == "base"
 
 
 def test_test_rows_are_resampled_alike_for_every_merge(finished: Path) -> None:

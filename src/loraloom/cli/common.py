@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
 import tempfile
 import traceback
@@ -79,8 +80,8 @@ def read_recipe(path: Path, base: str | None) -> Recipe:
 
 
 def typed() -> str:
-    """Return the command as it was typed."""
-    return " ".join(["loraloom", *sys.argv[1:]])
+    """Return the command as a shell takes it."""
+    return shlex.join(["loraloom", *sys.argv[1:]])
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from loraloom.adapters.bases import public_name
 from loraloom.adapters.patterns import targeted
 from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.model.tokens import token_labels
@@ -116,8 +117,9 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def model_name(model: nn.Module) -> str:
-    """Return the name or folder that `model` was loaded from, or its class."""
-    return str(getattr(model, "name_or_path", "") or type(model).__name__.removeprefix("FSDP"))  # of fully_shard
+    """Return the name by which files record `model`, as `public_name` gives it; of one without a name, its class."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    return public_name(name) or type(model).__name__.removeprefix("FSDP")  # of fully_shard
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

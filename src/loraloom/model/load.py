@@ -248,11 +248,6 @@ def _without_adapter(base: str, folder: str) -> str:
     return folder
 
 
-def base_name(base: str) -> str:
-    """Return what adapters record as their base: the packaged folder for `demo`, else the name or folder given."""
-    return str(demo_base()) if base == "demo" else base
-
-
 def base_sha256(base: str) -> str:
     """Return a sha256 over config and weights of `base`: whole small files, and evenly spaced blocks of large ones."""
     folder = Path(base_folder(base))

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 import loraloom
+from loraloom.adapters.bases import public_name
 from loraloom.adapters.config import headless_config
 from loraloom.adapters.patterns import pattern_values, targeted
 from loraloom.adapters.peft import write_folder
@@ -305,7 +306,7 @@ def _provenance(
     return {
         "made_by": "loraloom init",
         "versions": {"loraloom": loraloom.__version__, "peft": peft.__version__, "torch": torch.__version__},
-        "base": base.base,
+        "base": public_name(base.base),
         "base_fingerprint": base.fingerprint,
         # of a recipe's init, what a start is asked alone
         "init": {**options.model_dump(include=set(StartOptions.model_fields)), "seed": task.seed},
@@ -319,7 +320,7 @@ def _provenance(
 def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics) -> None:
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
     config = headless_config(config)
-    config["base_model_name_or_path"] = lora.base_model_name_or_path or own.base
+    config["base_model_name_or_path"] = public_name(lora.base_model_name_or_path or own.base)
     tensors = {}
     for module, A in done.A.items():
         tensors[f"{module}.lora_A.weight"] = A

@@ -19,6 +19,7 @@ from loraloom.files.atomic import remove_leftovers, staged_folder
 from loraloom.files.hashing import text_sha256
 from loraloom.merging.card import merged_card
 from loraloom.merging.facts import MergedFacts
+from loraloom.merging.names import public_command
 from loraloom.merging.readout import scaled_readouts
 from loraloom.model.processes import check_alone
 from loraloom.model.runner import labels
@@ -68,19 +69,19 @@ def run_study(
 
 
 def _result(study: Study, merges: list[MergeScore], responses: list[Interference], command: str) -> StudyResult:
-    recipe, tasks = study.recipe, study.tasks
+    recipe, tasks, public = study.recipe, study.tasks, study.recipe.published()
     seen = stages.read_statistics(study.statistics["train"])
     return StudyResult(
         name=recipe.name,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        base=recipe.base,
+        command=public_command(command) or "",
+        base=public["base"],
         base_sha256=next(iter(seen.values())).fingerprint,
         content_sha256=text_sha256("".join(rows.key for rows in study.rows.values())),
         versions={"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch on {_device()}",
         seeds=recipe.seeds,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=public,
         inits=[_init_facts(study, name) for name in recipe.inits] or [_given_facts(study)],
         tasks=[_task_facts(task, study.rows[task.name].key) for task in tasks.values()],
         singles=[
@@ -179,13 +180,36 @@ def _majority(task: Task) -> float | None:
 
 
 def _notes(study: Study) -> list[str]:
-    notes = [
-        "Scales were chosen on held-out rows cut from the training rows, with their labels; test rows only report.",
-        "Heads were aligned on unlabelled training texts.",
-        "Held-out rows chose checkpoints as well as scales; interference was measured on their texts, without labels.",
-    ]
-    if len(study.recipe.seeds) == 1:
+    recipe = study.recipe
+    notes = ["Test rows chose nothing: they only report."]
+    if any(len(settings.scales) > 1 for settings in recipe.merging):
+        notes.append("Scales were chosen on held-out rows, with their labels.")
+    notes.append("Heads were aligned on unlabelled training texts.")
+    notes.append("Interference was measured on held-out texts, without labels.")
+    if recipe.adapters:
+        notes += _histories(study)
+    else:
+        notes.append("Held-out rows chose the checkpoints of the adapters too.")
+    if len(recipe.seeds) == 1:
         notes.append("One seed: standard errors cover the choice of rows, not the spread over seeds.")
+    return notes
+
+
+def _histories(study: Study) -> list[str]:
+    """Tell what is known of how given adapters came about: what their loraloom.json says, and no more."""
+    recorded = {name: read_provenance(folder).get("task") for name, folder in study.recipe.adapters.items()}
+    known = [
+        name for name, task in recorded.items() if isinstance(task, dict) and task.get("sha256") == study.rows[name].key
+    ]
+    unknown = [name for name in recorded if name not in known]
+    notes = []
+    if known:
+        notes.append(f"{', '.join(known)}: trained on these rows; held-out ones chose the checkpoint (loraloom.json).")
+    if unknown:
+        notes.append(
+            f"{', '.join(unknown)}: on which rows the adapter was trained is not known, nor what chose its checkpoint: "
+            "it may have seen rows that are held out or tested here."
+        )
     return notes
 
 

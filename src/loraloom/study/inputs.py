@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset
 
 from loraloom.files.hashing import file_sha256, json_sha256
-from loraloom.model.load import base_folder, base_name, base_sha256
+from loraloom.model.load import base_folder, base_sha256
 from loraloom.study.store import Stage
 from loraloom.tasks.task import Task
 
@@ -65,7 +66,7 @@ class Base:
     def of(cls, base: str) -> Base:
         """Return the base model of this name on the hub, or in this folder. Raises LoraloomError as `load` does."""
         folder = base_folder(base)
-        return cls(base_name(base), folder, base_sha256(folder))
+        return cls(base, folder, base_sha256(folder))
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,4 @@ Input = Output | Rows | Texts | Base | Local  # two of one key are read alike, w
 
 
 def _sha256(path: Path) -> str:
-    return file_sha256(path) if path.is_file() else "missing"
+    return file_sha256(path) if os.path.isfile(path) else "missing"

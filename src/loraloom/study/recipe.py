@@ -12,12 +12,14 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from loraloom.adapters.bases import public_name
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.hashing import text_sha256
 from loraloom.files.reading import read_yaml
@@ -37,6 +39,7 @@ from loraloom.tasks.glue import GlueTask
 from loraloom.tasks.sources import SUFFIXES
 from loraloom.tasks.task import Task, TaskOptions
 
+_PLACES = ("path", "train", "heldout", "test")  # options of tasks that name files
 PROBE_TEXTS = 100  # a task, for a rule that looks at texts
 _LONGEST_NAME = 80  # bytes; a stage's folder has names of an init and a task, and 255 in all
 
@@ -133,6 +136,7 @@ class Recipe(Settings):
     adapters: dict[str, Path] = Field({}, description="finished adapter folders by task, in place of inits")
     merging: list[MergeSettings] = Field([])
     alignment: AlignmentSettings = AlignmentSettings()
+    _written: dict[str, str] = PrivateAttr({})  # paths as `resolved` found them written
 
     @model_validator(mode="after")
     def _distinct(self) -> Recipe:
@@ -223,26 +227,45 @@ class Recipe(Settings):
         A data source is a path where it ends like a data file or lies in `folder`, else a name on the hub. The base is
         a path where it starts with `.` or `~`, or is a folder in `folder`.
         """
+        written = dict(self._written)
+
+        def place(path: str | Path) -> Path:
+            found = (folder / Path(path).expanduser()).resolve()
+            written[str(found)] = str(path)
+            return found
+
         tasks: dict[str, Any] = {}
         for name, task in self.tasks.items():
             changes: dict[str, Any] = {}
             if isinstance(task, GlueTask) and task.path is not None:
-                changes["path"] = _from(folder, task.path)
+                changes["path"] = place(task.path)
             if isinstance(task, FileTask):
-                for key in ("train", "test", "heldout"):
-                    value = getattr(task, key)
-                    if value is not None and (value.lower().endswith(SUFFIXES) or os.path.exists(_from(folder, value))):
-                        changes[key] = str(_from(folder, value))
+                for split, source in task.sources.items():
+                    if source.lower().endswith(SUFFIXES) or os.path.exists(folder / Path(source).expanduser()):
+                        changes[split] = str(place(source))
             tasks[name] = task.model_copy(update=changes)
         base = self.base
         if base.startswith((".", "~")) or (base != "demo" and os.path.isdir(folder / base)):
-            base = str(_from(folder, base))
-        adapters = {name: _from(folder, path) for name, path in self.adapters.items()}
-        return self.model_copy(update={"tasks": tasks, "base": base, "adapters": adapters})
+            base = str(place(base))
+        adapters = {name: place(path) for name, path in self.adapters.items()}
+        resolved = self.model_copy(update={"tasks": tasks, "base": base, "adapters": adapters})
+        resolved._written = written
+        return resolved
 
+    def published(self) -> dict[str, Any]:
+        """Return the recipe as plain values for everybody to read: paths as they were written, but never absolute.
 
-def _from(folder: Path, path: str | Path) -> Path:
-    return (folder / Path(path).expanduser()).resolve()
+        Of a path that is absolute its last part is left: the rest tells of somebody's disk.
+        """
+        plain = self.model_dump(mode="json")
+        plain["base"] = self._shown(self.base)
+        plain["adapters"] = {name: self._shown(path) for name, path in self.adapters.items()}
+        for task in plain["tasks"].values():
+            task |= {option: self._shown(task[option]) for option in _PLACES if task.get(option)}
+        return plain
+
+    def _shown(self, path: str | Path) -> str:
+        return public_name(self._written.get(str(path), str(path)))
 
 
 def _same_folder(names: Iterable[str]) -> str:

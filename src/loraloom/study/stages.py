@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -71,7 +72,7 @@ def task_arguments(name: str, settings: TaskSettings) -> dict[str, Any]:
         files["path"] = Local.folder(settings.path, *(f"{name}/{file}" for file in _GLUE_FILES))
     if isinstance(settings, FileTask):
         places = {split: Path(source).expanduser() for split, source in settings.sources.items()}
-        files = {split: Local.file(path) for split, path in places.items() if path.is_file()}
+        files = {split: Local.file(path) for split, path in places.items() if os.path.isfile(path)}
     # the name of a file tells by its ending how it is read; epochs are of training
     names = {option: None if option == "path" else file.path.name for option, file in files.items()}
     return {
