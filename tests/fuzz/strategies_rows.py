@@ -1,4 +1,4 @@
-"""Files of rows in every format, spoiled in their cells, their structure or their bytes, and the options that read them."""
+"""Files of rows in every format, spoiled in cells, structure or bytes, and the options that read them."""
 
 from __future__ import annotations
 

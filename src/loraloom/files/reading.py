@@ -1,4 +1,4 @@
-"""Files that anybody may have written: JSON and YAML, what is wrong in one line; and links that lead out of a folder."""
+"""Files that anybody may have written: JSON and YAML, faults told in a line; and links that lead out of a folder."""
 
 from __future__ import annotations
 
