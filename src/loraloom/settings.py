@@ -19,6 +19,7 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+_SHOWN = 60  # characters or digits of a wrong value
 
 
 def checked(schema: type[S], what: str, given: Mapping[str, Any]) -> S:
@@ -36,7 +37,11 @@ def explained(fault: Mapping[str, Any]) -> str:
     message, given = str(fault["msg"]).removeprefix("Value error, "), fault.get("input")
     if fault["type"] == "string_type" and isinstance(given, bool):
         message += "; put it in quotes: YAML reads yes, no, on and off as true and false"
-    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) and given != "" else ""
+    if isinstance(given, str):
+        given = given[:_SHOWN]
+    elif isinstance(given, int) and abs(given) > 10**_SHOWN:
+        given = None  # Python refuses to print one of thousands of digits
+    shown = f" (given {given!r})" if isinstance(given, str | int | float) and given != "" else ""
     return message + shown
 
 

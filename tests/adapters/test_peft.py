@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +103,7 @@ def test_shapes_need_no_weights(tmp_path: Path) -> None:
     assert LAYERS[0] in read.updates.shapes  # type: ignore[attr-defined]
 
 
-def test_another_file_in_its_place_is_read(tmp_path: Path) -> None:
-    read = read_adapter(written(tmp_path / "one", 0))
-    other = read_adapter(written(tmp_path / "two", 1))
-    first = read.updates[LAYERS[0]]
-    shutil.copyfile(tmp_path / "two" / WEIGHTS, tmp_path / "new")
-    (tmp_path / "new").replace(tmp_path / "one" / WEIGHTS)
-    assert torch.equal(read.updates[LAYERS[0]].B, other.updates[LAYERS[0]].B)
-    assert not torch.equal(first.B, other.updates[LAYERS[0]].B)
-
-
-@pytest.mark.parametrize("fault", ["gone", "cut short", "other layers"])
+@pytest.mark.parametrize("fault", ["gone", "cut short", "other layers", "other values", "written over"])
 def test_a_file_that_goes_after_it_was_read_is_told(fault: str, tmp_path: Path) -> None:
     read = read_adapter(written(tmp_path / "one", 0))
     path = tmp_path / "one" / WEIGHTS
@@ -124,6 +113,10 @@ def test_a_file_that_goes_after_it_was_read_is_told(fault: str, tmp_path: Path) 
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content[: len(content) // 2])
+    elif fault == "other values":  # as a training that ends meanwhile would put there: nobody has checked these
+        (written(tmp_path / "two", 1) / WEIGHTS).replace(path)
+    elif fault == "written over":
+        path.write_bytes(path.read_bytes())
     else:
         path.unlink()
         save_file({"other": torch.ones(1)}, path)

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loraloom.files.tensors import _ENTRY, TensorFile
+from loraloom.errors import LoraloomError
+from loraloom.files.tensors import _ENTRY, StoredFile, TensorFile, read_header
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -97,3 +98,90 @@ def test_a_file_that_was_not_closed_cannot_be_read(tmp_path: Path) -> None:
         load_file(tmp_path / "file")
     file.close()
     assert same(load_file(tmp_path / "file"), {"one": torch.ones(2)})
+
+
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def test_what_is_read_at_each_access_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {f"{dtype} {shape}": tensor(dtype, shape) for dtype in FLOATS + WHOLE + EIGHT_BITS for shape in SHAPES}
+    save_file(tensors, tmp_path / "one", metadata={"format": "pt", "said": "so"})
+    file = StoredFile(tmp_path / "one")
+    assert same({name: one.to(torch.float32) for name, one in file.items()}, {k: v.float() for k, v in tensors.items()})
+    assert {name: (one.dtype, tuple(one.shape)) for name, one in file.items()} == {
+        name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()
+    }
+    assert file.metadata == {"format": "pt", "said": "so"}
+    assert {name: entry.shape for name, entry in file.entries.items()} == {
+        k: tuple(v.shape) for k, v in tensors.items()
+    }
+    name = f"{torch.float32} (5, 3)"
+    file[name].fill_(9)  # a copy
+    assert torch.equal(file[name], tensors[name])
+    assert name in file
+    assert "none" not in file
+    with pytest.raises(KeyError):
+        file["none"]
+
+
+@pytest.mark.parametrize("how", ["gone", "replaced", "written over", "cut short", "a folder"])
+def test_a_file_that_changes_while_it_is_used_is_told(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "one"
+    save_file({"a": torch.zeros(100), "b": torch.zeros(100)}, path)
+    file = StoredFile(path)
+    assert not file["a"].any()
+    if how in ("gone", "a folder"):
+        path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    elif how == "replaced":
+        save_file({"a": torch.ones(100), "b": torch.ones(100)}, tmp_path / "two")
+        (tmp_path / "two").replace(path)
+    elif how == "written over":
+        path.write_bytes(path.read_bytes())
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(LoraloomError, match="one: cannot be read any more") as error:
+        file["b"]
+    assert "was it replaced?" in str(error.value)
+
+
+HEADER = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+
+
+def with_header(text: bytes, data: bytes = b"1234", length: int | None = None) -> bytes:
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234567",
+        with_header(HEADER, length=9),
+        with_header(HEADER, length=2**63),
+        with_header(HEADER, length=20 << 20),
+        with_header(HEADER, b"123"),
+        with_header(HEADER, b"12345"),
+        with_header(b"[" * 10_000 + b"]" * 10_000),
+        with_header(b"null"),
+        with_header(b'{"__metadata__": null, "a": 1}'),
+        with_header(HEADER.replace(b"[0,4]", b"[0,-4]")),
+        with_header(HEADER.replace(b"[1]", b"[%s]" % (b"9" * 5000))),
+        with_header(HEADER.replace(b"[1]", b"[4611686018427387904, 4]")),
+        with_header(HEADER.replace(b"F32", b"F33")),
+        with_header(b"\xff" + HEADER),
+        with_header(b'{"x":"' + b'"data_offsets"' * 200_001),
+    ],
+)
+def test_a_header_that_none_has(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "one"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"\w"):
+        read_header(path)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match=r"directory|No such file|name too long"):
+            StoredFile(path)

@@ -259,7 +259,7 @@ def many(count: int) -> bytes:
 def test_more_tensors_than_any_model_has(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (base / SHARDS[1]).write_bytes(header([*["data_offsets"] * 200_001]))
     refused(base, f"{SHARDS[1]}: cannot be read (more tensors than any model has)")
-    for module in (loraloom.merging.shards, loraloom.merging.checkpoint):
+    for module in (loraloom.files.tensors, loraloom.merging.checkpoint):
         monkeypatch.setattr(module, "MOST_TENSORS", 5)
     for shard in SHARDS:
         (base / shard).write_bytes(many(3))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -384,6 +384,54 @@ def test_callback_refusals(bert_folder: str, seen: list[Statistics], tmp_path: P
     (tmp_path / "start" / "avoid.safetensors").unlink()
     with pytest.raises(LoraloomError, match=r"avoid.safetensors: missing"):
         keep_callback(tmp_path / "start")
+
+
+def ruin(folder: Path, *, init: Any = ..., avoid: Any = ...) -> None:
+    """Put `init` into loraloom.json, and bytes or tensors in place of the directions to stay off."""
+    if init is not ...:
+        told = json.loads((folder / "loraloom.json").read_text())
+        (folder / "loraloom.json").write_text(json.dumps({**told, "init": init}))
+    if isinstance(avoid, bytes):
+        (folder / "avoid.safetensors").write_bytes(avoid)
+    elif avoid is not ...:
+        save_file(avoid, folder / "avoid.safetensors")
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("ruined", "told"),
+    [
+        ({"init": None}, "init is no JSON object"),
+        ({"init": [1]}, "init is no JSON object"),
+        ({"init": {}}, "keep is None"),
+        ({"init": {"keep": "frozn"}}, "keep is 'frozn'"),
+        ({"init": {"keep": ["projected"]}}, r"keep is \['projected'\]"),
+        ({"avoid": b"hello"}, "cannot be read"),
+        ({"avoid": b""}, "cannot be read"),
+        ({"avoid": {QUERY: torch.ones(16)}}, "are no directions"),
+        ({"avoid": {QUERY: torch.ones(16, 2).int()}}, "are no directions"),
+        ({"avoid": {QUERY: torch.eye(16)[:2]}}, "are no directions"),
+        ({"avoid": {QUERY: torch.full((16, 2), torch.nan)}}, "not orthonormal"),
+        ({"avoid": {QUERY: torch.ones(16, 2)}}, "not orthonormal"),
+    ],
+)
+def test_a_damaged_start_is_told(seen: list[Statistics], ruined: dict[str, Any], told: str, tmp_path: Path) -> None:
+    start(tmp_path / "start", seen, LoraConfig(r=2, target_modules=["query"]), keep="projected")
+    assert keep_callback(tmp_path / "start").keep == "projected"
+    ruin(tmp_path / "start", **ruined)
+    with pytest.raises(LoraloomError, match=told) as error:
+        keep_callback(tmp_path / "start")
+    assert str(tmp_path / "start") in str(error.value)
+
+
+def test_directions_of_another_width_are_told(bert_folder: str, seen: list[Statistics], tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["query"])
+    done = start(tmp_path / "start", seen, lora, keep="projected")
+    ruin(tmp_path / "start", avoid={module: torch.eye(20)[:, :2].contiguous() for module in done.A})
+    with pytest.raises(LoraloomError, match="no space is known for these layers: 2 problems"):
+        keep_callback(tmp_path / "start").project(get_peft_model(bert(bert_folder), lora))
 
 
 def test_all_tasks_at_once_are_each_task_alone(seen: list[Statistics], tmp_path: Path) -> None:

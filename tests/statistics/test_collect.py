@@ -398,7 +398,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
     [
         (lambda t, m: t[f"{QUERY}.gram"].fill_(math.nan), "not finite"),
         (lambda t, m: t.update({f"{QUERY}.gram": torch.zeros(3, 3, dtype=torch.float64)}), "does not fit 18 rows"),
-        (lambda t, m: t.update({f"{QUERY}.total": torch.zeros(16)}), "float32, not torch.float64"),
+        (lambda t, m: t.update({f"{QUERY}.total": torch.zeros(16)}), "total: is F32, not F64"),
         (lambda t, m: t.pop(f"{QUERY}.total"), "does not fit"),
         (lambda t, m: t.update(stray=torch.zeros(1)), "tensor stray belongs to no input"),
         (lambda t, m: m.update(format="pt"), "its format is 'pt'"),
@@ -408,7 +408,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
         (lambda t, m: t[f"{QUERY}.gram"][0, 1].add_(1), "gram is not symmetric"),
         (lambda t, m: t[f"{QUERY}.gram"].diagonal().sub_(1), "gram is not positive semi-definite"),
         (lambda t, m: t[f"{QUERY}.total"].mul_(9), "total is larger than gram allows"),
-        (lambda t, m: m.update(counts=m["counts"].replace("18", "-1")), "-1 rows"),
+        (lambda t, m: m.update(counts=m["counts"].replace("18", "-1")), "greater than or equal to 0 .given -1"),
         (lambda t, m: m.update(lost='{"gone": 1}'), "lost names 'gone'"),
         (lambda t, m: m.update(lost="[1]"), "metadata is damaged"),
     ],
@@ -428,11 +428,11 @@ def test_load_tells_what_is_wrong(tmp_path: Path, change: Any, message: str) -> 
         (lambda t, m: t.update({f"{QUERY}.factor": torch.zeros(4, 15)}), "does not fit 18 rows"),
         (lambda t, m: t.update({f"{QUERY}.factor": torch.zeros(17, 16)}), "does not fit 18 rows"),
         (lambda t, m: t.update({f"{QUERY}.rows": torch.zeros(18, 16)}), "does not fit 18 rows"),
-        (lambda t, m: t.update({f"{QUERY}.factor": torch.zeros(4, 16).double()}), "float64, not torch.float32"),
+        (lambda t, m: t.update({f"{QUERY}.factor": torch.zeros(4, 16).double()}), "factor: is F64, not F32"),
         (lambda t, m: t[f"{QUERY}.factor"].mul_(0.1), "total is larger than factor allows"),
         (lambda t, m: t[f"{QUERY}.total"].mul_(9), "total is larger than factor allows"),
-        (lambda t, m: m.update(lost=json.dumps({QUERY: -1})), "lost is -1"),
-        (lambda t, m: m.update(lost=json.dumps({QUERY: math.nan})), "lost is nan"),
+        (lambda t, m: m.update(lost=json.dumps({QUERY: -1})), "greater than or equal to 0 .given -1"),
+        (lambda t, m: m.update(lost=json.dumps({QUERY: math.nan})), "NaN is no JSON"),
         (lambda t, m: m.update(lost=json.dumps({QUERY: "much"})), "metadata is damaged"),
     ],
 )
@@ -466,18 +466,19 @@ def test_the_command_bounds_what_it_shares(tmp_path: Path) -> None:
     runner = CliRunner()
 
     def collected(*more: str) -> dict[str, Any]:
-        done = runner.invoke(app, [*words, *more, "-o", str(tmp_path / "a.safetensors")], catch_exceptions=False)
+        path = str(tmp_path / f"{len([*tmp_path.glob('[0-9].safetensors')])}.safetensors")
+        done = runner.invoke(app, [*words, *more, "-o", path], catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        shown = runner.invoke(app, ["statistics", "show", str(tmp_path / "a.safetensors"), "--json"])
+        shown = runner.invoke(app, ["statistics", "show", path, "--json"])
         told: dict[str, Any] = json.loads(shown.stdout)
         return told
 
     told = collected("--texts", "12", "--directions", "3")
     assert (told["inputs_with_directions"], told["directions"], told["rows"]) == (2, 3, 0)
     assert told["left_out"] > 0
-    bounded = Statistics.load(tmp_path / "a.safetensors")
+    bounded = Statistics.load(tmp_path / "0.safetensors")
     assert collected("--texts", "12", "--directions", "16")["inputs_with_gram_matrix"] == 2
-    for name, moment in Statistics.load(tmp_path / "a.safetensors").moments.items():
+    for name, moment in Statistics.load(tmp_path / "1.safetensors").moments.items():
         error = torch.linalg.eigvalsh(moment.as_gram() - bounded.moments[name].as_gram())
         slack = 1e-6 * moment.trace()
         assert -slack <= float(error[0])

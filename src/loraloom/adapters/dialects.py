@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from loraloom.files.tensors import read_header
 
 PREFIX = "base_model.model."
 # parts of a path that a wrapper puts in, at any depth; no model calls a module so
@@ -138,9 +138,7 @@ def _twice(key: str, other: str | None) -> list[str]:
 
 def _of_kohya(file: Path) -> bool:
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            keys = list(opened.keys())
-    except (SafetensorError, OSError):
+        _, metadata, entries = read_header(file)
+    except ValueError:
         return False
-    return any(name.startswith("ss_") for name in metadata) or any(key.startswith("lora_unet_") for key in keys)
+    return any(name.startswith("ss_") for name in metadata) or any(key.startswith("lora_unet_") for key in entries)

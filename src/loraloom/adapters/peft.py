@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from loraloom.adapters.beside import files_beside
@@ -50,7 +49,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     problems = [*unsupported(config), *wrong, *([fault] if fault else [])]
     try:
         checked, files = check_tensors(paths)
-    except (SafetensorError, OSError) as error:
+    except ValueError as error:
         checked, files = {}, {}
         problems.append(f"{WEIGHTS} cannot be read ({error}): half-written?")
     names = read_names(checked, config)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraloom.adapters.update import Form, Shape, Update
-from loraloom.errors import LoraloomError
+from loraloom.files.tensors import StoredFile
 
 WEIGHTS = "adapter_model.safetensors"
 _SHARD = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.safetensors")
@@ -49,28 +47,20 @@ class Place(NamedTuple):
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors of an adapter's files by name, read at each access: the files are mapped, nothing stays in memory.
+    """Tensors of an adapter's files by name, read at each access: nothing stays in memory.
 
     float8 comes as bfloat16, which holds its every value.
     """
 
-    def __init__(self, files: Mapping[str, Path], names: Mapping[str, str]) -> None:
+    def __init__(self, files: Mapping[str, StoredFile], names: Mapping[str, str]) -> None:
         self.files = files
         self.names = names
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a copy of one tensor. Raises LoraloomError where the file has gone or changed."""
+        """Return one tensor. Raises LoraloomError where the file has gone or changed."""
         key = self.names[name]
-        path = self.files[key]
-        try:
-            # opened anew, so that the pages of one layer are given back before the next
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(key)
-                # copied: what is mapped must not outlive the file
-                whole: Tensor = tensor.to(torch.bfloat16) if tensor.dtype in _EIGHT_BITS else tensor.clone()
-                return whole
-        except (SafetensorError, OSError) as error:
-            raise LoraloomError(f"{path}: cannot be read any more ({error})", "was it replaced?") from error
+        tensor = self.files[key][key]
+        return tensor.to(torch.bfloat16) if tensor.dtype in _EIGHT_BITS else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -82,7 +72,9 @@ class StoredTensors(Mapping[str, Tensor]):
 class StoredUpdates(Mapping[str, Update]):
     """The updates of an adapter's files, read and scaled at each access; see `StoredTensors`."""
 
-    def __init__(self, files: Mapping[str, Path], places: Mapping[str, Place], shapes: Mapping[str, Shape]) -> None:
+    def __init__(
+        self, files: Mapping[str, StoredFile], places: Mapping[str, Place], shapes: Mapping[str, Shape]
+    ) -> None:
         self.places = places
         self.shapes = shapes
         self._tensors = StoredTensors(files, {key: key for place in places.values() for key in place[:2]})
@@ -123,20 +115,13 @@ class Checked(NamedTuple):
     fault: str
 
 
-def check_tensors(paths: list[Path]) -> tuple[dict[str, Checked], dict[str, Path]]:
+def check_tensors(paths: list[Path]) -> tuple[dict[str, Checked], dict[str, StoredFile]]:
     """Return what is in the files, tensor by tensor, and each tensor's file.
 
-    Raises SafetensorError or OSError for a file that cannot be read.
+    Raises ValueError for a file that cannot be read.
     """
-    found: dict[str, Checked] = {}
-    files: dict[str, Path] = {}
-    for path in paths:
-        with ExitStack() as stack:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
-                found[key] = _checked(file, key)
-                files[key] = path
-    return found, files
+    files = {key: file for file in map(StoredFile, paths) for key in file}
+    return {key: _checked(file, key) for key, file in files.items()}, files
 
 
 def whole_problems(tensors: Mapping[str, Checked]) -> list[str]:
@@ -150,14 +135,13 @@ def whole_problems(tensors: Mapping[str, Checked]) -> list[str]:
     return problems
 
 
-def _checked(file: Any, key: str) -> Checked:
-    view = file.get_slice(key)
-    shape, kind = tuple(view.get_shape()), view.get_dtype()
+def _checked(file: StoredFile, key: str) -> Checked:
+    kind, shape = file.entries[key][:2]
     if kind not in _FLOATS:
         return Checked(shape, torch.float32, 0.0, f"is of {kind}: weights are floating-point numbers")
     if 0 in shape:
         return Checked(shape, torch.float32, 0.0, _ZERO)
-    tensor = file.get_tensor(key)
+    tensor = file[key]
     dtype = torch.bfloat16 if tensor.dtype in _EIGHT_BITS else tensor.dtype
     largest = max(abs(float(one)) for one in torch.aminmax(tensor.to(dtype)))
     return Checked(shape, dtype, largest, "" if math.isfinite(largest) else "holds values that are not finite")

@@ -18,26 +18,34 @@ _DEEPEST, _UNFOLDED = 20, 100_000  # levels of YAML, and values where every alia
 _LARGEST_NUMBER = 2**63
 
 
-def read_json(path: Path, hint: str = "save it again") -> Any:
-    """Return what the JSON file at `path` holds: plain dicts, lists, strings, finite numbers.
+def parse_json(text: str) -> Any:
+    """Return what a JSON text holds: plain dicts, lists, strings, finite numbers.
 
-    Raises LoraloomError with `hint` where it cannot be read: no JSON or no UTF-8, nested too deeply, numbers of
-    thousands of digits, NaN or Infinity, half a surrogate pair, more than 64 MB or a million values.
+    Raises ValueError that says why where it is none: nested too deeply, numbers of thousands of digits, NaN or
+    Infinity, half a surrogate pair, more than a million values.
     """
+    if sum(map(text.count, ",[{")) > _MOST:
+        raise ValueError(f"more than {_MOST:,} values")
     try:
-        text = _text(path, _LARGEST, hint)
-        if sum(map(text.count, ",[{")) > _MOST:
-            raise LoraloomError(f"{path}: holds more than {_MOST:,} values, which no such file does", hint)
         content = json.loads(text, parse_constant=_no_constant)
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # half a pair passes the parser
     except RecursionError as error:
-        raise LoraloomError(f"{path}: not valid JSON (nested too deeply)", hint) from error
+        raise ValueError("nested too deeply") from error
+    return content
+
+
+def read_json(path: Path, hint: str = "save it again") -> Any:
+    """Return what the JSON file at `path` holds; see `parse_json`.
+
+    Raises LoraloomError with `hint` where it cannot be read: no JSON, no UTF-8, more than 64 MB.
+    """
+    try:
+        return parse_json(_text(path, _LARGEST, hint))
     except ValueError as error:  # UnicodeError and JSONDecodeError among them
         raise LoraloomError(f"{path}: not valid JSON ({_first_line(error)}): half-written?", hint) from error
     except OSError as error:
         raise LoraloomError(f"{path}: cannot be read ({error.strerror or error})", hint) from error
-    return content
 
 
 def is_own(path: Path) -> bool:

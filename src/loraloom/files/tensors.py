@@ -1,13 +1,15 @@
-"""Safetensors files: whole, or tensor by tensor, so that no more than one is in memory."""
+"""Safetensors files: whole, or tensor by tensor, so that no more than one is in memory. They may come from anyone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +34,9 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+MOST_TENSORS = 200_000  # in one file: the largest models, a trillion parameters in experts, have some 150,000
+_HEADER = 16 << 20  # bytes of one file's header; 100,000 tensors take as many
 _METADATA = {"format": "pt"}
 _ENTRY = 160  # bytes of a tensor's entry in the header beside its name, at most
 
@@ -74,6 +79,107 @@ class TensorFile:
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         self._file.close()
+
+
+class Entry(NamedTuple):
+    """One tensor of a safetensors file: its dtype as the format names it, its shape, and where its bytes lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Header(NamedTuple):
+    """The header of a safetensors file: its bytes with their length before them, its metadata, and its tensors."""
+
+    raw: bytes
+    metadata: dict[str, str]
+    entries: dict[str, Entry]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises ValueError that says why where it is none, is cut short, or has a header larger than any has.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = file.read(8)
+            if int.from_bytes(length, "little") > _HEADER:
+                raise ValueError(f"a header of {int.from_bytes(length, 'little')} bytes")
+            text = file.read(int.from_bytes(length, "little"))
+        if text.count(b'"data_offsets"') > MOST_TENSORS:
+            raise ValueError("more tensors than any model has")
+        with safe_open(path, framework="pt"):  # its checks: nesting, offsets, sizes
+            pass
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last where the system will not map so large a file
+        raise ValueError(str(error)) from error
+    found = json.loads(text)
+    metadata = found.pop("__metadata__", None) or {}
+    entries = {}
+    for name, entry in found.items():
+        start, end = entry["data_offsets"]
+        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), len(length) + len(text) + start, end - start)
+    return Header(length + text, metadata, entries)
+
+
+class StoredFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, read anew at each access: nothing stays in memory.
+
+    entries: dtype, shape and place of every tensor. metadata: what the file says beside its tensors.
+
+    Raises ValueError that says why where it is no such file; see `read_header`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._state = _state(os.stat(path))  # first, so that a change while the header is read shows too
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        header = read_header(path)
+        self.entries, self.metadata = header.entries, header.metadata
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one tensor. Raises LoraloomError where the file has gone or changed since it was opened first."""
+        entry = self.entries[name]
+        dtype = _TORCH.get(entry.dtype)
+        if dtype is None:
+            raise LoraloomError(f"{self.path}: tensor {name} is of {entry.dtype}, which torch does not know")
+        try:
+            with open(self.path, "rb") as file:
+                if _state(os.fstat(file.fileno())) != self._state:
+                    raise OSError("it changed while it was used")
+                data = _bytes_from(file, entry)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise LoraloomError(
+                f"{self.path}: cannot be read any more ({why})", "was it replaced? start again"
+            ) from error
+        return data.view(dtype).reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """Return what tells one state of a file from the next: its place on the disk, its size, its last change."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _bytes_from(file: BinaryIO, entry: Entry) -> Tensor:
+    data = torch.empty(entry.size, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(data.numpy().data) != entry.size:  # type: ignore[attr-defined]
+        raise OSError("it ended early")
+    return data
 
 
 def all_finite(tensor: Tensor) -> bool:

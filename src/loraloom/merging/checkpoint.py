@@ -12,12 +12,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from loraloom.adapters.beside import CARRIED
 from loraloom.errors import LoraloomError
 from loraloom.files.reading import is_own, read_json_object
-from loraloom.merging.shards import MOST_TENSORS, Part, Shard, read_shard
+from loraloom.files.tensors import MOST_TENSORS
+from loraloom.merging.shards import Part, Shard, read_shard
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "download it again"
@@ -136,7 +135,7 @@ def _read_shards(folder: Path, names: Sequence[str]) -> tuple[dict[str, Shard], 
                 broken[name] = _reading_fault(path)
             else:
                 shards[name] = read_shard(path)
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             broken[name] = f"{name}: cannot be read ({error}): {_AGAIN}"
         if sum(len(shard.parts) for shard in shards.values()) > MOST_TENSORS:
             return {}, [f"{name}: with it the shards hold more tensors than any model has: {_AGAIN}"]

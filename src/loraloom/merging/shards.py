@@ -21,15 +21,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
+from loraloom.files.tensors import read_header
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MOST_TENSORS = 200_000  # the largest models, a trillion parameters in experts, have some 150,000
-_HEADER = 16 << 20  # bytes of one file's; 100,000 tensors take as many
 _BLOCK = 1 << 20  # bytes: float32 copies of a block stay in the processor's cache
 _AHEAD = 32  # blocks by which writing may be ahead of hashing
 _HINT = "nothing was written; use a smaller scale, or convert the base to bfloat16 or float32 first"
@@ -65,26 +63,10 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read the header of a safetensors file.
-
-    Raises SafetensorError, OSError or ValueError where it is none, is cut short, or has a header that none has.
-    """
-    with open(path, "rb") as file:
-        length = file.read(8)
-        if int.from_bytes(length, "little") > _HEADER:
-            raise ValueError(f"a header of {int.from_bytes(length, 'little')} bytes")
-        header = file.read(int.from_bytes(length, "little"))
-    if header.count(b'"data_offsets"') > MOST_TENSORS:
-        raise ValueError("more tensors than any model has")
-    with safe_open(path, framework="pt"):  # its checks
-        pass
-    parts = []
-    for name, entry in json.loads(header).items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            begin = 8 + len(header) + start
-            parts.append(Part(name, entry["dtype"], tuple(entry["shape"]), end - start, path, begin))
-    return Shard(length + header, sorted(parts, key=lambda part: (part.start, part.size)))
+    """Read the header of a safetensors file. Raises ValueError where it is none; see `read_header`."""
+    raw, _, entries = read_header(path)
+    parts = [Part(name, entry.dtype, entry.shape, entry.size, path, entry.start) for name, entry in entries.items()]
+    return Shard(raw, sorted(parts, key=lambda part: (part.start, part.size)))
 
 
 def extended(shard: Shard, added: Sequence[Part]) -> Shard:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment, pooled, sketched
 from loraloom.statistics.privacy import clipped
 from loraloom.statistics.sketch import FrequentDirections
+from loraloom.statistics.stored import free_memory
 
 _BLOCK = 2048  # rows that wait for one float64 product, once there is a Gram matrix
 _STRIPS = 4  # column strips of a Gram matrix: 5/8 of the products of the whole
@@ -237,7 +236,7 @@ class _Collector:
 
     def _warn_of_memory(self) -> None:
         needed, free = sum(8 * total.width**2 for total in self.sums.values()), _free_memory(self.device)
-        if self.directions is None and free is not None and needed > free:
+        if self.directions is None and needed > free:
             warnings.warn(
                 f"Gram matrices of {len(self.sums)} inputs take {needed / 1e9:.1f} GB once each has as many rows as it "
                 f"is wide, and {free / 1e9:.1f} GB are free: keep the loudest by directions=256 (--directions 256)",
@@ -287,10 +286,8 @@ def _sample(name: str, layer: nn.Module, weight: Tensor) -> bytes:
     return sample.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on `device`, None where the system does not tell."""
+def _free_memory(device: torch.device) -> float:
+    """Return the bytes that are free on `device`; infinity where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    facts = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: *(\d+) kB", facts.read_text()) if facts.is_file() else None
-    return 1024 * int(found[1]) if found and device.type == "cpu" else None
+        return float(torch.cuda.mem_get_info(device)[0])
+    return free_memory() if device.type == "cpu" else math.inf

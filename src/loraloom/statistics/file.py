@@ -6,26 +6,30 @@ A file may come from anyone.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
-import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.atomic import staged_file
-from loraloom.files.tensors import all_finite
-from loraloom.settings import Kind
+from loraloom.files.reading import parse_json
+from loraloom.files.tensors import MOST_TENSORS, StoredFile
+from loraloom.settings import Kind, explained
 from loraloom.statistics.moments import Moment
+from loraloom.statistics.stored import PARTS, StoredMoments
 
 FORMAT = "loraloom-statistics-1"
-_DTYPES = {"total": torch.float64, "rows": torch.float32, "gram": torch.float64, "factor": torch.float32}
 _AGAIN = "collect the statistics again"
+_CALLS = 1000  # of one layer in a forward pass, each of which adds a row a token: far more than any model makes
+_LONGEST = 1000  # characters of a base model's name or path
+_Width = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]  # far wider than any layer, with a vocabulary's outputs
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Layer:
     """One target linear layer: `input` is the path of the first target layer that reads the same tensor."""
 
     input: str
-    in_features: int
-    out_features: int
+    in_features: _Width
+    out_features: _Width
 
 
 @dataclass(frozen=True)
@@ -146,28 +150,26 @@ class Statistics:
     def load(cls, path: str | Path) -> Statistics:
         """Read a file that `save` wrote.
 
-        Raises LoraloomError telling what is wrong with it: absent, half-written, of another format, shapes that do
-        not fit, values that are not finite or that no rows could have given: it may come from anyone.
+        Raises LoraloomError telling what is wrong with it: absent, half-written, of another format, damaged metadata,
+        shapes that do not fit, values that are not finite or that no rows could have given: it may come from anyone.
         """
-        path, again = Path(path), "collect the statistics again"
-        metadata = read_metadata(path)
-        if metadata.get("format") != FORMAT:
-            found = metadata.get("format")
-            raise LoraloomError(f"{path}: not a statistics file: its format is {found!r}, not {FORMAT!r}", again)
+        path = Path(path)
+        if not path.is_file():
+            raise LoraloomError(f"{path}: no such file", "name a file that was saved as statistics")
         try:
-            layers = {name: Layer(**fields) for name, fields in json.loads(metadata["layers"]).items()}
-            moments = StoredMoments.of(path, metadata)
-            texts, tokens = int(metadata["texts"]), int(metadata["tokens"])
-            base, fingerprint, kind = metadata["base"], metadata["fingerprint"], _kind(metadata["kind"])
-            told = json.loads(metadata.get("privacy", "{}"))
-            privacy = {str(what): float(value) for what, value in told.items()} or None
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise LoraloomError(f"{path}: its metadata is damaged ({error!r})", again) from error
+            file = StoredFile(path)
+        except ValueError as error:
+            raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", _AGAIN) from error
+        found = file.metadata.get("format")
+        if found != FORMAT:
+            raise LoraloomError(f"{path}: not a statistics file: its format is {found!r}, not {FORMAT!r}", _AGAIN)
+        facts = _read_facts(path, {"lost": "{}", "privacy": "{}", **file.metadata})
+        moments = StoredMoments(file, facts.pop("counts"), facts.pop("lost"))
         widths: dict[str, set[int]] = {}
-        for layer in layers.values():
+        for layer in facts["layers"].values():
             widths.setdefault(layer.input, set()).add(layer.in_features)
         moments.check(widths)
-        return cls(base, fingerprint, moments, layers, texts, tokens, kind, privacy)
+        return cls(moments=moments, **facts)
 
     @property
     def _name(self) -> str:
@@ -196,7 +198,7 @@ def save_moments(moments: Mapping[str, Moment], path: Path, metadata: Mapping[st
     counts, lost = {}, {}
     for name, moment in moments.items():
         tensors |= {
-            f"{name}.{part}": value.contiguous() for part in _DTYPES if (value := getattr(moment, part)) is not None
+            f"{name}.{part}": value.contiguous() for part in PARTS if (value := getattr(moment, part)) is not None
         }
         counts[name] = moment.count
         if moment.lost:
@@ -206,112 +208,84 @@ def save_moments(moments: Mapping[str, Moment], path: Path, metadata: Mapping[st
         save_file(tensors, temporary, metadata={**metadata, **own})
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a file. Raises LoraloomError where it is absent or half-written."""
-    if not path.is_file():
-        raise LoraloomError(f"{path}: no such file", "name a file that was saved as statistics")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", _AGAIN) from error
+T = TypeVar("T")
+_LAYER, _COUNT = TypeAdapter(Layer), TypeAdapter(Annotated[int, Field(strict=True, ge=0, le=2**53)])
+_LOST = TypeAdapter(Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)])
+_PRIVACY = TypeAdapter(Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)])
 
 
-class StoredMoments(Mapping[str, Moment]):
-    """The moments of a file by input, read at each access; the last one stays, for layers that share an input."""
+def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the metadata of a file tells, by key. Raises LoraloomError telling every key that is damaged."""
+    facts: dict[str, Any] = {}
+    problems = []
+    for key, read in _FACTS.items():
+        try:
+            facts[key] = read(metadata[key])
+        except KeyError:
+            problems.append(f"{key} is missing")
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    raise_problems(f"{path}: its metadata is damaged", problems, _AGAIN)
+    seen, kind = facts["texts" if facts["kind"] == "sample" else "tokens"], facts["kind"]
+    impossible = [
+        f"{name}: {count} rows of {seen} {kind}s" for name, count in facts["counts"].items() if count > _CALLS * seen
+    ]
+    raise_problems(str(path), impossible or ([] if facts["layers"] else ["it covers no layer"]), _AGAIN)
+    return facts
 
-    def __init__(self, path: Path, counts: Mapping[str, int], lost: Mapping[str, float]) -> None:
-        self.path = path
-        self.counts = counts
-        self.lost = lost
-        self._last: tuple[str, Moment] | None = None
 
-    @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, str]) -> StoredMoments:
-        """Return the moments that `metadata` tells of. Raises KeyError, ValueError, ... where it is damaged."""
-        counts = {str(name): int(count) for name, count in json.loads(metadata["counts"]).items()}
-        lost = {str(name): float(value) for name, value in json.loads(metadata.get("lost", "{}")).items()}
-        return cls(path, counts, lost)
-
-    def __getitem__(self, name: str) -> Moment:
-        """Return one moment. Raises LoraloomError where the file has gone or changed."""
-        if self._last is None or self._last[0] != name:
-            count = self.counts[name]
-            try:
-                # opened anew, so that the pages of one input are given back before the next
-                with safe_open(self.path, framework="pt") as file:
-                    there = set(file.keys())
-                    # copied: what is mapped must not outlive the file
-                    parts = {
-                        part: file.get_tensor(f"{name}.{part}").clone() for part in _DTYPES if f"{name}.{part}" in there
-                    }
-            except (SafetensorError, OSError) as error:
-                raise LoraloomError(f"{self.path}: cannot be read any more ({error})", "was it replaced?") from error
-            self._last = name, Moment(count, lost=self.lost.get(name, 0.0), **parts)
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.counts)
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def check(self, widths: Mapping[str, set[int]]) -> None:
-        """Raise LoraloomError telling all that does not fit; `widths` are those that the layers of an input read.
-
-        Names and shapes first, then values, input by input, so that no more than one is in memory.
-        """
-        with safe_open(self.path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        problems = [f"input {name!r} of a layer has no moment" for name in sorted(widths.keys() - self.counts.keys())]
-        problems += [
-            f"lost names {name!r}, which has no moment" for name in sorted(self.lost.keys() - self.counts.keys())
-        ]
-        for name in self.counts:
-            problems += self._shape_faults(name, widths.get(name, set()), shapes)
-        known = {f"{name}.{part}" for name in self.counts for part in _DTYPES}
-        problems += [f"tensor {name} belongs to no input" for name in sorted(shapes.keys() - known)]
-        raise_problems(str(self.path), problems, _AGAIN)
-        impossible = []
-        for name in self.counts:
-            wrong = self._value_faults(name)
-            problems += wrong
-            impossible += [] if wrong else [f"{name}: {fault}" for fault in self[name].faults()]
-        raise_problems(str(self.path), problems, _AGAIN)
-        raise_problems(str(self.path), impossible, "do not use this file: no layer inputs give it; ask for it again")
-
-    def _shape_faults(self, name: str, widths: set[int], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        count, lost = self.counts[name], self.lost.get(name, 0.0)
-        problems = [f"{name}: {count} rows"] if count < 0 else []
-        if not (math.isfinite(lost) and lost >= 0):
-            problems.append(f"{name}: lost is {lost}")
-        if len(widths) != 1:
-            return [*problems, f"{name}: read by layers of widths {sorted(widths)}, not of one"]
-        (n,) = widths
-        found = {part: shape for part in _DTYPES if (shape := shapes.get(f"{name}.{part}")) is not None}
-        factor: Any = found.get("factor", ())
-        fits: list[dict[str, tuple[int, ...]]] = [{"total": (n,), "rows": (count, n)}, {"total": (n,), "gram": (n, n)}]
-        if len(factor) == 2 and factor[0] <= n:
-            fits.append({"total": (n,), "factor": (factor[0], n)})
-        if found not in fits:
-            problems.append(f"{name}: {found} does not fit {count} rows of width {n}")
-        if "rows" in found and lost:
-            problems.append(f"{name}: rows that lost {lost}")
-        return problems
-
-    def _value_faults(self, name: str) -> list[str]:
-        parts = {part: value for part in _DTYPES if (value := getattr(self[name], part)) is not None}
-        problems = []
-        for part, value in parts.items():
-            if value.dtype != _DTYPES[part]:
-                problems.append(f"{name}.{part}: is {value.dtype}, not {_DTYPES[part]}")
-            elif not all_finite(value):
-                problems.append(f"{name}.{part}: holds values that are not finite")
-        return problems
+def _name(text: str) -> str:
+    if len(text) > _LONGEST:
+        raise ValueError(f"{len(text)} characters are no name")
+    return text
 
 
 def _kind(text: str) -> Kind:
-    for kind in get_args(Kind):
-        if text == kind:
-            return cast(Kind, kind)
-    raise ValueError(f"kind {text!r} is neither 'token' nor 'sample'")
+    if text not in get_args(Kind):
+        raise ValueError(f"{text[:40]!r} is neither 'token' nor 'sample'")
+    return cast(Kind, text)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise ValueError(f"{text[:40]!r} is no count")
+    return int(text)
+
+
+def _entries(schema: TypeAdapter[T], text: str) -> dict[str, T]:
+    """Return a JSON object, each value as `schema` has it. Raises ValueError telling the first that is not."""
+    content = parse_json(text)
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    if len(content) > MOST_TENSORS:
+        raise ValueError(f"{len(content)} entries are more than any model has")
+    found = {}
+    for name, value in content.items():
+        try:
+            found[name] = schema.validate_python(value)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join([name[:_LONGEST], *map(str, fault["loc"])])
+            raise ValueError(f"{where}: {explained(dict(fault))}") from error
+    return found
+
+
+def _privacy(text: str) -> dict[str, float] | None:
+    found = _entries(_PRIVACY, text)
+    strange = sorted(found.keys() - {"clip", "epsilon", "delta"})
+    if strange:
+        raise ValueError(f"{strange[0][:40]!r} is none of clip, epsilon and delta")
+    return found or None
+
+
+_FACTS: dict[str, Callable[[str], Any]] = {
+    "base": _name,
+    "fingerprint": _name,
+    "kind": _kind,
+    "texts": _count,
+    "tokens": _count,
+    "layers": partial(_entries, _LAYER),
+    "counts": partial(_entries, _COUNT),
+    "lost": partial(_entries, _LOST),
+    "privacy": _privacy,
+}
