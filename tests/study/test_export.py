@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import tiny_study
 from loraloom.adapters.peft import PROVENANCE
+from loraloom.adapters.stored import WEIGHTS
+from loraloom.errors import LoraloomError
 from loraloom.results import StudyResult
 from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
@@ -83,6 +86,31 @@ def test_of_given_adapters_only_what_is_known_is_told(finished: Path, tmp_path: 
         assert "not known" in told
         assert "mood: trained on these rows; held-out ones chose the checkpoint (loraloom.json)." in notes
     assert not any("checkpoint" in note for note in notes if not note.startswith(("mood: ", "tone: ")))
+
+
+def test_given_adapters_come_whole(finished: Path, tmp_path: Path) -> None:
+    """Shards are read, a tokenizer comes along, and weights that would be lost are refused before anything runs."""
+    adapters = {}
+    for name in ("mood", "tone"):
+        folder = shutil.copytree(finished / "study" / "adapters" / "LoRA" / name, tmp_path / name)
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        for part in (0, 1):
+            shard = dict(list(tensors.items())[part::2])
+            save_file(shard, folder / f"adapter_model-{part + 1:05d}-of-00002.safetensors")
+        (folder / "tokenizer.json").write_text("{}")
+        adapters[name] = str(folder)
+    raw = tiny_study.recipe(inits={}, adapters=adapters, merging=[{"rule": "tsv", "scales": [1.0]}])
+    result = run_study(Recipe.parse(raw, "r").resolved(finished), tmp_path / "study")
+    trained = StudyResult.load(finished / "study" / "results.json")
+    assert [one.score for one in result.singles] == [one.score for one in trained.singles if one.init == "LoRA"]
+    assert (tmp_path / "study" / "merged" / "given-adapters" / "tsv" / "tokenizer.json").read_text() == "{}"
+    for folder in adapters.values():
+        (Path(folder) / "non_lora_trainables.bin").write_text("x")
+    with pytest.raises(LoraloomError) as told:
+        run_study(Recipe.parse(raw, "r").resolved(finished), tmp_path / "again")
+    assert str(told.value).count("non_lora_trainables.bin: weights that were trained outside LoRA") == 2
+    assert not (tmp_path / "again" / "stages" / "adapter").exists()
 
 
 def test_a_study_of_its_own_adapters_tells_what_chose_what(finished: Path) -> None:

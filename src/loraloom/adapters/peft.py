@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loraloom.adapters.beside import files_beside
+from loraloom.adapters.beside import carry, files_beside
 from loraloom.adapters.config import CONFIG as CONFIG, read_config, unsupported
 from loraloom.adapters.dialects import PREFIX, read_names
 from loraloom.adapters.layout import Layers, find_layers
@@ -148,14 +148,17 @@ def write_adapter(
     files: Mapping[str, str] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write an adapter with its head as a PEFT folder and return the folder; see `adapter_writer` and its `finish`."""
+    """Write an adapter as a PEFT folder, with its head and what comes along with it, and return the folder.
+
+    See `adapter_writer` and its `finish`.
+    """
     whole = [*adapter.head, *adapter.copies]
     with adapter_writer(folder, adapter.config, adapter.dtype, adapter.updates, whole, adapter.forms) as out:
         out.add_head(adapter.head)
         out.add_head(adapter.copies)
         for module, update in adapter.updates.items():
             out.add(module, update)
-        out.finish(provenance, files, extra)
+        out.finish(provenance, files, extra, carry({adapter.name: adapter.beside})[0])
     return Path(folder)
 
 

@@ -71,10 +71,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Local:
-    """A file or folder that the user named."""
+    """A file that the user named; or a folder, and the names of what is read of it."""
 
     path: Path
     key: str
+    names: tuple[str, ...] = ()
 
     @classmethod
     def file(cls, path: Path) -> Local:
@@ -84,7 +85,7 @@ class Local:
     @classmethod
     def folder(cls, path: Path, *names: str) -> Local:
         """Return a folder of which the files of these names are read; one may be missing, which its reader tells."""
-        return cls(path, json_sha256({name: _sha256(path / name) for name in names}))
+        return cls(path, json_sha256({name: _sha256(path / name) for name in names}), names)
 
 
 Input = Output | Rows | Texts | Base | Local  # two of one key are read alike, wherever they lie, whatever their names

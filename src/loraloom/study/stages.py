@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.adapters.heads import Head, align_heads
-from loraloom.adapters.peft import CONFIG, PROVENANCE, WEIGHTS, read_adapter
+from loraloom.adapters.peft import CONFIG, PROVENANCE, read_adapter
+from loraloom.adapters.stored import weight_files
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import interference as measure_interference, ratio
 from loraloom.files.hashing import task_seed, write_json
@@ -43,7 +44,6 @@ from loraloom.training import lora_config, train_adapter
 ADAPTER, ROWS, STATISTICS = "adapter", "rows", "statistics.safetensors"
 SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
 RESAMPLES = "resamples.json"
-_ADAPTER_FILES = (CONFIG, WEIGHTS, PROVENANCE)
 _GLUE_FILES = ("train.jsonl", "dev.jsonl", "meta.json")
 
 
@@ -157,14 +157,16 @@ def train(
 def copy_adapter(folder: Path, context: Context, *, given: Local) -> None:
     """Copy the files of a given adapter's folder that count."""
     (folder / ADAPTER).mkdir()
-    for name in _ADAPTER_FILES:
+    for name in given.names:
         if (given.path / name).is_file():
             shutil.copy2(given.path / name, folder / ADAPTER / name)
 
 
 def given_adapter(folder: Path) -> Local:
-    """Return the files of an adapter's folder that `copy_adapter` copies."""
-    return Local.folder(folder, *_ADAPTER_FILES)
+    """Return what counts of an adapter's folder. Raises LoraloomError where it cannot be merged as it is."""
+    carried = read_adapter(folder).beside.carried
+    weights = [path.name for path in weight_files(folder)[0]]
+    return Local.folder(folder, CONFIG, PROVENANCE, *weights, *carried)
 
 
 def read_adapters(outputs: Mapping[str, Output]) -> dict[str, Adapter]:

@@ -18,7 +18,7 @@ from loraloom.results import average
 from loraloom.statistics.texts import generic_rows
 from loraloom.study import stages
 from loraloom.study.engine import Engine, Reading, StageFunction
-from loraloom.study.inputs import Base, Output, Rows, Texts
+from loraloom.study.inputs import Base, Local, Output, Rows, Texts
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import Store
 from loraloom.tasks.task import Task
@@ -89,6 +89,17 @@ class Study:
     def rows(self) -> dict[str, Rows]:
         """The rows of every task, as stages read them."""
         return {name: Rows.of(task) for name, task in self.tasks.items()}
+
+    @cached_property
+    def given(self) -> dict[str, Local]:
+        """The recipe's finished adapters, by task. Raises LoraloomError that tells what is wrong with any."""
+        given: dict[str, Local] = {}
+        errors: list[LoraloomError] = []
+        for name, folder in self.recipe.adapters.items():
+            with collecting(errors):
+                given[name] = stages.given_adapter(folder)
+        raise_together(errors)
+        return given
 
     @cached_property
     def targets(self) -> list[str] | str:
@@ -169,8 +180,7 @@ class Study:
                 step(one, name)
 
     def _copy(self, one: Trained, name: str) -> None:
-        given = stages.given_adapter(self.recipe.adapters[name])
-        one.adapters[name] = self.engine.do(stages.copy_adapter, name, given=given)
+        one.adapters[name] = self.engine.do(stages.copy_adapter, name, given=self.given[name])
 
     def _start(self, one: Trained, name: str) -> None:
         settings, seen = self.recipe.inits[one.init], self.statistics["train"]
