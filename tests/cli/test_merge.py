@@ -129,6 +129,39 @@ def test_a_dry_run_is_a_page_too(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_fusion_is_a_page_too(finished: Path, tmp_path: Path) -> None:
+    trained = [finished / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
+    words = ("merge", *trained, "--rule", "ties", "--fuse-into", finished / "base", "-o", tmp_path / "out")
+    done = call(*words)
+    page = words_of(done.stdout)
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(str(tmp_path))) <= 80
+    told = json.loads(call(*words, "--json").stdout)
+    made = told["checkpoint"]
+    assert (told["kind"], told["fused_into"], told["heads"]) == ("fused checkpoint", "base", ["mood", "tone"])
+    assert made["size"] == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert len(made["tensors"]) == 4
+    assert "4 weights changed" in page
+    assert "its head the base's own" in page
+    assert "heads mood, tone: one a task, in heads/" in page
+    assert f"vllm serve {tmp_path / 'out'}" in words_of(done.stderr)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- rule: ties --density 0.2 --space full" in card
+
+
+def test_aligning_is_told_and_noted_in_the_card(finished: Path, tmp_path: Path) -> None:
+    trained = [finished / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
+    out = tmp_path / "out"
+    call("merge", *trained, "-o", out)
+    assert "- note:" not in (out / "README.md").read_text()
+    done = call("align", out, *trained, "--recipe", finished / "recipe.yaml")
+    assert f"{out}: heads aligned, without labels" in words_of(done.stdout)
+    assert "mood heads/mood.safetensors" in words_of(done.stdout)
+    typed = words_of(done.stderr.replace("\\\n", " "))
+    assert typed.endswith(f"loraloom evaluate {out} --recipe {finished / 'recipe.yaml'}")
+    note = json.loads((out / "loraloom.json").read_text())["notes"][0]
+    assert f"- note: {note}" in (out / "README.md").read_text()
+
+
 def test_rules_as_json_is_their_schema() -> None:
     every = json.loads(call("rules", "--json").stdout)
     one = json.loads(call("rules", "tsv", "--json").stdout)

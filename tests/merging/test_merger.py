@@ -188,7 +188,7 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
         "- output rank: 1, 1 asked for, in 2 layers",
         f"- energy lost: {100 * facts['energy_lost']:.1f} % in total, by truncation; most in "
         + ", ".join(f"{name} {lost[name]}" for name in worst),
-        "- heads: task0, task1: kept as they are, in heads/",
+        "- heads: task0, task1: one a task, in heads/",
         f"- warning: truncation took {100 * facts['energy_lost']:.0f} % of the energy: ask for a larger rank",
     ):
         assert part in card

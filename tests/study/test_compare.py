@@ -187,7 +187,12 @@ def test_base_and_tasks_are_enough(finished: Path, tmp_path: Path) -> None:
     words += ["--rule", "regmean", "--rule", "weighted", "--scale", "1", "--json"]
     done = CliRunner().invoke(app, ["compare", *map(str, words)], catch_exceptions=False)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["results"] == str(tmp_path / "out" / "results.json")
+    told = json.loads(done.stdout)
+    assert told["results"] == str(tmp_path / "out" / "results.json")
+    rows = {(one["rule"], one["aligned"]): one for one in told["rules"]}
+    assert set(rows) == {(name, aligned) for name in ("regmean", "weighted") for aligned in (False, True)}
+    assert rows["weighted", False]["scales"] == [1.0]
+    assert not rows["weighted", False]["labels"]
     result = StudyResult.load(tmp_path / "out" / "results.json")
     assert {(one.rule, one.scale) for one in result.merges} == {("regmean", 1.0), ("weighted", 1.0)}
     assert not any(one.scale_chosen_with_labels for one in result.merges)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraloom.adapters.bases import same_base
 from loraloom.adapters.update import Adapter
-from loraloom.errors import raise_problems
 
 
 def compatibility_problems(adapters: Sequence[Adapter], base: str | None = None) -> list[str]:
@@ -42,12 +41,6 @@ def compatibility_problems(adapters: Sequence[Adapter], base: str | None = None)
                 f"target_parameters: {first.name} has {sorted(targets[0])}, {other.name} {sorted(targets[1])}"
             )
     return problems
-
-
-def check_compatible(adapters: Sequence[Adapter]) -> None:
-    """Raise LoraloomError telling all of `compatibility_problems`; do nothing where there are none."""
-    hint = "merge adapters of one base model and one target set"
-    raise_problems("these adapters do not fit together", compatibility_problems(adapters), hint)
 
 
 def common_copies(adapters: Mapping[str, Adapter]) -> tuple[Mapping[str, Tensor], list[str]]:

@@ -15,6 +15,7 @@ from loraloom.cli.common import AsJson, Base, Output, Quiet, RecipeOption, comma
 if TYPE_CHECKING:
     from loraloom.merging.facts import MergeFacts
     from loraloom.merging.options import Heads
+    from loraloom.report.aggregate import Merged
 
 _Value = TypeVar("_Value", float, str)
 
@@ -143,7 +144,10 @@ def align(
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.study.align import align_folder
 
-        out.result({"folder": str(merged), "heads": align_folder(read_recipe(recipe, base), merged, adapters, shown)})
+        heads = align_folder(read_recipe(recipe, base), merged, adapters, shown)
+        out.result({"folder": str(merged), "heads": heads}, "")
+        out.facts(f"{merged}: heads aligned, without labels", heads.items())
+        out.next("measure it", "loraloom", "evaluate", merged, "--recipe", recipe, *(("--base", base) if base else ()))
 
 
 def compare(
@@ -175,6 +179,7 @@ def compare(
     """Merge the same adapters by every rule: held-out rows choose the scale, test rows report; HTML and JSON."""
     with command(quiet, as_json) as out:
         from loraloom.cli.terminal import rules_table
+        from loraloom.report import merged_rows
         from loraloom.study.compare import by_task, compare as run_compare
 
         result = run_compare(
@@ -188,7 +193,8 @@ def compare(
         )
         out.table(*rules_table(result))
         places = {"report": str(output / "report.html"), "results": str(output / "results.json")}
-        out.result(places)
+        out.result({**places, "rules": [_row(one) for one in merged_rows(result)]}, "")
+        out.facts(str(output), places.items())
 
 
 def rules(
@@ -206,6 +212,22 @@ def rules(
         else:
             every = [get_rule(name) for name in rule_names()]
             out.result({one.name: one.schema() for one in every}, rule_list(every))
+
+
+def _row(one: Merged) -> dict[str, Any]:
+    """Return a rule's row of the comparison as JSON would hold it; `labels`: whether they chose its scale."""
+    return {
+        "rule": one.rule,
+        "space": one.space,
+        "aligned": one.aligned,
+        "average": one.average.value,
+        "stderr": one.average.stderr,
+        "kept": one.kept,
+        "heldout": one.heldout,
+        "scales": list(one.scales),
+        "labels": one.scale_chosen_with_labels,
+        "output_ranks": list(one.output_ranks),
+    }
 
 
 def _flags(context: typer.Context) -> list[str]:

@@ -133,7 +133,7 @@ def _forecast(facts: ForecastFacts) -> Lines:
 def _heads(facts: MergeFacts) -> Lines:
     if facts.heads_averaged:
         return [("heads", "their weighted mean is in the result")]
-    return [("heads", f"{', '.join(facts.heads)}: kept as they are, in heads/")] if facts.heads else []
+    return [("heads", f"{', '.join(facts.heads)}: one a task, in heads/")] if facts.heads else []
 
 
 def _some(names: Sequence[str], width: int) -> str:

@@ -79,7 +79,10 @@ def plan_folders(
 
 
 def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) -> MergedFacts:
-    """Merge into the adapter folder `output` and return what was written."""
+    """Merge into the adapter folder `output`, whole or not at all, and return what was written.
+
+    command: as it was typed, for loraloom.json.
+    """
     reporter.begin("merging", len(plan.modules))
     write_merged(plan, output, command=command, progress=lambda done, total: reporter.advance("merging"))
     return MergedFacts.read(output)
@@ -87,6 +90,9 @@ def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) ->
 
 def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: Reporter) -> FusionFacts:
     """Write the checkpoint `base` with the merge in its weights to `output`, and return what was written.
+
+    base: the checkpoint's folder; see `fuse`, also for what is refused.
+    command: as it was typed, for loraloom.json.
 
     Dense results go in as they are, nothing is truncated unless a rank was asked for. Heads are written beside the
     weights, one a task; an averaged head, or that of a single adapter, goes into them.

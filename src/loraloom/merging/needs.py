@@ -32,9 +32,13 @@ def supply(
 ) -> tuple[Mapping[str, Statistics] | Sequence[Statistics], TaskProbe | None]:
     """Return the statistics and the probe that `rule` needs to merge `adapters`; none, and None, where it needs none.
 
-    `tasks` go by adapter's name. `evaluator` loads the base model; it is called once, or never where nothing is to be
-    read. Statistics are of `reading.texts` training texts a task, unless they are `known`, which are returned as they
-    are. The probe has `texts` training texts a task, with their labels; `progress` is told of the rule's steps.
+    adapters, tasks: by adapter's name.
+    evaluator: loads the base model; it is called once, or never where nothing is to be read.
+    reading: of which texts, and how, statistics are collected: of `reading.texts` training texts a task.
+    texts: training texts a task, with their labels, that the probe has.
+    known: statistics that are there already; they are returned as they are.
+    progress: is told of the rule's steps, those done and all.
+
     Raises LoraloomError for an adapter without a head where the rule needs a probe.
     """
     load = functools.cache(evaluator)
@@ -55,7 +59,9 @@ def probe_of(
 ) -> TaskProbe:
     """Return the probe of `texts` training texts a task, with their labels, each under the head of its adapter.
 
-    `tasks` go by adapter's name. Raises LoraloomError for an adapter without a head.
+    adapters, tasks: by adapter's name.
+
+    Raises LoraloomError for an adapter without a head.
     """
     own = [tasks[name] for name in adapters]
     rows = [task.sample("train", texts) for task in own]

@@ -50,8 +50,10 @@ def scaled_readouts(folder: Path, scale: float) -> dict[str, dict[str, Tensor]]:
 def read_readout(folder: str | Path, task: str) -> Adapter:
     """Return what `task` reads of the merged adapter in `folder`, as an ordinary adapter in memory.
 
-    An input that shares its task with another goes by its own name. Raises LoraloomError where the folder tells no
-    tasks apart, or not this one.
+    folder: of an adapter merged by a rule that tells tasks apart: emr, or cp with `per_task`.
+    task: that an input was trained on; an input that shares its task with another goes by its own name.
+
+    Raises LoraloomError where the folder tells no tasks apart, or not this one.
     """
     folder = Path(folder)
     places = files_by_task(folder, f"{READOUTS}/tasks")

@@ -13,6 +13,8 @@ from loraloom.errors import LoraloomError, collecting, raise_problems, raise_tog
 from loraloom.files.atomic import staged_file, write_text
 from loraloom.files.hashing import json_text
 from loraloom.files.tensors import save_tensors
+from loraloom.merging.card import merged_card
+from loraloom.merging.facts import MergedFacts
 from loraloom.merging.names import input_names
 from loraloom.progress import Reporter
 from loraloom.study.by_hand import evaluator_of, tasks_of
@@ -58,11 +60,14 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
 
 
 def _note_alignment(merged: Path, how: str) -> None:
+    """Note in loraloom.json, and in the model card of a merge by this version, how the heads were aligned."""
     known, start = read_provenance(merged), "heads: aligned"
     # aligning again replaces its own note; what others noted stays
     notes = [note for note in known.get("notes", []) if not note.startswith(start)]
     told = {**known, "notes": [*notes, f"{start} to the merged features {how}"]}
     write_text(merged / PROVENANCE, json_text(told))
+    if "output_rank" in known:
+        write_text(merged / "README.md", merged_card(MergedFacts.read(merged)))
 
 
 def _head_files(merged: Path, folders: Sequence[Path], tasks: Sequence[str]) -> dict[str, str]:
