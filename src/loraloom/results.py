@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loraloom.errors import LoraloomError, raise_problems, reads_file
 from loraloom.files.atomic import write_text
 
+MARK = b'"loraloom-results-1"'  # by which a results file is known
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -123,9 +125,9 @@ class StudyResult(_Record):
     )
     notes: list[str] = Field(default_factory=list, description="what a reader must know before trusting a figure")
 
-    def save(self, path: Path) -> None:
-        """Write the result as JSON."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the result as JSON; with `overwrite` it replaces an earlier one."""
+        write_text(path, self.model_dump_json(indent=1) + "\n", mark=MARK, overwrite=overwrite)
 
     @classmethod
     @reads_file

@@ -37,6 +37,7 @@ from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_adapter, rea
 from loraloom.errors import LoraloomError, collecting, raise_problems
 from loraloom.files.atomic import staged_folder, write_text
 from loraloom.files.hashing import write_json
+from loraloom.files.outputs import check_folder
 from loraloom.model.load import base_sha256, head_modules, load_classifier, load_tokenizer
 from loraloom.model.processes import by_first, check_training, on_cpu, raise_of_all, rank_and_size, started
 from loraloom.model.tokens import encode
@@ -46,6 +47,7 @@ from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import Task
 
 Progress = Callable[[int, int], None]
+TRAINED = "trained adapter"  # the kind of result
 _STATE = "trainer_state.json"  # the Trainer writes it last of a checkpoint's files
 _CALL = "call.json"  # what the checkpoints beside it are of
 _NOT_FINITE = "lower the learning rate, or train in float32"
@@ -70,6 +72,7 @@ def train_adapter(
     settings: TrainingSettings | None = None,
     seed: int = 0,
     checkpoints: Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Trained:
     """Train one adapter and its head on `task.train`, keep the best checkpoint on `task.heldout`, write a PEFT folder.
@@ -77,7 +80,8 @@ def train_adapter(
     base: hub name or folder. init: an adapter folder to start from, as `initialise` writes it; PEFT's own start from
     `lora` without. seed: of the head, the order of rows, dropout, and PEFT's start. checkpoints: where unfinished work
     lies; the same call after a kill goes on from the last whole checkpoint there (another call starts afresh), and
-    they are removed at the end. progress(steps done, steps in all) is called after every optimiser step.
+    they are removed at the end. overwrite: replace a folder that holds an earlier trained adapter. progress(steps done,
+    steps in all) is called after every optimiser step.
 
     Under `accelerate launch` or torchrun every process calls this, and they train together: a batch is shared out among
     them, the first one writes and tells its progress, all return the same. They need one file system.
@@ -91,6 +95,7 @@ def train_adapter(
     PartialState(cpu=on_cpu())  # joins the processes that a launcher started
     errors: list[LoraloomError] = []
     with collecting(errors):
+        check_trained(output, base, init, overwrite)
         check_training(settings.batch_size)
         model = _peft_model(base, task, init, lora, seed)
         tokenizer = load_tokenizer(base)
@@ -113,9 +118,15 @@ def train_adapter(
     best = trainer.state.best_metric
     if best is None or not all(torch.isfinite(tensor).all() for tensor in get_peft_model_state_dict(model).values()):
         raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", _NOT_FINITE)
-    by_first(lambda: _save(model, base, output, task, init, settings, seed, trainer.state))
+    by_first(lambda: _save(model, base, output, task, init, settings, seed, trainer.state, overwrite))
     by_first(lambda: _clear(checkpoints))
     return Trained(output, float(best), int(trainer.state.global_step))
+
+
+def check_trained(output: Path, base: str, init: str | Path | None, overwrite: bool) -> None:
+    """Raise LoraloomError where a trained adapter must not be written to `output`."""
+    inputs = [Path(base), *([Path(init)] if init is not None else [])]
+    check_folder(output, kind=TRAINED, overwrite=overwrite, inputs=inputs)
 
 
 def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettings, seed: int) -> PeftModel:
@@ -277,7 +288,7 @@ def _resumable(checkpoints: Path, call: str) -> Path | None:
     if found and record.read_text(encoding="utf-8") != call:
         _clear(checkpoints)
         found = []
-    write_text(record, call)
+    write_text(record, call, overwrite=True)
     whole = [path for path in found if _state(path) is not None]
     for path in found:
         if path not in whole:
@@ -343,6 +354,7 @@ def _save(
     settings: TrainingSettings,
     seed: int,
     state: Any,
+    overwrite: bool,
 ) -> None:
     provenance = {
         **(read_provenance(init) if init is not None else {}),
@@ -357,7 +369,7 @@ def _save(
         "training": {**settings.model_dump(), "seed": seed},
         "heldout": {"metric": task.metric, "best": state.best_metric, "step": state.best_global_step},
     }
-    with staged_folder(output) as staged:
+    with staged_folder(output, kind=TRAINED, overwrite=overwrite) as staged:
         # a folder means nothing on another machine
         model.peft_config["default"].base_model_name_or_path = public_name(base)
         model.save_pretrained(str(staged), save_embedding_layers=False)

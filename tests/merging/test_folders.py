@@ -81,10 +81,11 @@ def planned(
     options: dict[str, Any],
     statistics: Sequence[Path] = (),
     look: Any = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> Plan:
     asked = MergeOptions(rule, options, **settings)
-    return plan_folders(folders, asked, output, statistics=statistics, look=look)
+    return plan_folders(folders, asked, output, overwrite=overwrite, statistics=statistics, look=look)
 
 
 def command(*words: str | Path) -> tuple[int, str]:
@@ -132,7 +133,7 @@ def test_faults_of_folders_statistics_output_and_options_come_together(place: Pa
     for part in (
         f"{place / 'tone'}: {WEIGHTS} cannot be read",
         f"{place / 'gone'}: not an adapter folder",
-        f"{place / 'mine'}: holds files that loraloom did not write",
+        f"{place / 'mine'}: thesis.tex is not ours and would be lost",
         "mood.safetensors",
         "none.safetensors",
         "no option 'densty': did you mean 'density'?",
@@ -240,7 +241,7 @@ def test_missing_and_misfit_statistics_are_told(place: Path) -> None:
 
 def test_statistics_of_another_base_are_told(place: Path) -> None:
     write_adapter(adapter(0, 2), place / "marked", provenance={"base_fingerprint": "f1"})
-    statistics(0, fingerprint="f2", base="org/another").save(place / "mood.safetensors")
+    statistics(0, fingerprint="f2", base="org/another").save(place / "mood.safetensors", overwrite=True)
     with pytest.raises(LoraloomError, match="'marked': the statistics are of another base model, org/another"):
         planned([place / "marked"], "regmean", place / "out", {}, statistics=[place / "mood.safetensors"])
 
@@ -301,11 +302,39 @@ def test_weights_of_the_command(place: Path) -> None:
     assert not (place / "x").exists()
 
 
-def test_a_result_is_replaced_and_a_foreign_folder_is_not(place: Path) -> None:
-    for rule in ("task_arithmetic", "tsv"):
-        merge_folders(planned(folders(place), rule, place / "out", {}), place / "out", "", QUIET)
-        assert read_provenance(place / "out")["rule"] == rule
+def test_an_earlier_result_is_replaced_when_asked_for_and_nothing_else_is(place: Path) -> None:
+    out = place / "out"
+    merge_folders(planned(folders(place), "tsv", out, {}), out, "", QUIET)
+    for overwrite, rule, message in (
+        (False, "ties", "holds an earlier result"),
+        (True, "task_arithmetic", ""),
+        (True, "ties", "NOTES.md is not ours"),
+    ):
+        if message:
+            with pytest.raises(LoraloomError, match=message):
+                planned(folders(place), rule, out, {}, overwrite=overwrite)
+            continue
+        plan = planned(folders(place), rule, out, {}, overwrite=overwrite)
+        merge_folders(plan, out, "", QUIET, overwrite=overwrite)
+        (out / "NOTES.md").write_text("mine")
+    assert read_provenance(out)["rule"] == "task_arithmetic"
     assert not list(place.glob(".*.part"))
+
+
+def test_an_input_is_no_place_for_the_result(place: Path) -> None:
+    """Whatever the input is: the trained adapter that somebody means to merge, or an earlier merge."""
+    merge_folders(planned(folders(place), "tsv", place / "merged", {}), place / "merged", "", QUIET)
+    given = [place / "merged", *folders(place)]
+    before = listing(place)
+    for out, told in (
+        (place / "merged", "is an input"),
+        (place / "tone", "is an input"),
+        (place / "tone" / "merged", "lies inside the input"),
+        (place, "holds the input"),
+    ):
+        with pytest.raises(LoraloomError, match=told):
+            planned(given, "tsv", out, {}, overwrite=True)
+    assert listing(place) == before
 
 
 # dry run
@@ -438,7 +467,7 @@ def test_readouts_go_with_the_folder(place: Path) -> None:
     assert torch.equal(dense64(read_readout(place / "elsewhere", "tone").updates["layer.0.q"]), before)
     merge_into = place / "elsewhere"
     write_adapter(adapter(0, 2), place / "mood", provenance={})
-    assert command(place / "mood", "--rule", "weighted", "-o", merge_into)[0] == 0
+    assert command(place / "mood", "--rule", "weighted", "-o", merge_into, "--overwrite")[0] == 0
     with pytest.raises(LoraloomError, match="holds no readouts/"):  # nothing of the former result is left
         read_readout(merge_into, "tone")
 

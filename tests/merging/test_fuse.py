@@ -23,6 +23,7 @@ import tiny
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
+from loraloom.files.outputs import RECORD
 from loraloom.merging.fuse import FusedFacts, fuse
 from loraloom.merging.placement import Changes
 
@@ -160,7 +161,8 @@ def test_the_sums_pass_and_catch_a_changed_byte(tmp_path: Path) -> None:
     check = [tool, "--strict", "-c", "SHA256SUMS"]
     done = subprocess.run(check, cwd=facts.folder, capture_output=True, text=True)
     assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == len(list(facts.folder.iterdir())) - 1 == len(facts.sha256)
+    there = {path.name for path in facts.folder.iterdir()} - {"SHA256SUMS", RECORD}
+    assert len(done.stdout.splitlines()) == len(there) == len(facts.sha256)
     size = sum(tensor.nbytes for tensor in stored(base).values())
     assert told[-1] == (size, size)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
@@ -356,12 +358,12 @@ def test_quantised_weights_are_refused(llama: Path) -> None:
 
 
 def test_outputs_that_are_not_wanted_are_refused(llama: Path, monkeypatch: Any) -> None:
-    refused(llama, "one lies in the other", out="base")
-    refused(llama, "one lies in the other", out="base/out")
-    refused(llama, "one lies in the other", out=".")
+    refused(llama, "is an input", out="base")
+    refused(llama, "lies inside the input", out="base/out")
+    refused(llama, "holds the input", out=".")
     (llama.parent / "out").mkdir()
     (llama.parent / "out" / "mine.txt").write_text("")
-    refused(llama, "loraloom did not write", "no module gone", "2 problems", shapes={"gone": (16, 16)})
+    refused(llama, "mine.txt is not ours", "no module gone", "2 problems", shapes={"gone": (16, 16)})
     shutil.rmtree(llama.parent / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
     refused(llama, "are free")

@@ -444,7 +444,7 @@ def test_all_tasks_at_once_are_each_task_alone(seen: list[Statistics], tmp_path:
         for name, own in tasks.items():
             others = {other: statistics for other, statistics in tasks.items() if other != name}
             seed = 4 if rule == "shared" else task_seed(4, name)
-            alone = initialise(tmp_path / "alone", own, others, lora, options, seed=seed)
+            alone = initialise(tmp_path / "alone", own, others, lora, options, seed=seed, overwrite=True)
             assert list(done[name].A) == list(alone.A)
             for file in ("adapter_model.safetensors", *(["avoid.safetensors"] if rule == "apart" else [])):
                 one, two = load_file(tmp_path / rule / name / file), load_file(tmp_path / "alone" / file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -315,14 +316,14 @@ def test_save_and_load(tmp_path: Path) -> None:
     many = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "value", "dense"], kind="token")
     short = collect_statistics(bert(), [inputs(texts(1, [9, 9]), 9)], ["query", "dense"], directions=4)
     for found in (few, many, short, short.limit_directions(2), few.limit_rows(0)):
-        found.save(tmp_path / "a.safetensors")
+        found.save(tmp_path / "a.safetensors", overwrite=True)
         back = Statistics.load(tmp_path / "a.safetensors")
         for field in ("base", "fingerprint", "layers", "texts", "tokens", "kind"):
             assert getattr(back, field) == getattr(found, field)
         assert back.moments.keys() == found.moments.keys()
         for name, moment in found.moments.items():
             assert_equal(moment, back.moments[name])
-        back.save(tmp_path / "a.safetensors")  # over the file that its moments are read from
+        back.save(tmp_path / "a.safetensors", overwrite=True)  # over the file that its moments are read from
         for name, moment in Statistics.load(tmp_path / "a.safetensors").moments.items():
             assert_equal(moment, found.moments[name])
     assert few.moments[next(iter(few.moments))].rows is not None
@@ -467,7 +468,7 @@ def test_the_command_bounds_what_it_shares(tmp_path: Path) -> None:
 
     def collected(*more: str) -> dict[str, Any]:
         path = str(tmp_path / f"{len([*tmp_path.glob('[0-9].safetensors')])}.safetensors")
-        done = runner.invoke(app, [*words, *more, "-o", path], catch_exceptions=False)
+        done = runner.invoke(app, [*words, *more, "-o", path, "--overwrite"], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         shown = runner.invoke(app, ["statistics", "show", path, "--json"])
         told: dict[str, Any] = json.loads(shown.stdout)
@@ -619,3 +620,14 @@ def test_four_bit_weights() -> None:
     batch = {"input_ids": torch.tensor([[1, 2, 3]])}
     x = model.embed(batch["input_ids"].cuda()).detach().double().reshape(-1, 6).cpu()
     assert torch.allclose(collect_statistics(model, [batch], ["other"]).moment("other").as_gram(), x.T @ x, rtol=1e-6)
+
+
+def test_equal_statistics_are_equal_files(tmp_path: Path) -> None:
+    """To the byte, in whatever order a process has its sets."""
+    tiny_study.write_study(tmp_path)
+    words = ["statistics", f"{tmp_path}/mood.train.jsonl", "--base", f"{tmp_path}/base", "--column", "text"]
+    words += ["--target", "query", "--texts", "12", "--directions", "9", "--max-length", "16", "-q"]
+    environment = {**tiny_study.environment(), "PYTHONHASHSEED": "1"}  # this process draws its own
+    subprocess.run(tiny_study.command(*words, "-o", tmp_path / "one"), env=environment, check=True)
+    assert CliRunner().invoke(app, [*words, "-o", str(tmp_path / "two")]).exit_code == 0
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

@@ -192,7 +192,7 @@ def test_what_comes_out_is_what_rows_could_have_given(tmp_path: Path) -> None:
         assert [moment.faults() for moment in noised.moments.values()] == [[], []]
         assert all(moment.gram is not None for moment in noised.moments.values())
         assert (noised.texts, noised.tokens, noised.kind) == (count, 0, "sample")
-        noised.save(tmp_path / "a.safetensors")
+        noised.save(tmp_path / "a.safetensors", overwrite=True)
         assert Statistics.load(tmp_path / "a.safetensors").privacy == {"clip": 3.0, "epsilon": epsilon, "delta": 1e-5}
         if epsilon == 1e6:
             for name, moment in noised.moments.items():

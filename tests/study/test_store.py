@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from loraloom.errors import LoraloomError
+from loraloom.files.hashing import file_sha256
 from loraloom.study.store import RECORD, Stage, Store
 
 
@@ -72,24 +73,64 @@ def test_a_failure_is_told_and_kept_beside_never_served(tmp_path: Path) -> None:
     assert store.failures() == {}
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove file", "remove record", "break record", "remove folder", "add"])
+@pytest.mark.parametrize("harm", ["truncate", "edit", "remove file", "remove record", "break record", "remove folder"])
 def test_an_output_that_was_tampered_with_is_made_again(tmp_path: Path, harm: str) -> None:
     store, stage = Store(tmp_path), Stage("train", "a", {})
     path = store.get(stage, writing("whole"))
     file, record = path / "deep" / "file.txt", path / RECORD
     {
         "truncate": lambda: file.write_text("wh"),
+        "edit": lambda: file.write_text("WHOLE"),
         "remove file": file.unlink,
         "remove record": record.unlink,
         "break record": lambda: record.write_text("{"),
         "remove folder": lambda: shutil.rmtree(path),
-        "add": lambda: (path / "more").write_text("x"),
     }[harm]()
     assert store.outputs() == {}
     assert store.get(stage, writing("whole")) == path
     assert file.read_text() == "whole"
-    assert not (path / "more").exists()
     assert store.outputs().keys() == {stage.name}
+
+
+def test_a_file_of_somebody_else_in_an_output_is_left_there(tmp_path: Path) -> None:
+    store, stage = Store(tmp_path), Stage("train", "a", {})
+    path = store.get(stage, writing())
+    (path / "NOTES.md").write_text("mine")
+    assert store.get(stage, refusing) == path
+    (path / "deep" / "file.txt").unlink()
+    with pytest.raises(LoraloomError, match=r"NOTES.md is not ours"):
+        store.get(stage, writing())
+    with pytest.raises(LoraloomError, match="no whole output"):
+        store.remove(stage.name)
+    (path / "NOTES.md").rename(tmp_path / "NOTES.md")
+    assert store.get(stage, writing()) == path
+    (path / "NOTES.md").write_text("mine")
+    with pytest.raises(LoraloomError, match=r"NOTES.md is not ours"):
+        store.remove(stage.name)
+    assert (path / "NOTES.md").read_text() == "mine"
+
+
+def test_a_file_is_hashed_only_where_its_time_of_writing_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, hashed = Stage("train", "a", {}), []
+    path = Store(tmp_path / "one").get(stage, writing())
+
+    def hashing(file: Path) -> str:
+        hashed.append(file.name)
+        return file_sha256(file)
+
+    monkeypatch.setattr("loraloom.study.store.file_sha256", hashing)
+    Store(tmp_path / "one").get(stage, refusing)
+    shutil.copytree(tmp_path / "one", tmp_path / "kept times")  # as cp -a
+    Store(tmp_path / "kept times").get(stage, refusing)
+    assert not hashed
+    for file in path.rglob("*.txt"):
+        file.touch()
+    store = Store(tmp_path / "one")
+    for _ in range(3):
+        store.get(stage, refusing)
+    assert hashed == ["file.txt"]  # of equal content, once
 
 
 def test_scratch_outlives_a_failure_and_goes_with_success(tmp_path: Path) -> None:
@@ -148,8 +189,7 @@ def test_two_processes_make_a_stage_once_and_a_killed_one_blocks_nobody(tmp_path
     assert waiting.wait(30) == 0
     assert also.wait(30) == 0
     assert log.read_text() == "made\n" * 2  # the killed one, and one of the two after it
-    assert len(list(root.glob("train/.*.part"))) == 1
-    Store(root).tidy()
+    # what the killed one left went when the next one wrote there
     assert [path.name for path in (root / "train").iterdir()] == [Stage("train", "a.b", {}).name.split("/")[1]]
     for one in (killed, waiting, also):
         assert one.stdout is not None

@@ -28,10 +28,12 @@ from loraloom.adapters.writer import UpdateFile
 from loraloom.errors import LoraloomError, raise_problems, reads_file
 from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import file_sha256, write_json
+from loraloom.files.outputs import RECORD
 from loraloom.files.reading import read_json_object
 from loraloom.files.tensors import save_tensors, write_files
 
 PROVENANCE = "loraloom.json"
+ADAPTER = "adapter"  # the kind of a folder of which no more is told
 
 
 @reads_file
@@ -45,7 +47,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     config = read_config(folder)
     paths, fault = weight_files(folder)
-    beside, wrong = files_beside(folder, {CONFIG, PROVENANCE, *(path.name for path in paths)})
+    beside, wrong = files_beside(folder, {CONFIG, PROVENANCE, RECORD, *(path.name for path in paths)})
     problems = [*unsupported(config), *wrong, *([fault] if fault else [])]
     try:
         checked, files = check_tensors(paths)
@@ -125,14 +127,18 @@ def adapter_writer(
     modules: Iterable[str],
     head: Iterable[str] = (),
     forms: Mapping[str, Form] | None = None,
+    *,
+    kind: str = ADAPTER,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
 ) -> Iterator[AdapterWriter]:
     """Yield a writer of the updates of `modules`, and of a head of those parameter paths, as a PEFT folder.
 
     `forms` tells of the modules that are not linear layers. Where `dtype` is float16, A and B are balanced. The folder
-    appears whole at the end, or not at all where something raises. Raises LoraloomError where a value does not fit
-    `dtype`.
+    appears whole at the end, or not at all where something raises; for `kind`, `overwrite` and `inputs` see
+    `staged_folder`. Raises LoraloomError where a value does not fit `dtype`.
     """
-    with staged_folder(Path(folder)) as staged:
+    with staged_folder(Path(folder), kind=kind, overwrite=overwrite, inputs=inputs) as staged:
         weights = UpdateFile(staged, dtype, modules, head, forms or {})
         try:
             yield AdapterWriter(Path(folder), staged, config, weights)
@@ -147,13 +153,17 @@ def write_adapter(
     provenance: Mapping[str, Any],
     files: Mapping[str, str] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write an adapter as a PEFT folder, with its head and what comes along with it, and return the folder.
 
-    See `adapter_writer` and its `finish`.
+    See `adapter_writer` and its `finish`. With `overwrite` an earlier result of the same `provenance["kind"]` is
+    replaced.
     """
     whole = [*adapter.head, *adapter.copies]
-    with adapter_writer(folder, adapter.config, adapter.dtype, adapter.updates, whole, adapter.forms) as out:
+    place: dict[str, Any] = {"kind": str(provenance.get("kind", ADAPTER)), "overwrite": overwrite}
+    place["inputs"] = [adapter.path] if adapter.path else []
+    with adapter_writer(folder, adapter.config, adapter.dtype, adapter.updates, whole, adapter.forms, **place) as out:
         out.add_head(adapter.head)
         out.add_head(adapter.copies)
         for module, update in adapter.updates.items():
@@ -170,13 +180,16 @@ def write_folder(
     provenance: Mapping[str, Any],
     files: Mapping[str, str] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    kind: str = ADAPTER,
+    overwrite: bool = False,
 ) -> Path:
     """Write config, tensors (by path in the base model) and loraloom.json as a PEFT folder, whole or not at all.
 
-    `files` are further text files by name, `extra` further safetensors files by name.
+    `files` are further text files by name, `extra` further safetensors files by name; for `kind` and `overwrite` see
+    `staged_folder`.
     """
     folder = Path(folder)
-    with staged_folder(folder) as staged:
+    with staged_folder(folder, kind=kind, overwrite=overwrite) as staged:
         write_json(staged / CONFIG, config, sort_keys=True)
         save_tensors({PREFIX + name: tensor for name, tensor in tensors.items()}, staged / WEIGHTS)
         _write_beside(staged, provenance, files, extra)

@@ -6,9 +6,11 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder or file to write; it appears whole or not at all.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe.")]
 RecipeOption = Annotated[
     Path, typer.Option("--recipe", help="YAML recipe that names the base model and the tasks, by adapter.")
@@ -84,6 +87,17 @@ def typed() -> str:
     return shlex.join(["loraloom", *sys.argv[1:]])
 
 
+def stop_at_signals() -> None:
+    """Let SIGTERM (docker stop, Slurm, systemd) and SIGHUP end the command as Ctrl-C does: cleaned up, exit 128 + n."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+
+
 @contextlib.contextmanager
 def command(quiet: bool, as_json: bool) -> Iterator[Out]:
     """Set the tone of one command: output of one process, libraries that keep quiet, faults without a traceback.
@@ -91,9 +105,10 @@ def command(quiet: bool, as_json: bool) -> Iterator[Out]:
     A fault in an input exits with 2, one of loraloom's own with 1; LORALOOM_RAISE in the environment lets what nobody
     foresaw through as it is.
     """
-    from loraloom.cli.terminal import Out, hush_libraries, show_error
+    from loraloom.cli.terminal import Out, hush_libraries, show_error, show_warning
 
     hush_libraries()
+    warnings.showwarning = show_warning
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started; the others keep still
     try:
         yield Out(as_json=as_json and first, quiet=quiet or not first)

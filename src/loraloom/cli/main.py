@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from loraloom.cli.common import (
     Base,
     Commands,
     Output,
+    Overwrite,
     Quiet,
     RecipeFile,
     Seed,
@@ -22,6 +23,7 @@ from loraloom.cli.common import (
     TaskName,
     command,
     read_recipe,
+    stop_at_signals,
     typed,
 )
 from loraloom.cli.inspect import inspect
@@ -112,6 +114,7 @@ def init(
         int | None,
         typer.Option(help="Equal seeds start at the same A and merge badly; by the folder's name without."),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -132,11 +135,11 @@ def init(
         lora = checked(LoraSettings, "init", shape)
         chosen = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
         options = checked(StartOptions, "init", chosen)
-        earlier = after or []
+        more: dict[str, Any] = {"after": after or [], "overwrite": overwrite}
         if tasks:
-            done = initialise_all_from_files(output, tasks, lora, options, seed=seed or 0, after=earlier)
+            done = initialise_all_from_files(output, tasks, lora, options, seed=seed or 0, **more)
         else:
-            done = {output: initialise_from_files(output, own, others, lora, options, seed=seed, after=earlier)}
+            done = {output: initialise_from_files(output, own, others, lora, options, seed=seed, **more)}
         facts = {
             folder.name: {"folder": str(folder), **one.provenance["init"], "diagnostics": one.diagnostics()}
             for folder, one in done.items()
@@ -156,6 +159,7 @@ def train(
     ] = None,
     base: Base = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -167,7 +171,8 @@ def train(
         from loraloom.model.processes import leave
         from loraloom.study.by_hand import train_from_recipe
 
-        done = train_from_recipe(read_recipe(recipe, base), task, output, start, seed, shown)
+        chosen = read_recipe(recipe, base)
+        done = train_from_recipe(chosen, task, output, start, seed, shown, overwrite=overwrite)
         out.result({"folder": str(done.folder), "heldout": round(done.heldout, 4), "steps": done.steps})
         leave()
 
@@ -209,6 +214,7 @@ app.command()(inspect)
 def report(
     results: Annotated[Path, typer.Argument(help="results.json of a study.")],
     output: Output,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -217,7 +223,7 @@ def report(
         from loraloom.report import write_report
         from loraloom.results import StudyResult
 
-        out.result({"report": str(write_report(StudyResult.load(results), output))})
+        out.result({"report": str(write_report(StudyResult.load(results), output, overwrite=overwrite))})
 
 
 @study_app.command("status")
@@ -275,7 +281,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run the command line: a fault in the input exits with 2 and no traceback, Ctrl-C with 130."""
+    """Run the command line: a fault in the input exits with 2 and no traceback, a signal n with 128 + n."""
+    stop_at_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal of few characters cannot show

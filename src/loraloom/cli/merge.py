@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 from typer.core import TyperCommand
 
-from loraloom.cli.common import AsJson, Base, Output, Quiet, RecipeOption, command, read_recipe, typed
+from loraloom.cli.common import AsJson, Base, Output, Overwrite, Quiet, RecipeOption, command, read_recipe, typed
 
 if TYPE_CHECKING:
     from loraloom.merging.facts import MergeFacts
@@ -99,6 +99,7 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, tell the plan, sizes and time, and write nothing.")
     ] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -110,6 +111,8 @@ def merge(
         from loraloom.cli.merge_page import merge_page, next_step
         from loraloom.cli.rule_options import split_arguments
         from loraloom.merging import MergeOptions, folders
+        from loraloom.merging.facts import MERGED
+        from loraloom.merging.fuse import FUSED
 
         paths, options = split_arguments(adapters, rule, _flags(context))
         look = None
@@ -119,14 +122,15 @@ def merge(
             read = read_recipe(recipe, base)
             look = looker(read, probe_texts or read.probe_texts(rule, options), shown)
         asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads), base)
-        plan = folders.plan_folders(paths, asked, output, statistics=statistics or (), look=look)
+        kind, seen = FUSED if fuse_into else MERGED, statistics or ()
+        plan = folders.plan_folders(paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look)
         facts: MergeFacts
         if dry_run:
-            facts = folders.dry_run(plan, output, fuse_into)
+            facts = folders.dry_run(plan, output, fuse_into, overwrite=overwrite)
         elif fuse_into:
-            facts = folders.fuse_folders(plan, fuse_into, output, typed(), shown)
+            facts = folders.fuse_folders(plan, fuse_into, output, typed(), shown, overwrite=overwrite)
         else:
-            facts = folders.merge_folders(plan, output, typed(), shown)
+            facts = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
         out.result({"folder": str(output), **asdict(facts)}, "")
         merge_page(out, facts, output)
         next_step(out, facts, output, ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE"))

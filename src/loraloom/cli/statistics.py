@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from loraloom.cli.common import AsJson, Output, Quiet, command
+from loraloom.cli.common import AsJson, Output, Overwrite, Quiet, command
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
@@ -65,6 +65,7 @@ def statistics(
     delta: Annotated[float, typer.Option(help="Delta of the noise, far below 1 / texts.")] = 1e-6,
     clip: Annotated[float | None, typer.Option(help="Norm to which rows are cut for the noise.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Word pieces kept of a text.")] = 128,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,11 +77,12 @@ def statistics(
         from loraloom.model.processes import joined
         from loraloom.statistics.texts import collect_from_file, shared_alone, wanted_noise
 
+        _check(output, overwrite, base, texts)
         private = wanted_noise(noise, delta, clip, kind)
         with joined() as (process, _):
             found = collect_from_file(texts, column, base, target, count, kind, max_length, directions, private)
         if process == 0:
-            _save(shared_alone(found, rows, directions, private), output, out)
+            _save(shared_alone(found, rows, directions, private), output, overwrite, out)
 
 
 @statistics_app.command("show")
@@ -109,6 +111,7 @@ def atlas(
     count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 300,
     directions: Directions = None,
     max_length: Annotated[int, typer.Option(min=2, help="Word pieces kept of a text.")] = 128,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -117,14 +120,24 @@ def atlas(
         from loraloom.model.processes import joined
         from loraloom.statistics.texts import make_atlas
 
+        _check(output, overwrite, base, texts)
         with joined() as (process, _):
             found = make_atlas(base, target, texts, column or [], count, max_length, directions)
         if process == 0:
-            _save(found, output, out)
+            _save(found, output, overwrite, out)
 
 
-def _save(found: Statistics, output: Path, out: Out) -> None:
-    found.save(output)
+def _check(output: Path, overwrite: bool, *inputs: str | None) -> None:
+    """Raise LoraloomError where the file must not be written, before texts are read."""
+    from loraloom.files.outputs import check_file
+    from loraloom.statistics.file import FORMAT
+
+    given = [Path(path) for path in inputs if path]
+    check_file(output, mark=FORMAT.encode(), overwrite=overwrite, inputs=given)
+
+
+def _save(found: Statistics, output: Path, overwrite: bool, out: Out) -> None:
+    found.save(output, overwrite=overwrite)
     out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
     _warn_of_rows(found, out)
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich import box
 from rich.console import Console
@@ -115,6 +115,19 @@ class Out:
     def progress(self) -> Reporter:
         """Return the progress display that fits."""
         return Reporter(quiet=not self._for_people)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning in one line on standard error, in place of Python's two."""
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("note: ", "yellow"), printable(str(message))), soft_wrap=True)
 
 
 def as_typed(words: Iterable[object], width: int) -> str:

@@ -1,151 +1,198 @@
-"""Files and folders that are whole or absent: written beside their place, flushed, then renamed into it."""
+"""Files and folders that are whole or absent: written in a hidden folder beside their place, flushed, then renamed.
+
+What a killed process left in such a hidden folder is removed by the next one that writes beside it; what a process at
+work holds there is locked.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loraloom.errors import LoraloomError
+import filelock
 
-# faults of a full or read-only place, whoever meets them while it is being written
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# faults of the place itself
-_NO_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
-# a folder that holds one of these was written here, and may be replaced
-_OURS = ("loraloom.json", "stage.json", "meta.json")
-_PART = ".part"
+from loraloom.files.hashing import text_sha256
+from loraloom.files.outputs import RECORD, check_file, check_folder, read_record, record_text, write_errors
 
-
-@contextmanager
-def staged_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success flush it and rename it to `path`.
-
-    Raises LoraloomError where the system cannot write (disk full, no permission); `path` is then as it was.
-    """
-    with _write_errors(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=_parent(path))
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            _flush(temporary)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+_STAGE, _PART = ".loraloom-", ".part"
+_LOCK, _NEW, _OLD = "lock", "new", "old"  # within a hidden folder
+_DAY = 86_400.0
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success flush its files and rename it to `path`.
+def staged_file(
+    path: Path, *, mark: bytes = b"", overwrite: bool = False, inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """Yield a temporary path with the name of `path`; on success flush it and rename it to `path`.
 
-    A folder at `path` is replaced. Raises LoraloomError where the system cannot write, and before anything else where
-    `path` holds something that loraloom did not write.
+    A link is followed, a device is written into. Raises LoraloomError where `check_file` does, before anything else,
+    and where the system cannot write (disk full, no permission); `path` is then as it was.
     """
-    check_folder(path)
-    path = path.absolute()  # "." has no name of its own
-    with _write_errors(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=_parent(path)))
-        try:
-            yield temporary
-            os.chmod(temporary, 0o777 & ~_umask())
-            _publish(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    check_file(path, mark=mark, overwrite=overwrite, inputs=inputs)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with tempfile.TemporaryDirectory() as elsewhere, write_errors(path):
+            yield Path(elsewhere) / target.name
+            with open(Path(elsewhere) / target.name, "rb") as written, open(target, "wb") as device:
+                shutil.copyfileobj(written, device)
+        return
+    with write_errors(path), _staging(target.parent) as stage:
+        file = stage / _NEW / target.name
+        yield file
+        _flush(file)
+        os.replace(file, target)
 
 
-def check_folder(path: Path) -> None:
-    """Raise LoraloomError where `path` is a file, or a folder that holds something loraloom did not write."""
-    with _write_errors(path):
-        if path.exists() and not path.is_dir():
-            raise LoraloomError(f"{path}: is a file, where a folder is to be written", "name another folder")
-        if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OURS):
-            raise LoraloomError(
-                f"{path}: holds files that loraloom did not write; they would be lost",
-                "name a folder that is new or empty",
-            )
+@contextmanager
+def staged_folder(path: Path, *, kind: str, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield a temporary folder; on success write down its files, flush them and rename it to `path`.
+
+    kind: what the result is, in words, by which it is known later. overwrite: whether an earlier result of this kind
+    is replaced. inputs: what the result is made of, which must stay as it is. A link is followed. Raises LoraloomError
+    where `check_folder` does, before anything else, and where the system cannot write; `path` is then as it was.
+    """
+    check_folder(path, kind=kind, overwrite=overwrite, inputs=inputs)
+    target = Path(os.path.realpath(path))
+    with write_errors(path), _staging(target.parent) as stage:
+        folder = stage / _NEW / target.name
+        folder.mkdir()
+        yield folder
+        (folder / RECORD).write_text(record_text(kind, folder), encoding="utf-8")
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        # what came into the place while this was written
+        check_folder(path, kind=kind, overwrite=overwrite, inputs=inputs)
+        _publish(folder, target, stage / _OLD)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
-    with staged_file(path) as temporary:
+def write_text(path: Path, text: str, *, mark: bytes = b"", overwrite: bool = False) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all; see `staged_file`."""
+    with staged_file(path, mark=mark, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def add_to_record(folder: Path, names: Iterable[str]) -> None:
+    """Count `names` among the files of a folder of ours into which they are about to be written."""
+    record = read_record(folder)
+    if record is not None:
+        write_text(folder / RECORD, record_text(record.kind, folder, names), overwrite=True)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; nobody else may be writing there."""
-    for path in folder.glob(f".*{_PART}"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    """Remove what killed processes left half-written in `folder`, and put back what one had set aside.
 
-
-def _publish(temporary: Path, path: Path) -> None:
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            _flush(file)
-    if path.exists():
-        # a folder cannot be renamed onto one that holds files
-        retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
-        os.replace(path, retired)
-        os.replace(temporary, path)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        os.replace(temporary, path)
+    Leaves alone what a process at work has locked and, since a lock may not be seen from another machine, what such a
+    one wrote within a day. Warns, in one line, of what was done.
+    """
+    removed, restored = 0, []
+    for stage in folder.glob(f"{_STAGE}*{_PART}"):
+        if not _is_of_this_host(stage) and time.time() - _last_write(stage) < _DAY:
+            continue
+        with suppress(filelock.Timeout, OSError), filelock.FileLock(stage / _LOCK, timeout=0):
+            for old in (stage / _OLD).glob("*"):
+                if not os.path.lexists(folder / old.name):
+                    os.rename(old, folder / old.name)
+                    restored.append(old.name)
+            # nothing but the lock: it was just given up by a process that had ended its work
+            removed += len(list(stage.iterdir())) > 1
+            _remove(stage)
+    if removed:
+        back = f", and put back {', '.join(restored)}" if restored else ""
+        what = "what a killed run had" if removed == 1 else f"what {removed} killed runs had"
+        warnings.warn(f"{folder}: removed {what} left half-written{back}", stacklevel=1)
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """Tell a fault of writing at `path` as LoraloomError; a fault of reading elsewhere passes as it is."""
+def _staging(parent: Path) -> Iterator[Path]:
+    """Yield a hidden folder in `parent`, locked as long as this process lives and removed at the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent)
+    while True:
+        stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{_host()}-", suffix=_PART, dir=parent))
+        lock = filelock.FileLock(stage / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except (filelock.Timeout, FileNotFoundError):
+            continue  # another process took it for a leftover before it was locked
+        except OSError:
+            break  # no locks here: then nobody removes leftovers either
+        if stage.is_dir():
+            break
     try:
-        yield
-    except LoraloomError:
-        raise
-    except Exception as error:
-        reason = _write_fault(error, path)
-        if not reason:
+        (stage / _NEW).mkdir()
+        yield stage
+    finally:
+        _remove(stage)
+        lock.release()
+
+
+def _publish(folder: Path, target: Path, aside: Path) -> None:
+    """Rename `folder` to `target`; what was there is then in its place, or in `aside`."""
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(folder, target)
+    elif not _exchanged(folder, target):
+        aside.mkdir()
+        # after a kill between these two, `remove_leftovers` puts it back
+        os.rename(target, aside / target.name)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            os.rename(aside / target.name, target)
             raise
-        hint = "free some space or choose another folder; nothing was changed"
-        raise LoraloomError(f"{path}: cannot be written: {reason}", hint) from error
 
 
-def _write_fault(error: Exception, path: Path) -> str:
-    """Return why `path` cannot be written, or an empty string where `error` is of another kind."""
-    if isinstance(error, shutil.Error):
-        # copytree keeps the words of what it met: a list of (from, to, why)
-        return str(error.args[0][0][2])
-    if isinstance(error, OSError):
-        where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
-        here = where.is_relative_to(path.parent) or path.is_relative_to(where)
-        if error.errno in _FULL or (error.errno in _NO_PLACE and here):
-            return error.strerror or str(error)
-        return ""
-    # what is written in Rust (tokenizers, safetensors) gives the system's words and number as text
-    system = re.search(r"([^:(]+) \(os error (\d+)\)", str(error))
-    if system and (int(system[2]) in _FULL or str(error).startswith("Error while serializing")):
-        return system[1].strip()
-    # torch.save has no class and no number for a write that fell short
-    return "the disk is full" if re.search("inline_container|PytorchStreamWriter", str(error)) else ""
+def _exchanged(one: Path, two: Path) -> bool:
+    """Let two paths change places at once; return False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    swap = ctypes.c_uint(2)  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+    if hasattr(libc, "renameat2"):
+        here = ctypes.c_int(-100)  # AT_FDCWD
+        failed = libc.renameat2(here, os.fsencode(one), here, os.fsencode(two), swap)
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(os.fsencode(one), os.fsencode(two), swap)
+    else:
+        return False
+    if failed and ctypes.get_errno() not in _NO_EXCHANGE:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(two))
+    return not failed
 
 
-def _parent(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent
+def _remove(stage: Path) -> None:
+    """Remove a hidden folder, its lock last."""
+    for path in stage.glob("*"):
+        if path.name != _LOCK:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def _host() -> str:
+    return text_sha256(socket.gethostname())[:8]
+
+
+def _is_of_this_host(stage: Path) -> bool:
+    return stage.name.startswith(f"{_STAGE}{_host()}-")
+
+
+def _last_write(stage: Path) -> float:
+    """Return when anything in a hidden folder was last written, in seconds; now where it is just going away."""
+    try:
+        return max(path.lstat().st_mtime for path in (stage, *stage.rglob("*")))
+    except OSError:
+        return time.time()
 
 
 def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -45,14 +45,14 @@ class TensorFile:
     """Writes tensors one after another and the header last, into room kept free for it.
 
     `names` are all that may be added: they size the header, which the format lets end in spaces. safetensors' own
-    `save_file` wants every tensor at once.
+    `save_file` wants every tensor at once, and shuffles `metadata`; here equal content gives equal bytes.
     """
 
-    def __init__(self, path: Path, names: Iterable[str]) -> None:
+    def __init__(self, path: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None) -> None:
         self._names = set(names)
-        self._room = 64 + sum(len(json.dumps(name)) + _ENTRY for name in self._names)
+        self._entries: dict[str, object] = {"__metadata__": metadata or _METADATA}
+        self._room = len(_compact(self._entries)) + sum(len(json.dumps(name)) + _ENTRY for name in self._names)
         self._room += -self._room % 8
-        self._entries: dict[str, object] = {"__metadata__": _METADATA}
         self._end = 0
         self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
         self._file.seek(8 + self._room)
@@ -75,10 +75,14 @@ class TensorFile:
         """Write the header and close the file; calling it twice does no harm."""
         if self._file.closed:
             return
-        header = json.dumps(self._entries, separators=(",", ":")).encode()
+        header = _compact(self._entries)
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         self._file.close()
+
+
+def _compact(content: object) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
 
 
 class Entry(NamedTuple):

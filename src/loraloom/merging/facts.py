@@ -19,6 +19,7 @@ from loraloom.merging.fuse import FusedFacts
 from loraloom.merging.names import public_command
 from loraloom.merging.plan import Layer, Plan, ScaleFrom
 
+MERGED = "merged adapter"  # the kind of result
 _LOSSY = 0.1  # share of the energy that goes with a warning
 
 

@@ -15,11 +15,11 @@ from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
 from loraloom.adapters.together import compatibility_problems
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
-from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import json_text
+from loraloom.files.outputs import check_folder
 from loraloom.merging.card import fused_card
-from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
-from loraloom.merging.fuse import fuse, prepare
+from loraloom.merging.facts import MERGED, ForecastFacts, FusionFacts, MergedFacts, MergeFacts
+from loraloom.merging.fuse import FUSED, fuse, prepare
 from loraloom.merging.merger import write_merged
 from loraloom.merging.names import input_names
 from loraloom.merging.options import MergeOptions
@@ -41,12 +41,16 @@ def plan_folders(
     options: MergeOptions,
     output: Path,
     *,
+    kind: str = MERGED,
+    overwrite: bool = False,
     statistics: Sequence[Path] = (),
     look: Look | None = None,
 ) -> Plan:
     """Read adapter folders, and return the plan of their merge into `output`.
 
     options: how they are merged; see `MergeOptions`.
+    kind: of the result, MERGED or FUSED.
+    overwrite: whether an earlier result of its kind is replaced.
     statistics: a file of each adapter's inputs, in the adapters' order.
     look: gets what the rule needs of base model and texts.
 
@@ -56,7 +60,7 @@ def plan_folders(
     members: list[Adapter] = []
     seen: list[Statistics] = []
     with collecting(errors):
-        check_folder(output)
+        check_folder(output, kind=kind, overwrite=overwrite, inputs=[*folders, *statistics])
     for folder in folders:
         with collecting(errors):
             members.append(read_adapter(folder))
@@ -78,17 +82,22 @@ def plan_folders(
     return make_plan(named, options, statistics=supplied[0], probe=supplied[1])
 
 
-def merge_folders(plan: Plan, output: Path, command: str, reporter: Reporter) -> MergedFacts:
+def merge_folders(
+    plan: Plan, output: Path, command: str, reporter: Reporter, *, overwrite: bool = False
+) -> MergedFacts:
     """Merge into the adapter folder `output`, whole or not at all, and return what was written.
 
     command: as it was typed, for loraloom.json.
     """
     reporter.begin("merging", len(plan.modules))
-    write_merged(plan, output, command=command, progress=lambda done, total: reporter.advance("merging"))
+    show = reporter.advance
+    write_merged(plan, output, command=command, overwrite=overwrite, progress=lambda done, total: show("merging"))
     return MergedFacts.read(output)
 
 
-def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: Reporter) -> FusionFacts:
+def fuse_folders(
+    plan: Plan, base: Path, output: Path, command: str, reporter: Reporter, *, overwrite: bool = False
+) -> FusionFacts:
     """Write the checkpoint `base` with the merge in its weights to `output`, and return what was written.
 
     base: the checkpoint's folder; see `fuse`, also for what is refused.
@@ -98,7 +107,7 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
     single = _single_head(plan)
-    facts = MergeFacts.of(plan, "fused checkpoint", command)
+    facts = MergeFacts.of(plan, FUSED, command)
     left_out = {**facts.left_out, **dict.fromkeys(plan.copies, "the checkpoint's own is taken")}
     facts = replace(facts, heads=[] if single else facts.heads, left_out=left_out)
     fused_into = public_name(str(base.resolve()))
@@ -119,6 +128,8 @@ def fuse_folders(plan: Plan, base: Path, output: Path, command: str, reporter: R
         delta,
         files={PROVENANCE: json_text(provenance), "README.md": fused_card(facts)},
         extra={} if single else {f"heads/{name}.safetensors": head for name, head in plan.task_heads.items()},
+        overwrite=overwrite,
+        inputs=plan.folders,
         progress=show,
     )
     return FusionFacts(**vars(facts), fused_into=fused_into, checkpoint=fused)
@@ -148,7 +159,7 @@ def _labels(plan: Plan) -> list[str] | None:
     return [str(label) for label in known] if isinstance(known, list) else None
 
 
-def dry_run(plan: Plan, output: Path, fuse_into: Path | None) -> ForecastFacts:
+def dry_run(plan: Plan, output: Path, fuse_into: Path | None, *, overwrite: bool = False) -> ForecastFacts:
     """Return what a merge would do: sizes, ranks and the time to expect, from one reading and one small trial.
 
     Raises LoraloomError where the checkpoint `fuse_into` could not take it.
@@ -158,7 +169,7 @@ def dry_run(plan: Plan, output: Path, fuse_into: Path | None) -> ForecastFacts:
     numbers = sum(r * (shapes[module].m + shapes[module].n) for module, r in ranks.items())
     size = numbers * plan.dtype.itemsize
     if fuse_into is not None:
-        size = prepare(fuse_into, output, _changes(plan))[1].size
+        size = prepare(fuse_into, output, _changes(plan), overwrite=overwrite)[1].size
     return ForecastFacts(
         **vars(MergeFacts.of(plan, "dry run")),
         output_rank=max(ranks.values()),

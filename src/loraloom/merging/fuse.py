@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,14 +17,16 @@ from torch import Tensor
 
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, raise_problems
-from loraloom.files.atomic import check_folder, staged_folder
+from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import file_sha256, write_json
+from loraloom.files.outputs import check_folder
 from loraloom.files.tensors import write_files
 from loraloom.merging.checkpoint import CONFIG, INDEX, Checkpoint, files_beside, read_checkpoint
 from loraloom.merging.placement import Changes, Placement, place
 from loraloom.merging.shards import Shard, write_shard
 
 SUMS = "SHA256SUMS"
+FUSED = "fused checkpoint"  # the kind of result
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def fuse(
     *,
     files: Mapping[str, str] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> FusedFacts:
     """Write to `output` the checkpoint in folder `base` with every update added; it appears whole or not at all.
@@ -67,13 +71,16 @@ def fuse(
     - delta: gives a module's dW: an Update or a dense (m, n) tensor, float32 or float64. It is called in the order of
       the shards, once a module unless the checkpoint has an expert's weights far apart.
     - files, extra: further text files, and further safetensors files, by name.
+    - overwrite: replace an earlier fused checkpoint.
+    - inputs: folders that must stay as they are, as the base does.
     - progress: is told the bytes done and those of all shards.
 
     `sha256sum -c SHA256SUMS` checks the folder. Raises LoraloomError that tells all problems before anything is
     written; for a value that does not fit its weight's dtype when it is met, with nothing left behind.
     """
-    found, placed = prepare(base, output, changes)
-    with staged_folder(output) as staged:
+    where: dict[str, Any] = {"kind": FUSED, "overwrite": overwrite, "inputs": [base, *inputs]}
+    found, placed = prepare(base, output, changes, overwrite=overwrite)
+    with staged_folder(output, **where) as staged:
         sha256 = _write_shards(placed, staged, delta, progress)
         _write_index(found, placed.shards, staged)
         left_out = _copy_files(found, staged)
@@ -84,7 +91,7 @@ def fuse(
         sha256 |= {name: file_sha256(path) for name, path in written.items() if name not in sha256}
         sums = "".join(f"{sha256[name]}  {name}\n" for name in sorted(sha256))
         (staged / SUMS).write_text(sums, encoding="utf-8")
-        size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return FusedFacts(
         output,
         size,
@@ -99,10 +106,10 @@ def fuse(
     )
 
 
-def prepare(base: Path, output: Path, changes: Changes) -> tuple[Checkpoint, Placement]:
+def prepare(base: Path, output: Path, changes: Changes, *, overwrite: bool = False) -> tuple[Checkpoint, Placement]:
     """Return what `fuse` would write and from what. Raises LoraloomError that tells all problems."""
     found, problems = read_checkpoint(base)
-    problems = _output_problems(base, output) + problems
+    problems = _output_problems(base, output, overwrite) + problems
     placed, misfits = place(found, changes) if found else (None, [])
     problems += misfits + (_space_problems(output, placed.size) if placed else [])
     raise_problems(f"cannot fuse into {base}", problems, "nothing was written")
@@ -111,12 +118,9 @@ def prepare(base: Path, output: Path, changes: Changes) -> tuple[Checkpoint, Pla
     return found, placed
 
 
-def _output_problems(base: Path, output: Path) -> list[str]:
-    here, there = base.resolve(), output.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        return [f"{output}: is the base's folder, or one lies in the other: name a folder elsewhere"]
+def _output_problems(base: Path, output: Path, overwrite: bool) -> list[str]:
     try:
-        check_folder(output)
+        check_folder(output, kind=FUSED, overwrite=overwrite, inputs=[base])
     except LoraloomError as error:
         return [f"{error.message}: {error.hint}"]
     return []

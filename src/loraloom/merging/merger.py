@@ -12,7 +12,7 @@ from torch import Tensor
 from loraloom.adapters.peft import adapter_writer
 from loraloom.adapters.update import Adapter
 from loraloom.merging.card import merged_card
-from loraloom.merging.facts import MergedFacts, MergeFacts, layer_facts
+from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.plan import Layer, Plan, make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
@@ -94,21 +94,24 @@ def write_merged(
     folder: str | Path,
     *,
     command: str | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a PEFT folder with heads/<input>.safetensors, a model card and loraloom.json; return the folder.
 
     merged: what `merge` returned; or a plan, which is computed while it is written: one layer at a time in memory.
-    folder: appears whole or not at all; what loraloom wrote there before is replaced.
+    folder: appears whole or not at all.
     command: as it was typed, for loraloom.json.
+    overwrite: replace a folder that holds an earlier merged adapter.
     progress: is called after each layer with the layers done and all.
 
-    Raises LoraloomError where the folder holds what loraloom did not write, or a value does not fit the dtype.
+    Raises LoraloomError where the folder holds anything else or lies in an input, or a value does not fit the dtype.
     """
     plan = merged if isinstance(merged, Plan) else merged.plan
     head, layers, copies = plan.head, {}, plan.copies
     readouts: dict[str, dict[str, Tensor]] = {}
-    with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms) as out:
+    place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders}
+    with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms, **place) as out:
         out.add_head(head)
         out.add_head(copies)
         for layer in merged.layers():
@@ -119,7 +122,7 @@ def write_merged(
                     readouts.setdefault(file, {}).update(tensors)
             if progress:
                 progress(len(layers), len(plan.modules))
-        facts = MergedFacts.written(MergeFacts.of(plan, "merged adapter", command), layers)
+        facts = MergedFacts.written(MergeFacts.of(plan, MERGED, command), layers)
         extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
         extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
         out.finish(asdict(facts), {"README.md": merged_card(facts)}, extra, plan.carried)

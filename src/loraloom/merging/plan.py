@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -95,6 +96,11 @@ class Plan:
             name: weight**2 * sum(update.energy() for update in self.members[name].updates.values()) if weight else 0.0
             for name, weight in self.weights.items()
         }
+
+    @property
+    def folders(self) -> list[Path]:
+        """Return the folders that inputs were read from, which the result must not touch."""
+        return [member.path for member in self.members.values() if member.path]
 
     def layers(self) -> Iterator[Layer]:
         """Yield every merged layer, one at a time."""

@@ -19,12 +19,16 @@ from loraloom.report.tables import merged_table, points, summary_rows, summary_t
 from loraloom.report.verdict import comparisons, signed, verdict
 from loraloom.results import StudyResult
 
+MARK = b'<meta name="generator" content="loraloom">'  # by which a report is known
 _HERE = Path(__file__).parent
 
 
-def write_report(result: StudyResult, path: Path) -> Path:
-    """Write the report of a study to `path` and return it. Raises LoraloomError where it cannot be written."""
-    write_text(path, render(result))
+def write_report(result: StudyResult, path: Path, *, overwrite: bool = False) -> Path:
+    """Write the report of a study to `path` and return it; with `overwrite` it replaces an earlier one.
+
+    Raises LoraloomError where it cannot be written.
+    """
+    write_text(path, render(result), mark=MARK, overwrite=overwrite)
     return path
 
 

@@ -10,10 +10,10 @@ from peft import LoraConfig
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
-from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import task_seed
+from loraloom.files.outputs import check_folder
 from loraloom.settings import LoraSettings
-from loraloom.starts.initialise import Initialisation, initialise, initialise_all
+from loraloom.starts.initialise import START, Initialisation, initialise, initialise_all
 from loraloom.starts.options import StartOptions
 from loraloom.statistics.file import Statistics
 
@@ -27,6 +27,7 @@ def initialise_from_files(
     *,
     seed: int | None = None,
     after: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> Initialisation:
     """Write the adapter folder that one task starts from; see `initialise`.
 
@@ -36,10 +37,11 @@ def initialise_from_files(
     lora: the adapter's shape; target modules "all-linear" are all layers of the statistics.
     seed: None draws it from the folder's name: teams that share an atlas must not start at the same A.
     after: adapter folders that are there already; they go by path.
+    overwrite: replace a folder that holds an earlier start.
 
     Raises LoraloomError that tells together every file that cannot be read.
     """
-    read, earlier = _read([output], [*([own] if own else []), *others], after)
+    read, earlier = _read([output], [*([own] if own else []), *others], after, overwrite)
     return initialise(
         output,
         read[own] if own else None,
@@ -48,6 +50,7 @@ def initialise_from_files(
         options,
         seed=task_seed(0, output.resolve().name) if seed is None else seed,
         after=earlier,
+        overwrite=overwrite,
     )
 
 
@@ -59,26 +62,28 @@ def initialise_all_from_files(
     *,
     seed: int = 0,
     after: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> dict[Path, Initialisation]:
     """Write the adapter folders that all tasks start from, each off the others, and return what was written by folder.
 
     output: where the folders lie, each by the name of its task's file.
     files: statistics file of every task.
-    lora, after: as for `initialise_from_files`. options, seed: as for `initialise_all`.
+    lora, after, overwrite: as for `initialise_from_files`. options, seed: as for `initialise_all`.
 
     Raises LoraloomError that tells together every file that cannot be read.
     """
     names = [path.stem for path in files]
     twice = [f"two files are named {name}" for name in sorted(set(names)) if names.count(name) > 1]
     raise_problems("init", twice, "name each file after its task")
-    read, earlier = _read([output / name for name in names], files, after)
+    read, earlier = _read([output / name for name in names], files, after, overwrite)
     tasks = {path.stem: read[path] for path in files}
-    done = initialise_all(output, tasks, LoraConfig(**lora.for_peft()), options, seed=seed, after=earlier)
+    config = LoraConfig(**lora.for_peft())
+    done = initialise_all(output, tasks, config, options, seed=seed, after=earlier, overwrite=overwrite)
     return {output / name: one for name, one in done.items()}
 
 
 def _read(
-    folders: Iterable[Path], files: Iterable[Path], after: Iterable[Path]
+    folders: Iterable[Path], files: Sequence[Path], after: Sequence[Path], overwrite: bool
 ) -> tuple[dict[Path, Statistics], dict[str, Adapter]]:
     """Return what is in statistics files and in earlier adapters' folders, once `folders` are known to be writable."""
     errors: list[LoraloomError] = []
@@ -86,7 +91,7 @@ def _read(
     earlier: dict[str, Adapter] = {}
     for folder in folders:
         with collecting(errors):
-            check_folder(folder)
+            check_folder(folder, kind=START, overwrite=overwrite, inputs=[*files, *after])
     for path in files:
         with collecting(errors):
             read[path] = Statistics.load(path)

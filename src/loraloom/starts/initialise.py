@@ -23,6 +23,7 @@ from loraloom.adapters.peft import write_folder
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.hashing import task_seed
+from loraloom.files.outputs import check_folder
 from loraloom.model.wrappers import assign, each_weight, peeled
 from loraloom.starts.keep import AVOID, KeepInSubspace, lora_layers
 from loraloom.starts.options import Keep, StartOptions
@@ -32,6 +33,7 @@ from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import base_differences, cover_problems
 from loraloom.statistics.moments import pooled
 
+START = "start"  # the kind of result
 _FACTORS = ("lora_A", "lora_B")  # as PEFT's layers name them
 
 
@@ -73,6 +75,7 @@ def initialise(
     seed: int = 0,
     after: Mapping[str, Adapter] | None = None,
     adapter_name: str = "default",
+    overwrite: bool = False,
 ) -> Initialisation:
     """Start one task's adapter: write a PEFT folder, or fill an adapter of a PeftModel in place. B is 0, so the model
     starts as the base model exactly.
@@ -86,11 +89,14 @@ def initialise(
     seed: of the rules that draw at random; each layer draws its own from it.
     after: adapters that are there already, by name; the rows of their A's are stayed off as the loud directions are.
     adapter_name: the adapter of a PeftModel that is filled.
+    overwrite: replace a folder that holds an earlier start.
 
     Returns A of every layer, float32, with what it came from; see `Initialisation`. Raises LoraloomError that tells
     together every layer that does not fit; nothing is written then.
     """
     options, after = options or StartOptions(), after or {}
+    if not isinstance(into, torch.nn.Module):
+        check_folder(Path(into), kind=START, overwrite=overwrite)
     _check_given(own, others, options, after)
     base = own or next(iter(others.values()))
 
@@ -104,7 +110,7 @@ def initialise(
 
     if isinstance(into, torch.nn.Module):
         return _in_place(into, adapter_name, lora, options.keep, base, start)
-    return _in_folder(Path(into), lora, base, start)
+    return _in_folder(Path(into), lora, base, start, overwrite)
 
 
 def initialise_all(
@@ -115,6 +121,7 @@ def initialise_all(
     *,
     seed: int = 0,
     after: Mapping[str, Adapter] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Initialisation]:
     """Write the PEFT folder of every task, each off all others, layer by layer.
 
@@ -123,11 +130,13 @@ def initialise_all(
     folder: where the tasks' folders lie, each by its name.
     tasks: statistics of each task's own inputs, by name, on one base model.
     seed: each task draws its own from it and its name; of the rule `shared` all take it as it is.
-    lora, options, after: as for `initialise`.
+    lora, options, after, overwrite: as for `initialise`.
 
     Returns what `initialise` returns for each task. Raises LoraloomError as it does, before anything is written.
     """
     options, after = options or StartOptions(), after or {}
+    for name in tasks:
+        check_folder(Path(folder) / name, kind=START, overwrite=overwrite)
     base = next(iter(tasks.values()), None)
     _check_given(base, dict(list(tasks.items())[1:]), options, after)
     assert base is not None  # no task leaves nothing to stay off
@@ -148,7 +157,7 @@ def initialise_all(
     ]
     done = dict(zip(tasks, _starts(each, base, ranks, views, options, after), strict=True))
     for name, one in done.items():
-        _write(Path(folder) / name, one, config, base)
+        _write(Path(folder) / name, one, config, base, overwrite)
     return done
 
 
@@ -164,10 +173,12 @@ class _Task:
 _Start = Callable[[LoraConfig, Mapping[str, int]], Initialisation]  # of these settings, and ranks by module path
 
 
-def _in_folder(folder: Path, lora: LoraConfig | None, base: Statistics, start: _Start) -> Initialisation:
+def _in_folder(
+    folder: Path, lora: LoraConfig | None, base: Statistics, start: _Start, overwrite: bool
+) -> Initialisation:
     config, ranks = _config_and_ranks(lora, base)
     done = start(config, ranks)
-    _write(folder, done, config, base)
+    _write(folder, done, config, base, overwrite)
     return done
 
 
@@ -317,7 +328,7 @@ def _provenance(
     }
 
 
-def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics) -> None:
+def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics, overwrite: bool) -> None:
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
     config = headless_config(config)
     config["base_model_name_or_path"] = public_name(lora.base_model_name_or_path or own.base)
@@ -328,7 +339,8 @@ def _write(folder: Path, done: Initialisation, lora: LoraConfig, own: Statistics
     extra = {}
     if done.keep == "projected":
         extra[AVOID] = {module: space.avoid for module, space in done.subspaces.items()}
-    write_folder(folder, config, tensors, provenance=done.provenance, extra=extra)
+    facts: dict[str, Any] = {"provenance": done.provenance, "extra": extra}
+    write_folder(folder, config, tensors, **facts, kind=START, overwrite=overwrite)
 
 
 @torch.no_grad()

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.atomic import staged_file
 from loraloom.files.reading import parse_json
-from loraloom.files.tensors import MOST_TENSORS, StoredFile
+from loraloom.files.tensors import MOST_TENSORS, StoredFile, TensorFile
 from loraloom.settings import Kind, explained
 from loraloom.statistics.moments import Moment
 from loraloom.statistics.stored import PARTS, StoredMoments
@@ -131,8 +130,8 @@ class Statistics:
             "privacy": self.privacy,
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write one safetensors file, whole or not at all; with `overwrite` it replaces an earlier one."""
         metadata = {
             "format": FORMAT,
             "base": self.base,
@@ -143,7 +142,7 @@ class Statistics:
             "layers": json.dumps({name: asdict(layer) for name, layer in self.layers.items()}),
             **({"privacy": json.dumps(self.privacy)} if self.privacy else {}),
         }
-        save_moments(self.moments, Path(path), metadata)
+        save_moments(self.moments, Path(path), metadata, overwrite=overwrite)
 
     @classmethod
     @reads_file
@@ -192,8 +191,10 @@ class Statistics:
         )
 
 
-def save_moments(moments: Mapping[str, Moment], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write `moments` and `metadata` as one file, whole or not at all."""
+def save_moments(
+    moments: Mapping[str, Moment], path: Path, metadata: Mapping[str, str], *, overwrite: bool = False
+) -> None:
+    """Write `moments` and `metadata` as one file, whole or not at all; equal ones give equal bytes."""
     tensors: dict[str, Tensor] = {}
     counts, lost = {}, {}
     for name, moment in moments.items():
@@ -204,8 +205,13 @@ def save_moments(moments: Mapping[str, Moment], path: Path, metadata: Mapping[st
         if moment.lost:
             lost[name] = moment.lost
     own = {"counts": json.dumps(counts), **({"lost": json.dumps(lost)} if lost else {})}
-    with staged_file(path) as temporary:
-        save_file(tensors, temporary, metadata={**metadata, **own})
+    # widest first, so that every tensor is aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    with staged_file(path, mark=FORMAT.encode(), overwrite=overwrite) as temporary:
+        file = TensorFile(temporary, names, {**metadata, **own})
+        for name in names:
+            file.add(name, tensors[name])
+        file.close()
 
 
 T = TypeVar("T")

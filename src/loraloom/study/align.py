@@ -10,7 +10,7 @@ from loraloom.adapters.peft import PROVENANCE, Input, inputs_by_task, read_adapt
 from loraloom.adapters.together import compatibility_problems
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
-from loraloom.files.atomic import staged_file, write_text
+from loraloom.files.atomic import add_to_record, staged_file, write_text
 from loraloom.files.hashing import json_text
 from loraloom.files.tensors import save_tensors
 from loraloom.merging.card import merged_card
@@ -52,8 +52,9 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
         heads[key], own[key] = head, evaluator.features(member.updates, head, rows)
         together[key] = evaluator.features(read[key].updates, head, rows)
         reporter.advance("aligning")
+    add_to_record(merged, files.values())
     for key, head in align_heads(heads, own, together, ridge=recipe.alignment.ridge).items():
-        with staged_file(merged / files[key]) as place:
+        with staged_file(merged / files[key], overwrite=True) as place:
             save_tensors(head.tensors, place)
     _note_alignment(merged, f"on {texts} unlabelled training texts a task")
     return files
@@ -65,9 +66,9 @@ def _note_alignment(merged: Path, how: str) -> None:
     # aligning again replaces its own note; what others noted stays
     notes = [note for note in known.get("notes", []) if not note.startswith(start)]
     told = {**known, "notes": [*notes, f"{start} to the merged features {how}"]}
-    write_text(merged / PROVENANCE, json_text(told))
+    write_text(merged / PROVENANCE, json_text(told), overwrite=True)
     if "output_rank" in known:
-        write_text(merged / "README.md", merged_card(MergedFacts.read(merged)))
+        write_text(merged / "README.md", merged_card(MergedFacts.read(merged)), overwrite=True)
 
 
 def _head_files(merged: Path, folders: Sequence[Path], tasks: Sequence[str]) -> dict[str, str]:

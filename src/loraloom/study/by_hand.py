@@ -10,7 +10,6 @@ from loraloom.adapters.heads import heads_by_task
 from loraloom.adapters.peft import task_of
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_together
-from loraloom.files.atomic import check_folder
 from loraloom.files.hashing import task_seed
 from loraloom.merging import Rule
 from loraloom.merging.folders import Look, Supplied
@@ -23,14 +22,21 @@ from loraloom.statistics.file import Statistics
 from loraloom.study.recipe import Recipe
 from loraloom.study.stages import build_task, merged_adapters
 from loraloom.tasks.task import Task
-from loraloom.training import Trained, train_adapter
+from loraloom.training import Trained, check_trained, train_adapter
 
 
 def train_from_recipe(
-    recipe: Recipe, task: str, output: Path, init: Path | None, seed: int, reporter: Reporter
+    recipe: Recipe,
+    task: str,
+    output: Path,
+    init: Path | None,
+    seed: int,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
 ) -> Trained:
     """Train one task of a recipe as a study with this seed would; see `train_adapter`."""
-    check_folder(output)
+    check_trained(output, recipe.base, init, overwrite)  # before rows are read
     built = build_task(task, recipe.task(task))
     reporter.begin("training", 1)
     return train_adapter(
@@ -41,6 +47,7 @@ def train_from_recipe(
         lora=recipe.lora,
         settings=recipe.training_of(task),
         seed=task_seed(seed, task),
+        overwrite=overwrite,
         progress=lambda done, total: reporter.detail("training", f"{task} step {done}/{total}"),
     )
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 
 from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance, write_adapter
-from loraloom.files.atomic import remove_leftovers, staged_folder
+from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import text_sha256
+from loraloom.files.outputs import check_apart, check_file
 from loraloom.merging.card import merged_card
 from loraloom.merging.facts import MergedFacts
 from loraloom.merging.names import public_command
@@ -25,7 +26,17 @@ from loraloom.model.processes import check_alone
 from loraloom.model.runner import labels
 from loraloom.progress import Reporter
 from loraloom.report import write_report
-from loraloom.results import InitFacts, Interference, MergeScore, SingleScore, StudyResult, TaskFacts, average
+from loraloom.report.page import MARK as REPORT_MARK
+from loraloom.results import (
+    MARK as RESULTS_MARK,
+    InitFacts,
+    Interference,
+    MergeScore,
+    SingleScore,
+    StudyResult,
+    TaskFacts,
+    average,
+)
 from loraloom.study import stages
 from loraloom.study.inputs import Output
 from loraloom.study.recipe import MergeSettings, Recipe, slug
@@ -33,6 +44,7 @@ from loraloom.study.store import RECORD
 from loraloom.study.study import GIVEN, Evaluated, Study, Trained, merged_facts
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import SPLITS, Task
+from loraloom.training import TRAINED
 
 _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit-learn", "scipy", "numpy")
 
@@ -47,6 +59,7 @@ def run_study(
     under `accelerate launch` and its like: a study runs in one process.
     """
     check_alone("a study")
+    _check_place(recipe, Path(folder))
     with reporter or Reporter(quiet=True) as shown:
         study = Study(recipe, folder, shown)
         study.engine.store.tidy()
@@ -56,16 +69,21 @@ def run_study(
         result = _result(study, merges, responses, command)
         # two runs of one study must not write their adapters over each other
         with study.engine.store.lock("outcome"):
-            for place in (study.folder, *study.folder.glob("adapters/*"), *study.folder.glob("merged/*")):
-                remove_leftovers(place)
             for one in study.trained if recipe.inits else ():
                 _export_adapters(study, one)
             for one, row in evaluated:
                 if row.chosen_aligned:
                     _export_merged(study, one, row)
-            result.save(study.folder / "results.json")
-            write_report(result, study.folder / "report.html")
+            result.save(study.folder / "results.json", overwrite=True)
+            write_report(result, study.folder / "report.html", overwrite=True)
     return result
+
+
+def _check_place(recipe: Recipe, folder: Path) -> None:
+    """Raise LoraloomError where the study's files would replace others, or lie in what it reads."""
+    check_apart(folder, [Path(recipe.base), *recipe.adapters.values()], may_hold=True)
+    check_file(folder / "results.json", mark=RESULTS_MARK, overwrite=True)
+    check_file(folder / "report.html", mark=REPORT_MARK, overwrite=True)
 
 
 def _result(study: Study, merges: list[MergeScore], responses: list[Interference], command: str) -> StudyResult:
@@ -218,7 +236,7 @@ def _export_adapters(study: Study, one: Trained) -> None:
         place = study.folder / "adapters" / _place(study, one) / task
         record = (output.path / RECORD).read_text(encoding="utf-8")
         if not (place / RECORD).is_file() or (place / RECORD).read_text(encoding="utf-8") != record:
-            with staged_folder(place) as staged:
+            with staged_folder(place, kind=TRAINED, overwrite=True) as staged:
                 shutil.copytree(output.path / stages.ADAPTER, staged, dirs_exist_ok=True)
                 shutil.copy2(output.path / RECORD, staged / RECORD)
 
@@ -242,6 +260,7 @@ def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
         files={"README.md": merged_card(facts)},
         extra={f"heads/{task}.safetensors": head.tensors for task, head in heads.items()}
         | scaled_readouts(adapter, row.scale),
+        overwrite=True,
     )
 
 

@@ -3,11 +3,16 @@
 A stage is done when its folder is in its place: the folder is renamed there last, whole. The key is the sha256 of the
 canonical JSON of everything the output depends on: options with their defaults, the stage's version, the keys of the
 stages before it, hashes of data and base model. Device, workers, paths and the readable label are no part of it.
+
+Every file of an output is known by its sha256. It is read again where its time of writing is not what was recorded, and
+what was changed is made anew. An edit that keeps size and time is not noticed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +25,9 @@ from typing import Any
 import filelock
 
 from loraloom.errors import LoraloomError, did_you_mean
-from loraloom.files.atomic import staged_folder, write_text
-from loraloom.files.hashing import json_sha256, write_json
+from loraloom.files.atomic import remove_leftovers, staged_folder, write_text
+from loraloom.files.hashing import file_sha256, json_sha256, write_json
+from loraloom.files.outputs import check_folder
 
 RECORD = "stage.json"
 _SHORT = 12  # characters of the key in names
@@ -85,10 +91,11 @@ class Store:
 
     def tidy(self) -> None:
         """Remove what killed runs left half-written, but for scratch that can be resumed and stages now in work."""
-        for folder in [*self.root.glob("*/.*.part"), *(self.root / _UNFINISHED).glob("*")]:
-            key = folder.name if folder.parent.name == _UNFINISHED else folder.name.split(".")[-3][-_SHORT:]
-            with suppress(filelock.Timeout), self._lock(key, timeout=0):
-                if folder.parent.name != _UNFINISHED or any(self.root.glob(f"*/*-{key}/{RECORD}")):
+        for folder in (*self.root.glob("*"), *(self.root / _FAILURES).glob("*")):
+            remove_leftovers(folder)
+        for folder in (self.root / _UNFINISHED).glob("*"):
+            with suppress(filelock.Timeout), self._lock(folder.name, timeout=0):
+                if any(self.root.glob(f"*/*-{folder.name}/{RECORD}")):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def seconds(self) -> dict[str, float]:
@@ -129,8 +136,9 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove one output by its name. Raises LoraloomError where it is absent."""
-        key = self._known(name)["key"]
-        with self._lock(key):
+        record = self._known(name)
+        with self._lock(record["key"]):
+            check_folder(self.root / name, kind=record["kind"], overwrite=True)
             shutil.rmtree(self.root / name, ignore_errors=True)
 
     def lock(self, name: str) -> filelock.BaseFileLock:
@@ -148,12 +156,12 @@ class Store:
         path = self.root / stage.name
         scratch = self.root / _UNFINISHED / stage.key[:_SHORT]
         failure = self.root / _FAILURES / f"{stage.name}.txt"
-        # tampered with, or it would have been found
-        shutil.rmtree(path, ignore_errors=True)
         started = time.monotonic()
         try:
-            with staged_folder(path) as folder:
+            # what is there was tampered with, or it would have been found
+            with staged_folder(path, kind=stage.kind, overwrite=True) as folder:
                 make(folder, scratch)
+                files, written = _sealed(folder)
                 record = {
                     "kind": stage.kind,
                     "label": stage.label,
@@ -163,13 +171,14 @@ class Store:
                     "content": dict(stage.content),
                     "inputs": {name: upstream.name for name, upstream in stage.inputs.items()},
                     "seconds": round(time.monotonic() - started, 3),
-                    "files": _sizes(folder),
+                    "written": written,
+                    "files": files,
                 }
                 write_json(folder / RECORD, record)
         except Exception as error:
             # a full disk must not hide the fault that filled it
             with suppress(LoraloomError):
-                write_text(failure, f"{type(error).__name__}: {error}\n")
+                write_text(failure, f"{type(error).__name__}: {error}\n", overwrite=True)
             raise
         shutil.rmtree(scratch, ignore_errors=True)
         failure.unlink(missing_ok=True)
@@ -178,7 +187,7 @@ class Store:
     def _found(self, kind: str, key: str) -> Path | None:
         """Return the folder of a whole output, whatever it is labelled."""
         for path in (self.root / kind).glob(f"*-{key[:_SHORT]}"):
-            if _is_whole(path):
+            if _is_whole(path) and _read_record(path)["key"].startswith(key):
                 return path
         return None
 
@@ -208,18 +217,43 @@ def _in_order(value: Any) -> Any:
     return [_in_order(one) for one in value] if isinstance(value, list) else value
 
 
+def _sealed(folder: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return size and sha256 of every file in `folder`, and the time that all of them now say they were written at.
+
+    A minute back, on a second that any file system can tell: a later write shows by it, however coarse its clock.
+    """
+    written = (time.time_ns() // 10**9 // 2 * 2 - 60) * 10**9
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            os.utime(path, ns=(written, written))
+    return files, written
+
+
 def _is_whole(folder: Path) -> bool:
-    """Tell whether every file of an output is there with the size it was written with."""
+    """Tell whether every file of an output is there as it was written; further files do not count."""
     try:
-        return bool(_sizes(folder) == _read_record(folder)["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = _read_record(folder)
+        return all(_is_kept(folder / name, **file, written=record["written"]) for name, file in record["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_kept(path: Path, bytes: int, sha256: str, written: int) -> bool:
+    """Tell whether a file has this size and, unless it still says it was `written` then, this sha256."""
+    found = path.stat()
+    if found.st_size != bytes:
+        return False
+    return found.st_mtime_ns == written or _sha256(path, found.st_mtime_ns) == sha256
+
+
+@functools.cache
+def _sha256(path: Path, written: int) -> str:
+    """Return the sha256 of a file, read once for every time of writing."""
+    return file_sha256(path)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

@@ -90,9 +90,12 @@ class Task:
                 sha.update(json.dumps([split, row], sort_keys=True, ensure_ascii=False).encode())
         return sha.hexdigest()
 
-    def save(self, folder: Path) -> None:
-        """Write the splits as JSONL and meta.json beside them, readable by `load` and by a person."""
-        with staged_folder(folder) as staged:
+    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Write the splits as JSONL and meta.json beside them, readable by `load` and by a person.
+
+        With `overwrite` an earlier task's folder is replaced.
+        """
+        with staged_folder(folder, kind="task", overwrite=overwrite) as staged:
             for split in SPLITS:
                 lines = (json.dumps(row, ensure_ascii=False) for row in getattr(self, split))
                 (staged / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
