@@ -33,7 +33,19 @@ _PLAIN = (int, float, bool, str, type(None))
 # names that mean something else in a call of merge(), or among the options of the command `merge`
 TAKEN = (
     *("adapters", "statistics", *(field.name for field in fields(MergeOptions))),
-    *("weight", "recipe", "probe_texts", "base", "output", "fuse_into", "dry_run", "quiet", "json", "help"),
+    *(
+        "weight",
+        "recipe",
+        "probe_texts",
+        "base",
+        "output",
+        "overwrite",
+        "fuse_into",
+        "dry_run",
+        "quiet",
+        "json",
+        "help",
+    ),
 )
 _SUPPLIED = ("generator", "moments", "probe", "rank")  # keyword-only, without a default: given to the rule by `merge`
 _HELP = (
