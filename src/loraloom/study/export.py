@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import shutil
@@ -115,32 +114,33 @@ def _result(study: Study, merges: list[MergeScore], responses: list[Interference
 
 
 def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
-    facts, found = merged_facts(row.merged), []
-    places: list[tuple[Literal["heldout", "test"], Output, bool]] = []
-    places += [("heldout", row.heldout, aligned) for aligned in (False, True)]
-    if row.test is not None:
-        chosen = ((False, row.chosen_as_trained), (True, row.chosen_aligned))
-        places += [("test", row.test, aligned) for aligned, is_chosen in chosen if is_chosen]
-    for split, output, aligned in places:
-        scores = stages.read_scores(output, aligned)
-        by_itself = average(stages.single_score(alone, split) for alone in one.singles.values())
-        together = average(scores.values())
-        found.append(
-            MergeScore(
-                init=one.init,
-                seed=one.seed,
-                scale=row.scale,
-                aligned=aligned,
-                split=split,
-                scale_chosen_with_labels=split == "test" and len(row.settings.scales) > 1,
-                scores=scores,
-                average=together,
-                resamples=stages.read_resamples(output, aligned) if split == "test" else [],
-                kept=together.value / by_itself.value if by_itself.value else 0.0,
-                **facts,
-            )
-        )
+    """Return the scores of a merged adapter at one scale: on held-out rows, and on test rows where they were chosen."""
+    found = [_merge_score(one, row, "heldout", row.heldout, aligned) for aligned in (False, True)]
+    for aligned, chosen in ((False, row.chosen_as_trained), (True, row.chosen_aligned)):
+        if chosen and row.test is not None:
+            found.append(_merge_score(one, row, "test", row.test, aligned))
     return found
+
+
+def _merge_score(
+    one: Trained, row: Evaluated, split: Literal["heldout", "test"], output: Output, aligned: bool
+) -> MergeScore:
+    scores = stages.read_scores(output, aligned)
+    alone = average(stages.single_score(single, split) for single in one.singles.values())
+    together = average(scores.values())
+    return MergeScore(
+        init=one.init,
+        seed=one.seed,
+        scale=row.scale,
+        aligned=aligned,
+        split=split,
+        scale_chosen_with_labels=split == "test" and len(row.settings.scales) > 1,
+        scores=scores,
+        average=together,
+        resamples=stages.read_resamples(output, aligned) if split == "test" else [],
+        kept=together.value / alone.value if alone.value else 0.0,
+        **merged_facts(row.merged),
+    )
 
 
 def _interference(one: Trained, found: dict[str, Any]) -> list[Interference]:
@@ -152,12 +152,7 @@ def _interference(one: Trained, found: dict[str, Any]) -> list[Interference]:
 
 def _init_facts(study: Study, name: str) -> InitFacts:
     settings = study.recipe.inits[name]
-    read = [
-        json.loads((start.path / stages.SCORES).read_text(encoding="utf-8"))
-        for one in study.trained
-        if one.init == name
-        for start in one.starts.values()
-    ]
+    read = [stages.read_start(start) for one in study.trained if one.init == name for start in one.starts.values()]
     rows = [one["diagnostics"] for one in read]
     diagnostics = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     notes = sorted({note for one in read for note in one["notes"]})

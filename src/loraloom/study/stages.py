@@ -129,16 +129,14 @@ def start_adapter(
     write_json(folder / SCORES, {"diagnostics": done.diagnostics(), "notes": done.notes()})
 
 
+def read_start(output: Output) -> dict[str, Any]:
+    """Read the diagnostics and notes of a start that `start_adapter` wrote."""
+    return _read_json(output.path / SCORES)
+
+
 @stage("train", version=1)
 def train(
-    folder: Path,
-    context: Context,
-    *,
-    rows: Rows,
-    start: Output,
-    base: Base,
-    settings: TrainingSettings,
-    seed: int,
+    folder: Path, context: Context, *, rows: Rows, start: Output, base: Base, settings: TrainingSettings, seed: int
 ) -> None:
     """Train one task's adapter from its start; a killed training goes on from its last checkpoint."""
     train_adapter(
@@ -200,7 +198,7 @@ def evaluate_single(
 
 def single_score(output: Output, split: str) -> Score:
     """Read a score that `evaluate_single` wrote."""
-    return Score(**json.loads((output.path / SCORES).read_text(encoding="utf-8"))[split])
+    return Score(**_read_json(output.path / SCORES)[split])
 
 
 # merging
@@ -391,3 +389,12 @@ def measure(
         for when, quantity, values in tables
     ]
     write_json(folder / RESPONSES, {"tasks": after.adapters, "layers": after.layers, "tables": rows})
+
+
+def read_responses(output: Output) -> dict[str, Any]:
+    """Read what `measure` wrote: tasks, layers, and tables of responses."""
+    return _read_json(output.path / RESPONSES)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))

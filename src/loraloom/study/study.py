@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -156,7 +155,7 @@ class Study:
         heldout = self.statistics["heldout"]
         for one in self.trained:
             found = self.engine.do(stages.measure, one.label, starts=one.starts, adapters=one.adapters, heldout=heldout)
-            yield one, json.loads((found.path / stages.RESPONSES).read_text(encoding="utf-8"))
+            yield one, stages.read_responses(found)
 
     def _collect(self, label: str, texts: Texts) -> Output:
         settings = self.recipe.statistics
