@@ -125,7 +125,8 @@ from .study.compare import by_task as by_task, compare as compare
 from .study.demo import demo_recipe as demo_recipe
 from .study.export import run_study as run_study
 from .study.recipe import Recipe as Recipe, slug as slug
-from .study.stages import build_task as build_task, merged_adapters as merged_adapters
+from .study.stages import merged_adapters as merged_adapters
+from .study.tasks import build_task as build_task
 from .tasks.builtin import builtin_task as builtin_task
 from .tasks.builtin_text import STANDARD_LIBRARY as STANDARD_LIBRARY, docstrings_of as docstrings_of, parts as parts
 from .tasks.files import file_task as file_task

@@ -312,7 +312,7 @@ def test_the_papers_recipes_run_on_tiny_models_of_their_kind(tmp_path: Path, nam
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared GLUE rows are not here")
 def test_glue8_reads_its_rows() -> None:
-    from loraloom.study.stages import build_task
+    from loraloom.study.tasks import build_task
 
     recipe = Recipe.load(RECIPES / "glue8-minilm.yaml")
     for name, settings in recipe.tasks.items():

@@ -24,8 +24,11 @@ from loraloom.study.inputs import Base, Input, Local, Output, Rows, Texts
 from loraloom.study.recipe import Recipe
 from loraloom.study.store import Stage, Store
 from loraloom.study.study import Study
+from loraloom.study.tasks import make_task
 
-FUNCTIONS = {name: one for name, one in vars(stages).items() if isinstance(one, StageFunction)}
+FUNCTIONS = {name: one for name, one in vars(stages).items() if isinstance(one, StageFunction)} | {
+    "make_task": make_task
+}
 # one rule without a base model, one by statistics, one by texts
 RULES = [{"rule": rule, "scales": [1.0]} for rule in ("tsv", "regmean", "regmean_pp")]
 

@@ -20,7 +20,8 @@ from loraloom.progress import Reporter
 from loraloom.results import Score
 from loraloom.statistics.file import Statistics
 from loraloom.study.recipe import Recipe
-from loraloom.study.stages import build_task, merged_adapters
+from loraloom.study.stages import merged_adapters
+from loraloom.study.tasks import build_task
 from loraloom.tasks.task import Task
 from loraloom.training import Trained, check_trained, train_adapter
 

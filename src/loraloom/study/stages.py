@@ -1,9 +1,8 @@
-"""What each stage of a study computes, of its inputs and options alone. Which stages there are: study.py."""
+"""What each stage of a study computes of its inputs and options alone, but for tasks.py. Which there are: study.py."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -33,63 +32,12 @@ from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import collect
 from loraloom.study.engine import Context, Reading, stage
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
-from loraloom.study.recipe import TaskSettings
-from loraloom.tasks.builtin import BuiltinTask, builtin_task, source_versions
-from loraloom.tasks.files import FileTask, file_task
-from loraloom.tasks.glue import GlueTask, glue_task
 from loraloom.tasks.metrics import resampled
-from loraloom.tasks.task import Task
 from loraloom.training import lora_config, train_adapter
 
-ADAPTER, ROWS, STATISTICS = "adapter", "rows", "statistics.safetensors"
+ADAPTER, STATISTICS = "adapter", "statistics.safetensors"
 SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
 RESAMPLES = "resamples.json"
-_GLUE_FILES = ("train.jsonl", "dev.jsonl", "meta.json")
-
-
-# tasks
-
-
-@stage("task", version=1)
-def make_task(
-    folder: Path,
-    context: Context,
-    *,
-    name: str,
-    settings: TaskSettings,
-    files: Mapping[str, Local],
-    packages: Mapping[str, str],
-) -> None:
-    """Write the rows of a task, of `files` where the settings name a place, or of packages of these versions."""
-    places = {option: str(file.path) for option, file in files.items()}
-    build_task(name, settings.model_validate({**settings.model_dump(), **places})).save(folder / ROWS)
-
-
-def task_arguments(name: str, settings: TaskSettings) -> dict[str, Any]:
-    """Return what `make_task` is given for a task of a recipe: its files by their content, wherever they lie."""
-    files: dict[str, Local] = {}
-    if isinstance(settings, GlueTask) and settings.path:
-        files["path"] = Local.folder(settings.path, *(f"{name}/{file}" for file in _GLUE_FILES))
-    if isinstance(settings, FileTask):
-        places = {split: Path(source).expanduser() for split, source in settings.sources.items()}
-        files = {split: Local.file(path) for split, path in places.items() if os.path.isfile(path)}
-    # the name of a file tells by its ending how it is read; epochs are of training
-    names = {option: None if option == "path" else file.path.name for option, file in files.items()}
-    return {
-        "name": name,
-        "settings": settings.model_copy(update={**names, "epochs": None}),
-        "files": files,
-        "packages": source_versions() if isinstance(settings, BuiltinTask) else {},
-    }
-
-
-def build_task(name: str, settings: TaskSettings) -> Task:
-    """Return the task that a recipe names. Raises LoraloomError that tells all that is wrong with its rows."""
-    if isinstance(settings, BuiltinTask):
-        return builtin_task(name, settings)
-    if isinstance(settings, GlueTask):
-        return glue_task(name, settings)
-    return file_task(name, settings)
 
 
 # statistics, starts, training

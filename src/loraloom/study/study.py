@@ -20,6 +20,7 @@ from loraloom.study.engine import Engine, Reading, StageFunction
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import Store
+from loraloom.study.tasks import ROWS, make_task, task_arguments
 from loraloom.tasks.task import Task
 
 GIVEN = "given adapters"  # the init of a recipe that brings its adapters
@@ -72,13 +73,13 @@ class Study:
     @cached_property
     def tasks(self) -> dict[str, Task]:
         """The tasks of the recipe, made or read again. Raises LoraloomError that tells what is wrong with any."""
-        self.engine.expect(stages.make_task, len(self.recipe.tasks))
+        self.engine.expect(make_task, len(self.recipe.tasks))
         tasks: dict[str, Task] = {}
         errors: list[LoraloomError] = []
         for name, settings in self.recipe.tasks.items():
             with collecting(errors):
-                made = self.engine.do(stages.make_task, name, **stages.task_arguments(name, settings))
-                tasks[name] = Task.load(made.path / stages.ROWS)
+                made = self.engine.do(make_task, name, **task_arguments(name, settings))
+                tasks[name] = Task.load(made.path / ROWS)
                 asked = self.recipe.sample_problems(tasks[name])
                 raise_problems("samples", asked, "lower it in the recipe, or give the task more training rows")
         raise_together(errors)

@@ -1,0 +1,61 @@
+"""The tasks of a recipe, made of files, data sets on the hub or installed packages: at once, or as a stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraloom.study.engine import Context, stage
+from loraloom.study.inputs import Local
+from loraloom.study.recipe import TaskSettings
+from loraloom.tasks.builtin import BuiltinTask, builtin_task, source_versions
+from loraloom.tasks.files import FileTask, file_task
+from loraloom.tasks.glue import GlueTask, glue_task
+from loraloom.tasks.task import Task
+
+ROWS = "rows"
+_GLUE_FILES = ("train.jsonl", "dev.jsonl", "meta.json")
+
+
+@stage("task", version=1)
+def make_task(
+    folder: Path,
+    context: Context,
+    *,
+    name: str,
+    settings: TaskSettings,
+    files: Mapping[str, Local],
+    packages: Mapping[str, str],
+) -> None:
+    """Write the rows of a task, of `files` where the settings name a place, or of packages of these versions."""
+    places = {option: str(file.path) for option, file in files.items()}
+    build_task(name, settings.model_validate({**settings.model_dump(), **places})).save(folder / ROWS)
+
+
+def task_arguments(name: str, settings: TaskSettings) -> dict[str, Any]:
+    """Return what `make_task` is given for a task of a recipe: its files by their content, wherever they lie."""
+    files: dict[str, Local] = {}
+    if isinstance(settings, GlueTask) and settings.path:
+        files["path"] = Local.folder(settings.path, *(f"{name}/{file}" for file in _GLUE_FILES))
+    if isinstance(settings, FileTask):
+        places = {split: Path(source).expanduser() for split, source in settings.sources.items()}
+        files = {split: Local.file(path) for split, path in places.items() if os.path.isfile(path)}
+    # the name of a file tells by its ending how it is read; epochs are of training
+    names = {option: None if option == "path" else file.path.name for option, file in files.items()}
+    return {
+        "name": name,
+        "settings": settings.model_copy(update={**names, "epochs": None}),
+        "files": files,
+        "packages": source_versions() if isinstance(settings, BuiltinTask) else {},
+    }
+
+
+def build_task(name: str, settings: TaskSettings) -> Task:
+    """Return the task that a recipe names. Raises LoraloomError that tells all that is wrong with its rows."""
+    if isinstance(settings, BuiltinTask):
+        return builtin_task(name, settings)
+    if isinstance(settings, GlueTask):
+        return glue_task(name, settings)
+    return file_task(name, settings)
