@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import tiny
@@ -583,6 +583,20 @@ def test_the_labels_that_the_adapter_was_trained_on_go_into_the_config(trained: 
     assert told.checkpoint.config["architectures"] == ["BertForSequenceClassification"]
     assert ("config.json", "BertForSequenceClassification with 2 labels") in merge_lines(told)
     assert classifier(trained / "out").config.id2label == {0: "bad", 1: "good"}
+
+
+def test_the_tokenizer_of_the_adapters_goes_along(trained: Path) -> None:
+    for name in ("mood", "tone"):
+        tokenizer = tiny.tokenizer("bert")
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<call>"]})
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.save_pretrained(trained / name)
+    plan = planned(folders(trained, "mood", "tone"), "weighted", trained / "out", {})
+    told = fuse_folders(plan, trained / "base", trained / "out", "", QUIET)
+    assert told.carried == sorted(plan.carried)
+    found = AutoTokenizer.from_pretrained(trained / "out")
+    assert found("<call> good")["input_ids"] == tokenizer("<call> good")["input_ids"]
+    assert found.chat_template == tokenizer.chat_template
 
 
 def test_nothing_is_left_of_a_fusion_that_fails(trained: Path) -> None:

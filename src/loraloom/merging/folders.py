@@ -127,6 +127,7 @@ def fuse_folders(
         _changes(plan),
         delta,
         files={PROVENANCE: json_text(provenance), "README.md": fused_card(facts)},
+        carried=plan.carried,
         extra={} if single else {f"heads/{name}.safetensors": head for name, head in plan.task_heads.items()},
         overwrite=overwrite,
         inputs=plan.folders,

@@ -58,6 +58,7 @@ def fuse(
     delta: Callable[[str], Update | Tensor],
     *,
     files: Mapping[str, str] | None = None,
+    carried: Mapping[str, bytes] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
@@ -71,6 +72,7 @@ def fuse(
     - delta: gives a module's dW: an Update or a dense (m, n) tensor, float32 or float64. It is called in the order of
       the shards, once a module unless the checkpoint has an expert's weights far apart.
     - files, extra: further text files, and further safetensors files, by name.
+    - carried: files of the adapters, such as a tokenizer with tokens of its own, in place of the base's of these names.
     - overwrite: replace an earlier fused checkpoint.
     - inputs: folders that must stay as they are, as the base does.
     - progress: is told the bytes done and those of all shards.
@@ -86,6 +88,8 @@ def fuse(
         left_out = _copy_files(found, staged)
         if placed.config:
             write_json(staged / CONFIG, {**found.config, **placed.config})
+        for name, content in (carried or {}).items():
+            (staged / name).write_bytes(content)
         write_files(staged, files or {}, extra or {})
         written = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         sha256 |= {name: file_sha256(path) for name, path in written.items() if name not in sha256}
