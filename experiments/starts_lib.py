@@ -39,8 +39,7 @@ class Ground:
         """Load what the options of `arguments` name; adapters of a seed have a folder of their own."""
         recipe = Recipe.load(given.recipe)
         recipe = recipe.model_copy(update={"base": given.base}) if given.base else recipe
-        settings = recipe.statistics
-        atlas = make_atlas(recipe.base, list(recipe.lora.targets), None, [], settings.atlas_texts, settings.max_length)
+        atlas = make_atlas(recipe.base, list(recipe.lora.targets), recipe.statistics)
         evaluator = Evaluator(base_folder(recipe.base), max_length=recipe.training.max_length)
         return cls(recipe, evaluator, atlas, given.out / f"s{given.seed}", given.seed)
 

@@ -20,6 +20,7 @@ from loraloom.errors import LoraloomError
 from loraloom.model.load import head_modules, load_classifier, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate, labels, switched_in
 from loraloom.model.tokens import batches
+from loraloom.settings import StatisticsSettings
 from loraloom.statistics.collect import fingerprint
 from loraloom.statistics.texts import make_atlas
 from loraloom.tasks.metrics import metric_value
@@ -121,7 +122,7 @@ def test_the_models_own_head_comes_back_and_gradients_outlive_it(kind: str, tmp_
 def test_statistics_are_of_the_layers_that_adapters_of_a_classifier_have(kind: str, tmp_path: Path) -> None:
     base = str(tiny.base_folder(kind, tmp_path / "base"))
     adapter = read_adapter(adapter_folder(base, kind, tmp_path / "adapter"))
-    seen = make_atlas(base, tiny.TARGETS[kind], None, [], 3, 16)
+    seen = make_atlas(base, tiny.TARGETS[kind], StatisticsSettings(atlas_texts=3, max_length=16))
     assert sorted(seen.layers) == sorted(adapter.updates)
     assert seen.fingerprint == fingerprint(load_classifier(base, 3, seed=5), seen.layers)
 
@@ -134,7 +135,7 @@ def test_a_base_that_cannot_classify_gets_its_statistics_and_no_metric(tmp_path:
     whole = GraniteForCausalLM(config)
     whole.save_pretrained(tmp_path)
     tiny.tokenizer("llama").save_pretrained(tmp_path)
-    seen = make_atlas(str(tmp_path), ["q_proj", "v_proj"], None, [], 3, 16)
+    seen = make_atlas(str(tmp_path), ["q_proj", "v_proj"], StatisticsSettings(atlas_texts=3, max_length=16))
     assert "model.layers.1.self_attn.v_proj" in seen.layers
     assert seen.fingerprint == fingerprint(whole, seen.layers)
     evaluator = Evaluator(str(tmp_path))

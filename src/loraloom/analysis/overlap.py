@@ -21,7 +21,9 @@ SAME_START = 0.25
 class Overlaps:
     """Overlap of every pair of adapters, mean over the layers that both adapt: 1 where one space holds the other.
 
-    rows, columns: (T, T) float64, of the A's row spaces and the B's column spaces; NaN where no layer is common.
+    names: of the T adapters.
+    rows, columns: (T, T) float64 from 0 to 1, of the A's row spaces and the B's column spaces; NaN where no layer is
+        common.
     chance: (T, T) float64, what two random row spaces of these ranks would have, max(r_i, r_j) / n.
     """
 
@@ -41,10 +43,12 @@ class Overlaps:
 
 
 def overlaps(adapters: Mapping[str, Adapter]) -> Overlaps:
-    """Return the overlaps of adapters, by name: |Q_i Q_j^T|_F^2 / min(r_i, r_j), Q orthonormal bases of the spaces.
+    """Return the overlap of every two adapters: |Q_i Q_j^T|_F^2 / min(r_i, r_j), Q orthonormal bases of the spaces.
 
-    A direction that the update does not use, B's column or A's row being zero, counts for nothing: the bases are those
-    of dW. Raises LoraloomError where two adapters read a layer of different widths.
+    adapters: by name. A direction that an update does not use, B's column or A's row being zero, counts for nothing:
+        the bases are those of dW.
+
+    Raises LoraloomError where two adapters have a layer in different shapes.
     """
     names, count = list(adapters), len(adapters)
     tables = {key: torch.full((count, count), torch.nan, dtype=torch.float64) for key in ("rows", "columns", "chance")}

@@ -75,12 +75,14 @@ def statistics(
     """
     with command(quiet, as_json) as out:
         from loraloom.model.processes import joined
+        from loraloom.settings import StatisticsSettings
         from loraloom.statistics.texts import collect_from_file, shared_alone, wanted_noise
 
         _check(output, overwrite, base, texts)
+        reading = StatisticsSettings(texts=count, kind=kind, max_length=max_length)
         private = wanted_noise(noise, delta, clip, kind)
         with joined() as (process, _):
-            found = collect_from_file(texts, column, base, target, count, kind, max_length, directions, private)
+            found = collect_from_file(texts, column, base, target, reading, directions=directions, noise=private)
         if process == 0:
             _save(shared_alone(found, rows, directions, private), output, overwrite, out)
 
@@ -118,11 +120,13 @@ def atlas(
     """Map what a base model's layers see of generic text, once for all teams: one file, no task's data in it."""
     with command(quiet, as_json) as out:
         from loraloom.model.processes import joined
+        from loraloom.settings import StatisticsSettings
         from loraloom.statistics.texts import make_atlas
 
         _check(output, overwrite, base, texts)
+        reading = StatisticsSettings(atlas_texts=count, max_length=max_length)
         with joined() as (process, _):
-            found = make_atlas(base, target, texts, column or [], count, max_length, directions)
+            found = make_atlas(base, target, reading, texts=texts, columns=column or [], directions=directions)
         if process == 0:
             _save(found, output, overwrite, out)
 

@@ -41,7 +41,10 @@ _FACTORS = ("lora_A", "lora_B")  # as PEFT's layers name them
 class Initialisation:
     """Where every layer's A starts and how it is to be kept.
 
-    A: (r, n) float32 by module path, as written; subspaces: what it came from, with diagnostics.
+    A: (r, n) float32 by module path, as written.
+    subspaces: what each came from, with diagnostics, by module path.
+    keep: how A is kept while it trains.
+    provenance: what loraloom.json tells: versions, base, options, statistics, diagnostics of every layer.
     """
 
     A: dict[str, Tensor]
@@ -84,7 +87,7 @@ def initialise(
     own: statistics of the task's own inputs; without them an atlas among `others` stands for these too.
     others: statistics to stay off, by name, on one base model: of the other tasks, or an atlas (of generic text).
     lora: PEFT's settings of a folder; without target modules every layer of the statistics is adapted. A PeftModel has
-    its own.
+        its own.
     options: where A starts and how it is kept; see `StartOptions`.
     seed: of the rules that draw at random; each layer draws its own from it.
     after: adapters that are there already, by name; the rows of their A's are stayed off as the loud directions are.
@@ -95,8 +98,6 @@ def initialise(
     together every layer that does not fit; nothing is written then.
     """
     options, after = options or StartOptions(), after or {}
-    if not isinstance(into, torch.nn.Module):
-        check_folder(Path(into), kind=START, overwrite=overwrite)
     _check_given(own, others, options, after)
     base = own or next(iter(others.values()))
 
@@ -176,6 +177,7 @@ _Start = Callable[[LoraConfig, Mapping[str, int]], Initialisation]  # of these s
 def _in_folder(
     folder: Path, lora: LoraConfig | None, base: Statistics, start: _Start, overwrite: bool
 ) -> Initialisation:
+    check_folder(folder, kind=START, overwrite=overwrite)
     config, ranks = _config_and_ranks(lora, base)
     done = start(config, ranks)
     _write(folder, done, config, base, overwrite)

@@ -19,11 +19,11 @@ class StartOptions(Settings):
     """How A starts and how it is kept. The defaults are those of docs/study-subspaces.md.
 
     rule: where A starts: `apart` (random directions off the loud ones), `osrm` (the paper), or a control: `mean`,
-    `random`, `shared`, `default`; see `osrm_subspace`.
+        `random`, `shared`, `default`; see `osrm_subspace`.
     keep: while A trains, let it go, fix it, or keep it off the loud directions by the callback.
     scale: `unit` leaves A as the rule gives it; `response` multiplies A by one number a layer, so that it responds to
-    the own inputs as PEFT's default A would. None takes what the rule is meant with: published rules and controls have
-    rows of norm 1.
+        the own inputs as PEFT's default A would. None takes what the rule is meant with: published rules and controls
+        have rows of norm 1.
     energy_share: share of the others' energy, in [0, 1), that the loud directions hold.
 
     Raises pydantic's ValidationError that tells every wrong option.

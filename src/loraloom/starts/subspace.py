@@ -24,11 +24,16 @@ _INSIDE = 1e-12  # of the own energy: what projections leave of an input that li
 class Diagnostics:
     """What the sample could and could not determine.
 
-    rows_seen: rows of the other tasks. numerical_rank: rank of their second moment. determined: False where that rank
-    is below n - r, so that many A reach the least energy and the task's own energy chose among them.
-    eigengap: (l_(n-r) - l_(n-r+1)) / l_1, the gap below which the quiet directions begin (0: nothing separates them).
-    others_energy: share of the others' energy that an orthonormal basis of A's rows sees. own_energy: the same for the
-    task's own inputs (None without them). avoided: number of directions in the thin factor. notes: plain sentences.
+    rows_seen: rows of the other tasks.
+    numerical_rank: rank of their second moment.
+    determined: False where that rank is below n - r, so that many A reach the least energy and the task's own energy
+        chose among them.
+    eigengap: (l_(n-r) - l_(n-r+1)) / l_1, the gap below which the quiet directions begin; 0 where nothing separates
+        them.
+    others_energy: share of the others' energy, from 0 to 1, that an orthonormal basis of A's rows sees.
+    own_energy: the same of the task's own inputs; None without them.
+    avoided: how many directions are stayed off.
+    notes: what is to be said, in plain sentences.
     """
 
     rows_seen: int
@@ -45,8 +50,10 @@ class Diagnostics:
 class Subspace:
     """A start for A and the space it should stay in.
 
-    A: (r, n) float32, orthonormal rows but for the rule `default`. avoid: (n, p) float32 with orthonormal columns, the
-    loud directions of the other tasks; P = I - avoid avoid^T projects onto the low-interference space.
+    A: (r, n) float32, orthonormal rows but for the rule `default`.
+    avoid: (n, p) float32 with orthonormal columns, the loud directions of the other tasks; P = I - avoid avoid^T
+        projects onto the low-interference space.
+    diagnostics: what the sample could determine.
     """
 
     A: Tensor
@@ -83,14 +90,16 @@ def osrm_subspace(
     seed: int = 0,
     taken: Tensor | None = None,
 ) -> Subspace:
-    """Return the start of A for one layer of one task.
+    """Return the start of A (r, n) for one layer of one task.
 
-    others: one Moment for each other task, all of width n; own: the task's own, which breaks ties inside the
-    low-interference space. rule: `apart` (random directions off the others' loud ones), `osrm` (the paper), or a
-    control: `mean` (the authors' code), `random`, `shared`, `default` (PEFT's). energy_share: share of the others'
-    trace-normalised energy that the avoided directions hold. seed: for the random rules and for directions that no data
-    determines; `shared` wants the same seed for every task. taken: (q, n), rows to stay off as well, as the A's of
-    earlier adapters are for a task that arrives later.
+    others: a moment for each other task, all of width n.
+    own: the task's own, which breaks ties inside the low-interference space; None where it is not known.
+    rank: r.
+    rule: `apart` (random directions off the others' loud ones), `osrm` (the paper), or a control: `mean` (the authors'
+        code), `random`, `shared`, `default` (PEFT's).
+    energy_share: share of the others' trace-normalised energy, in [0, 1), that the avoided directions hold.
+    seed: for the random rules and for directions that no data determines; `shared` wants one seed for all tasks.
+    taken: (q, n), rows to stay off as well, as the A's of earlier adapters are for a task that arrives later.
 
     Raises LoraloomError for an unknown rule, a rank above n, a share outside [0, 1), or unequal widths.
     """
@@ -106,10 +115,13 @@ def osrm_subspaces(
     energy_share: float = 0.5,
     seeds: Mapping[str, int] | None = None,
 ) -> dict[str, Subspace]:
-    """Return the start of A for one layer of every task in `moments`, each off all others, from one factorisation.
+    """Return the start of A (r, n) for one layer of every task, each off all others, from one factorisation.
 
-    As `osrm_subspace` for each task. seeds: one for each task by name, 0 for those that are not named. Raises
-    LoraloomError as it does, and for fewer than two tasks.
+    moments: of each task's own inputs, by name, all of width n.
+    seeds: one for each task by name; 0 for those that are not named.
+    rank, rule, energy_share: as for `osrm_subspace`.
+
+    Raises LoraloomError as `osrm_subspace` does, and for fewer than two tasks.
     """
     _check_moments(list(moments.values()), 1)
     pool = Pool(list(moments.values()))
@@ -136,6 +148,9 @@ def loud_directions(others: Sequence[Moment], energy_share: float) -> Tensor:
     """Return (n, p) float64: the fewest top eigenvectors of sum_i G_i / tr(G_i) that hold `energy_share` of its energy.
 
     Each task counts alike, however many rows it has or how large its activations are.
+
+    others: a moment of each task, all of width n.
+    energy_share: in [0, 1).
     """
     return Others.of(others, None).loud(energy_share)
 

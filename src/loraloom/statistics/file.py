@@ -33,7 +33,10 @@ _Width = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]  # far wider than 
 
 @dataclass(frozen=True)
 class Layer:
-    """One target linear layer: `input` is the path of the first target layer that reads the same tensor."""
+    """One target linear layer, W (out_features, in_features).
+
+    input: path of the first target layer that reads the same tensor.
+    """
 
     input: str
     in_features: _Width
@@ -44,11 +47,15 @@ class Layer:
 class Statistics:
     """Second moments of what each target layer of a base model reads, uncentred, over the texts of one task.
 
-    `moments` go by the `input` of a layer, `layers` by module path in the base model; `texts` are the samples seen,
-    `tokens` those of their tokens that count (of both sides of an encoder-decoder). A row is a token or, for `kind`
-    "sample", the mean over a sample's tokens. `fingerprint` is that of the base weights. Moments of a file are read
-    from it at each access. `privacy` tells what was done for the texts' sake: the norm `clip` to which rows were
-    clipped, and `epsilon` and `delta` of the noise added (`loraloom.statistics.privacy`).
+    base: hub name of the base model, or its folder's.
+    fingerprint: sha256 over a sample of the base model's weights; see `fingerprint` of `loraloom.statistics.collect`.
+    moments: by the `input` of a layer; those of a file are read from it at each access.
+    layers: by module path in the base model.
+    texts: samples seen.
+    tokens: those of their tokens that count, of both sides of an encoder-decoder.
+    kind: what a row is: a "token", or for a "sample" the mean over its tokens.
+    privacy: what was done for the texts' sake: the norm `clip` to which rows were clipped, and `epsilon` and `delta` of
+        the noise added (`loraloom.statistics.privacy`); None where nothing was.
     """
 
     base: str

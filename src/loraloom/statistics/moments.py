@@ -18,11 +18,17 @@ _ROUNDED = 1e-5  # of the trace: far above float32's rounding in each step of a 
 
 @dataclass(frozen=True)
 class Moment:
-    """The uncentred second moment G = H^T H of rows H (k x n), and their sum.
+    """The uncentred second moment G = H^T H of rows H (k, n), and their sum. One of `rows`, `gram` and `factor` is set.
 
-    Exactly one of three is set: `rows` (k, n) float32, the rows as they were; `gram` (n, n) float64; or `factor` (p, n)
-    float32, F with F^T F <= G <= F^T F + lost I, as a bound on memory or on what is shared leaves it, but for float32's
-    rounding. `lost` is 0 where nothing was left out. `total` (n,) float64 is the sum of the rows, `count` is k.
+    count: k.
+    total: (n,) float64, the sum of the rows.
+    rows: (k, n) float32, H itself.
+    gram: (n, n) float64, G itself.
+    factor: (p, n) float32, F with F^T F <= G <= F^T F + lost I but for float32's rounding, as a bound on memory or on
+        what is shared leaves it.
+    lost: 0 where nothing was left out.
+
+    Raises ValueError where none or several are set.
     """
 
     count: int

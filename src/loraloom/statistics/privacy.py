@@ -34,7 +34,7 @@ _BELOW = 1 - 1e-6  # clipped norms stay under the bound whatever float32 rounds
 
 
 class Noise(NamedTuple):
-    """What noise is wanted: (epsilon, delta)-private, with rows clipped to the norm `clip`."""
+    """What noise is wanted: (epsilon, delta)-private, with rows clipped to the Euclidean norm `clip`."""
 
     epsilon: float
     delta: float
@@ -60,8 +60,10 @@ def noise_delta(scale: float, epsilon: float, sensitivity: float) -> float:
 def noise_scale(epsilon: float, delta: float, sensitivity: float) -> float:
     """Return the least standard deviation of Gaussian noise that makes a release (epsilon, delta)-private.
 
-    `sensitivity` is the largest Euclidean distance between the releases of two neighbouring samples. Raises
-    LoraloomError unless epsilon and sensitivity are positive and finite and delta is in (0, 1).
+    epsilon, delta: how well two neighbouring samples may be told apart; epsilon above 0, delta between 0 and 1.
+    sensitivity: the largest Euclidean distance between the releases of two neighbouring samples, above 0.
+
+    Source: Balle and Wang (2018), Theorem 8. Raises LoraloomError for values out of range.
     """
     problems = [
         f"{name} {value} is not a positive number"
@@ -86,13 +88,15 @@ def noise_scale(epsilon: float, delta: float, sensitivity: float) -> float:
 def add_noise(statistics: Statistics, epsilon: float, delta: float, clip: float, seed: int | None = None) -> Statistics:
     """Return statistics of which the whole file is (epsilon, delta)-private for a replaced text.
 
-    `statistics` hold one row a text (kind "sample"), each `clipped` to the norm `clip` when it was collected, so that
-    one text changes one row of each of L inputs: the sensitivity is sqrt(4.5 L) in units of `clip`. The number of
-    texts is taken to be public; `tokens`, which would tell a text's length, becomes 0. Rows are not kept. Gram
-    matrices and sums are then made ones that rows could have given, which costs no privacy: eigenvalues below the
-    noise become 0 (all of them, where the noise drowns everything) and those above it lose what the noise added.
+    statistics: of one row a text (kind "sample"), each `clipped` when it was collected, so that one text changes one
+        row of each of L inputs: the sensitivity is sqrt(4.5 L) in units of `clip`.
+    epsilon, delta: how private; 1 to 8, and far below 1 / texts, are usual.
+    clip: the Euclidean norm to which rows were clipped.
+    seed: None draws the noise from the operating system. A seed makes it repeatable for tests: never share such a file.
 
-    The noise comes from the operating system. `seed` makes it repeatable for tests: never share such a file.
+    The number of texts is taken to be public; `tokens`, which would tell a text's length, becomes 0. Rows are not kept.
+    Gram matrices and sums are then made ones that rows could have given, which costs no privacy: eigenvalues below the
+    noise become 0 (all of them, where the noise drowns everything) and those above it lose what the noise added.
 
     Raises LoraloomError for values out of range and for statistics that no noise can make private.
     """

@@ -11,7 +11,7 @@ from loraloom.model.load import base_folder
 from loraloom.model.processes import rank_and_size
 from loraloom.model.runner import Evaluator
 from loraloom.model.tokens import batches, encode
-from loraloom.settings import Kind, StatisticsSettings
+from loraloom.settings import StatisticsSettings
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.privacy import Noise, add_noise, noise_scale
@@ -28,7 +28,13 @@ def collect(
     directions: int | None = None,
     clip: float | None = None,
 ) -> Statistics:
-    """Return the statistics of all texts in `rows`, as the evaluator's base model reads them; see `Statistics`."""
+    """Return the statistics of all texts in `rows`, as the evaluator's base model reads them.
+
+    evaluator: holds the base model and its tokenizer.
+    rows: columns text_a, and text_b for pairs.
+    reading: what a row is, the length of a text, and the size of a batch.
+    targets, directions, clip: as for `collect_statistics`, which raises what is raised here.
+    """
     encoded = encode(rows, evaluator.tokenizer, reading.max_length)
     fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, reading.batch_size))
     return collect_statistics(evaluator.model, fed, targets, kind=reading.kind, directions=directions, clip=clip)
@@ -44,18 +50,32 @@ def collect_from_file(
     columns: Sequence[str],
     base: str,
     targets: Sequence[str],
-    count: int,
-    kind: Kind,
-    max_length: int,
+    reading: StatisticsSettings,
+    *,
     directions: int | None = None,
     noise: Noise | None = None,
 ) -> Statistics:
-    """Return the statistics of the first `count` texts of a file or hub data set; labels are not read.
+    """Return the statistics of the first `reading.texts` texts of a file; labels are not read.
 
-    `directions` bounds how many are kept of an input. For `noise`, which `shared_alone` adds, rows are clipped and the
-    bound is left to come after it. Each process of a group reads its part of the texts, and all return the statistics
-    of all. Raises LoraloomError for a file or column that is not there, or fewer texts than asked for.
+    texts: JSONL, CSV, TSV or Parquet, or org/name on the hub.
+    columns: of a text, or of a pair of texts.
+    base: hub name or folder of the base model.
+    targets: path endings of the layers to watch, or "all-linear" alone.
+    reading: how many texts, of what length, and what a row is.
+    directions: the most that are kept of an input; None keeps them all.
+    noise: that `shared_alone` adds later: rows are clipped for it, and the bound on directions is left to come after.
+
+    Each process of a group reads its part of the texts, and all return the statistics of all. Raises LoraloomError for
+    a file or column that is not there, fewer texts than asked for, and what `collect_statistics` raises.
     """
+    rows = _rows(texts, columns, reading.texts)
+    if noise:
+        return _collected(base, rows, targets, reading, None, noise.clip)
+    return _collected(base, rows, targets, reading, directions)
+
+
+def _rows(texts: str, columns: Sequence[str], count: int) -> Dataset:
+    """Return the first `count` rows of a file as text_a, and text_b for a pair."""
     try:
         table = read_table(texts, "train", columns)
     except ValueError as error:
@@ -77,10 +97,9 @@ def collect_from_file(
         problems += [f"no text in row {', '.join(faulty[:5])}"] if faulty else []
     raise_problems(texts, problems)
     names = ("text_a", "text_b")[: len(columns)]
-    kept = [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
-    directions, clip = (None, noise.clip) if noise else (directions, None)
-    reading = StatisticsSettings(kind=kind, max_length=max_length)
-    return _collected(base, Dataset.from_list(kept), targets, reading, directions, clip)
+    return Dataset.from_list(
+        [{name: row[column] for name, column in zip(names, columns, strict=True)} for row in table.rows[:count]]
+    )
 
 
 def wanted_noise(epsilon: float | None, delta: float, clip: float | None, kind: str) -> Noise | None:
@@ -108,17 +127,22 @@ def shared_alone(found: Statistics, rows: int | None, directions: int | None, no
 def make_atlas(
     base: str,
     targets: Sequence[str],
-    texts: str | None,
-    columns: Sequence[str],
-    count: int,
-    max_length: int,
+    reading: StatisticsSettings,
+    *,
+    texts: str | None = None,
+    columns: Sequence[str] = (),
     directions: int | None = None,
 ) -> Statistics:
-    """Return the statistics of generic text: of a file as `collect_from_file`, or the English of every installation."""
-    if texts:
-        return collect_from_file(texts, columns or ["text"], base, targets, count, "token", max_length, directions)
-    raise_problems("atlas", ["--column names a column of no file"] if columns else [], "give --text-file too")
-    return _collected(base, generic_rows(count), targets, StatisticsSettings(max_length=max_length), directions)
+    """Return the statistics of `reading.atlas_texts` generic texts, a row a token.
+
+    texts: a file or hub data set of them; None takes the English that every installation has.
+    columns: of a text in that file; `text` where none is named.
+    base, targets, directions: as for `collect_from_file`, which raises what is raised here.
+    """
+    raise_problems("atlas", ["--column names a column of no file"] if columns and not texts else [], "give a file too")
+    count = reading.atlas_texts
+    rows = _rows(texts, columns or ["text"], count) if texts else generic_rows(count)
+    return _collected(base, rows, targets, reading.model_copy(update={"kind": "token"}), directions)
 
 
 def _collected(
