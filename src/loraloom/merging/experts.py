@@ -53,7 +53,7 @@ def place_experts(groups: Sequence[Group], names: Names, base: Checkpoint) -> tu
         fitting = [parts for name in names.modules[module] if (parts := _parts(name, group, names, base))]
         if len(fitting) != 1:
             what = f"{'several parameters' if fitting else 'no parameter'} of {len(group.experts)} experts of {m} x {n}"
-            problems.append(f"{group.module}: {what} in the checkpoint: another model")
+            problems.append(f"{group.module}: {what} in the checkpoint: another model, or quantised")
             continue
         if m == n and len(fitting[0]) == 1:
             turned = inputs_first()
