@@ -113,3 +113,23 @@ def test_copies_of_the_base_go_along_where_all_have_the_same(tmp_path: Path) -> 
     trained(base, tmp_path / "2", 2, ["embed_tokens"])
     with pytest.raises(LoraloomError, match=r"embed_tokens\.base_layer\.weight: that of '2' differs"):
         merge([*pair, read_adapter(tmp_path / "2")], "weighted")
+
+
+def test_the_adapters_tokenizer_takes_the_place_of_the_bases(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "special_tokens_map.json", "preprocessor_config.json", "chat_template.jinja"):
+        (tmp_path / "base" / name).write_text('{"of": "base"}')
+    trained(base, tmp_path / "0", 0, ["q_proj"])
+    for files in ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, {"chat_template.jinja": "{}"}):
+        for name, content in files.items():
+            (tmp_path / "0" / name).write_text(content)
+        out = tmp_path / f"out{len(files)}"
+        plan = plan_folders([tmp_path / "0"], MergeOptions("weighted"), out)
+        fuse_folders(plan, tmp_path / "base", out, "loraloom merge", Reporter(quiet=True))
+        for name in files:
+            assert (out / name).read_text() == "{}"
+            (tmp_path / "0" / name).unlink()
+        assert (out / "preprocessor_config.json").read_text() == '{"of": "base"}'
+        assert (out / "special_tokens_map.json").exists() == ("tokenizer.json" not in files)
+        assert "tokenizer.json" in (out / "SHA256SUMS").read_text()

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraloom.files.reading import is_own
 
-# tokenizer and processor: what the texts, images and sounds of the training were read with
+# each tokenizer is in one of the first; the others go with it
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_WITH_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+# what the texts, images and sounds of the training were read with
 CARRIED = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
+    *(*_TOKENIZERS, *_WITH_TOKENIZER, "chat_template.jinja", "chat_template.json"),
+    *("preprocessor_config.json", "processor_config.json"),
     *("image_preprocessor_config.json", "video_preprocessor_config.json"),
 )
 # trained weights outside the adapter's own file, with what they are
@@ -89,6 +98,12 @@ def carry(members: Mapping[str, Beside]) -> tuple[dict[str, bytes], dict[str, st
         return contents[0], left_out
     left_out.update({file: _NO_AGREEMENT for one in contents for file in one})
     return {}, left_out
+
+
+def displaced(carried: Iterable[str]) -> set[str]:
+    """Return the files of a base that must not stay beside those `carried`: its tokenizer's, where they are one."""
+    names = set(carried)
+    return {*_TOKENIZERS, *_WITH_TOKENIZER} - names if names & set(_TOKENIZERS) else set()
 
 
 def _not_carried(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loraloom.adapters.beside import displaced
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.atomic import staged_folder
@@ -88,6 +89,8 @@ def fuse(
         left_out = _copy_files(found, staged)
         if placed.config:
             write_json(staged / CONFIG, {**found.config, **placed.config})
+        for name in displaced(carried or ()):
+            (staged / name).unlink(missing_ok=True)
         for name, content in (carried or {}).items():
             (staged / name).write_bytes(content)
         write_files(staged, files or {}, extra or {})
