@@ -321,6 +321,18 @@ def test_what_another_machine_wrote_today_is_left_alone(tmp_path: Path, monkeypa
     assert entries(tmp_path) == []
 
 
+def test_without_locks_files_are_written_and_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed(tmp_path, "writing")
+
+    def flock(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    before = entries(tmp_path)
+    write_text(tmp_path / "file", "x")
+    assert set(entries(tmp_path)) == {*before, "file"}
+
+
 def test_many_writers_in_one_folder_do_not_take_each_others_work(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import socket
@@ -15,10 +16,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-import filelock
 
 from loraloom.files.hashing import text_sha256
 from loraloom.files.outputs import RECORD, check_file, check_folder, read_record, record_text, write_errors
@@ -99,14 +98,13 @@ def remove_leftovers(folder: Path) -> None:
     for stage in folder.glob(f"{_STAGE}*{_PART}"):
         if not _is_of_this_host(stage) and time.time() - _last_write(stage) < _DAY:
             continue
-        with suppress(filelock.Timeout, OSError), filelock.FileLock(stage / _LOCK, timeout=0):
+        with suppress(OSError), _lock(stage, os.O_RDWR):  # it is held, or there is none yet, or it has just gone
+            removed += len(list(stage.iterdir())) > 1  # with the lock alone, its owner is about to take another
             for old in (stage / _OLD).glob("*"):
                 if not os.path.lexists(folder / old.name):
                     os.rename(old, folder / old.name)
                     restored.append(old.name)
-            # nothing but the lock: it was just given up by a process that had ended its work
-            removed += len(list(stage.iterdir())) > 1
-            _remove(stage)
+            shutil.rmtree(stage, ignore_errors=True)
     if removed:
         back = f", and put back {', '.join(restored)}" if restored else ""
         what = "what a killed run had" if removed == 1 else f"what {removed} killed runs had"
@@ -118,23 +116,36 @@ def _staging(parent: Path) -> Iterator[Path]:
     """Yield a hidden folder in `parent`, locked as long as this process lives and removed at the end."""
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent)
-    while True:
-        stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{_host()}-", suffix=_PART, dir=parent))
-        lock = filelock.FileLock(stage / _LOCK, timeout=0)
+    with ExitStack() as stack:
+        while True:
+            stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{_host()}-", suffix=_PART, dir=parent))
+            with suppress(BlockingIOError):  # until it is locked, another process may take it for a leftover
+                file = stack.enter_context(_lock(stage, os.O_RDWR | os.O_CREAT))
+                if os.fstat(file).st_nlink:
+                    break
         try:
-            lock.acquire()
-        except (filelock.Timeout, FileNotFoundError):
-            continue  # another process took it for a leftover before it was locked
-        except OSError:
-            break  # no locks here: then nobody removes leftovers either
-        if stage.is_dir():
-            break
+            (stage / _NEW).mkdir()
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _lock(stage: Path, flags: int) -> Iterator[int]:
+    """Hold the lock of a hidden folder, and yield its open file. Raises BlockingIOError where another process has it.
+
+    Not by `filelock`, which makes the folder anew where it has just gone.
+    """
+    file = os.open(stage / _LOCK, flags)
     try:
-        (stage / _NEW).mkdir()
-        yield stage
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or not flags & os.O_CREAT:
+                raise  # where a file system has no locks, its own is not needed, and nobody removes leftovers
+        yield file
     finally:
-        _remove(stage)
-        lock.release()
+        os.close(file)
 
 
 def _publish(folder: Path, target: Path, aside: Path) -> None:
@@ -167,14 +178,6 @@ def _exchanged(one: Path, two: Path) -> bool:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(two))
     return not failed
-
-
-def _remove(stage: Path) -> None:
-    """Remove a hidden folder, its lock last."""
-    for path in stage.glob("*"):
-        if path.name != _LOCK:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    shutil.rmtree(stage, ignore_errors=True)
 
 
 def _host() -> str:
