@@ -62,7 +62,7 @@ def test_one_folder_as_of_one_process(tmp_path: Path) -> None:
     recipe = tiny_study.write_study(tmp_path, training=settings)
     start = write_start(str(tmp_path / "base"), tmp_path / "start")
     before = {path.name for path in tmp_path.iterdir()}
-    words = ["train", recipe, "--task", "mood", "--init", start, "-o", tmp_path / "out", "--json"]
+    words = ["train", "--recipe", recipe, "--task", "mood", "--init", start, "-o", tmp_path / "out", "--json"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), "-m", "loraloom", *map(str, words)]
     run = subprocess.run(launch, env=tiny_study.environment(), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -125,7 +125,7 @@ def _resumed(rank: int, folder: str) -> None:
     with pytest.raises(LoraloomError, match="none is not there"):
         training.by_first(_fail)
     # a command's fault is told once, and ends every process
-    done = CliRunner().invoke(app, ["train", str(Path(folder) / "none.yaml"), "--task", "mood", "-o", "x"])
+    done = CliRunner().invoke(app, ["train", "--recipe", str(Path(folder) / "none.yaml"), "--task", "mood", "-o", "x"])
     assert done.exit_code == 2
     assert bool(done.output) == (rank == 0)
 

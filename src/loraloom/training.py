@@ -55,11 +55,12 @@ _NOT_FINITE = "lower the learning rate, or train in float32"
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained adapter folder and its best held-out metric."""
+    """A trained adapter folder, its best held-out value of the task's metric, and the optimiser steps taken."""
 
     folder: Path
     heldout: float
     steps: int
+    metric: str
 
 
 def train_adapter(
@@ -120,7 +121,7 @@ def train_adapter(
         raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", _NOT_FINITE)
     by_first(lambda: _save(model, base, output, task, init, settings, seed, trainer.state, overwrite))
     by_first(lambda: _clear(checkpoints))
-    return Trained(output, float(best), int(trainer.state.global_step))
+    return Trained(output, float(best), int(trainer.state.global_step), task.metric)
 
 
 def check_trained(output: Path, base: str, init: str | Path | None, overwrite: bool) -> None:

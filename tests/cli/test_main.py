@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,57 +17,17 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import tiny_study
-from loraloom.cli.main import app
-from loraloom.cli.terminal import Out, study_table
+from commands import call, hints, measured, page, refused, said, said_thrice
+from loraloom.cli.study import study_table
+from loraloom.cli.terminal import Out
 from loraloom.report import SummaryRow, summary_rows
 from loraloom.report.aggregate import Merged
 from loraloom.results import Score, StudyResult
 from loraloom.tasks.builtin_text import generic_texts
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _loud_again() -> Iterator[None]:
-    """Commands silence every library in this process; other tests want to hear them."""
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def call(*words: str | Path) -> Any:
-    return CliRunner().invoke(
-        app, [str(word) for word in words], prog_name="loraloom", catch_exceptions=False, env={"COLUMNS": "80"}
-    )
-
-
-def said(*words: str | Path) -> Any:
-    """Run a command that must succeed with --json, with --quiet and plain; return its JSON."""
-    as_json = call(*words, "--json")
-    assert (as_json.exit_code, as_json.stderr) == (0, "")
-    again = ["--overwrite"] if "-o" in words and words[0] not in ("run", "compare") else []
-    quiet = call(*words, *again, "--quiet")
-    assert (quiet.exit_code, quiet.output) == (0, "")
-    plain = call(*words, *again)
-    assert plain.exit_code == 0
-    assert plain.stdout.strip()
-    return json.loads(as_json.stdout)
-
-
-def refused(*words: str | Path) -> str:
-    """Run a command that must be refused; return what it says on stderr."""
-    result = call(*words)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    return " ".join(result.stderr.split())
-
-
-def hints(*words: str | Path) -> str:
-    """Run a command; return what it says on stderr, in one line."""
-    return " ".join(call(*words).stderr.split())
 
 
 def entries(folder: Path) -> set[str]:
@@ -88,14 +47,14 @@ def test_every_command_says_what_it_does() -> None:
 
 def test_words_that_no_command_takes_are_told_as_every_fault() -> None:
     assert "no such command 'marge'. Did you mean 'merge'" in refused("marge")
-    assert "no such option: --rnk" in refused("init", "--rnk", "4", "-o", "x")
+    assert "no such option: --rnk next: did you mean --own or --rank?" in refused("init", "--rnk", "4", "-o", "x")
     assert "`loraloom init --help` tells what it takes" in refused("init", "--rank", "x", "-o", "x")
     assert "missing option '--output'" in refused("atlas", "base", "--target", "q")
     told = refused("statistics", "x", "--base", "b", "--column", "c", "--target", "q", "-o", "x", "--kind", "tokn")
     assert "'tokn' is not one of 'token', 'sample' next: did you mean 'token'?" in told
     for words in ((), ("study",), ("statistics",)):  # the help, which an option after it would not be
         assert call(*words).exit_code == 2
-        assert "Commands" in call(*words).output
+        assert "Usage: loraloom" in call(*words).output
 
 
 def statistics(folder: Path, task: str, *more: str) -> list[str | Path]:
@@ -108,32 +67,27 @@ def test_the_stages_one_by_one(finished: Path, tmp_path: Path) -> None:
     recipe = finished / "recipe.yaml"
     for task in ("mood", "tone"):
         told = said(*statistics(finished, task), "-o", tmp_path / f"{task}.safetensors")
-        assert told | {"tokens": 0} == {
-            "file": str(tmp_path / f"{task}.safetensors"),
-            "texts": 12,
-            "tokens": 0,
-            "layers": 4,
-        }
+        assert (told["file"], told["texts"], told["layers"]) == (str(tmp_path / f"{task}.safetensors"), 12, 4)
     own, other = tmp_path / "mood.safetensors", tmp_path / "tone.safetensors"
     start = tmp_path / "start"
-    told = said("init", "--own", own, "--other", other, "--rank", "2", "--keep", "projected", "-o", start)
-    assert (told["rule"], told["keep"]) == ("apart", "projected")
+    (told,) = said("init", "--own", own, "--other", other, "--rank", "2", "--keep", "projected", "-o", start)["starts"]
+    assert (told["rule"], told["keep"], told["rank"], told["layers"]) == ("apart", "projected", 2, 4)
     assert all(not tensor.any() for name, tensor in load_file(start / WEIGHTS).items() if "lora_B" in name)
     out = tmp_path / "mood"
-    told = said("train", recipe, "--task", "mood", "--init", start, "-o", out)
+    told = said("train", "--recipe", recipe, "--task", "mood", "--init", start, "-o", out)
     assert told["steps"] == 8
     assert 0 <= told["heldout"] <= 1
-    score = said("evaluate", recipe, out)["mood"]
+    score = measured(recipe, out)["mood"]
     assert score["metric"] == "accuracy"
     tone = finished / "study" / "adapters" / "LoRA" / "tone"
     told = said("merge", out, tone, "--rule", "ties", "--density", "0.5", "--scale", "0.7", "-o", tmp_path / "m")
     assert (told["rule"], told["scale"], told["heads"]) == ("ties", 0.7, ["mood", "tone"])
-    assert set(said("evaluate", recipe, tmp_path / "m")) == {"mood", "tone"}
+    assert set(measured(recipe, tmp_path / "m")) == {"mood", "tone"}
     told = said("merge", out, tone, "-o", tmp_path / "by-default")
     assert (told["rule"], told["scale"]) == ("tsv", 0.75)
     told = said("align", tmp_path / "by-default", out, tone, "--recipe", recipe)
     assert told["heads"] == {"mood": "heads/mood.safetensors", "tone": "heads/tone.safetensors"}
-    told = said("inspect", out, own, other)
+    told = said_thrice("inspect", out, own, other)
     assert told["adapters"][0]["heads"] == ["mood"]
     assert told["statistics"][0]["texts"] == 12
     assert [len(row) for row in told["responses"]["overall"]] == [2]
@@ -194,7 +148,7 @@ def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path)
     rows.write_text("\n".join(json.dumps({"text": text}) for text in generic_texts(20)))
     more = ("--target", "query", "--target", "value", "--texts", "20", "--max-length", "16")
     told = said("atlas", finished / "base", *more, "-o", atlas)
-    assert told == {"file": str(atlas), "texts": 20, "tokens": told["tokens"], "layers": 4}
+    assert (told["file"], told["texts"], told["layers"]) == (str(atlas), 20, 4)
     call("atlas", finished / "base", *more, "--text-file", rows, "-o", tmp_path / "same.safetensors")
     call("statistics", rows, "--base", finished / "base", *more, "--column", "text", "-o", tmp_path / "too.safetensors")
     for name in ("same", "too"):
@@ -202,7 +156,7 @@ def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path)
         assert mine.keys() == theirs.keys()
         assert all(bool((mine[key] == theirs[key]).all()) for key in mine)
     words = ("init", "--atlas", atlas, "--rank", "2", "--rule", "apart", "--keep", "projected", "--scale", "unit")
-    told = said(*words, "-o", first)
+    (told,) = said(*words, "-o", first)["starts"]
     assert (told["folder"], told["rule"], told["keep"]) == (str(first), "apart", "projected")
     noted = json.loads((first / "loraloom.json").read_text())
     assert (noted["own"], noted["after"]) == (None, [])
@@ -218,7 +172,9 @@ def test_an_atlas_then_one_adapter_after_another(finished: Path, tmp_path: Path)
         assert float((two[name] @ one[name].T).abs().max()) < 1e-6
     assert not any(bool(tensor.any()) for name, tensor in two.items() if "lora_B" in name)
     # teams that share an atlas and give no seed do not start at the same A
-    team, other = (said("init", "--atlas", atlas, "--rank", "2", "-o", tmp_path / name) for name in ("team", "other"))
+    team, other = (
+        said("init", "--atlas", atlas, "--rank", "2", "-o", tmp_path / name)["starts"][0] for name in ("team", "other")
+    )
     assert (team["rule"], team["keep"], team["scale"]) == ("apart", "free", "response")
     assert team["seed"] != other["seed"]
 
@@ -240,7 +196,7 @@ def test_statistics_of_one_file_name_all_count(finished: Path, tmp_path: Path) -
 
 def test_train_makes_what_the_study_made(finished: Path, tmp_path: Path) -> None:
     start = next((finished / "study" / "stages" / "init").glob("LoRA.*.mood-*")) / "adapter"
-    call("train", finished / "recipe.yaml", "--task", "mood", "--init", start, "-o", tmp_path / "mood")
+    call("train", "--recipe", finished / "recipe.yaml", "--task", "mood", "--init", start, "-o", tmp_path / "mood")
     ours, theirs = (
         load_file(f / WEIGHTS) for f in (tmp_path / "mood", finished / "study" / "adapters" / "LoRA" / "mood")
     )
@@ -251,9 +207,12 @@ def test_train_makes_what_the_study_made(finished: Path, tmp_path: Path) -> None
 def test_run_tells_the_summary_in_80_columns(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "study", tmp_path / "study")
     words = ("run", finished / "recipe.yaml", "-o", tmp_path / "study")
-    told = said(*words)
+    told = said_thrice(*words)
     assert told["report"] == str(tmp_path / "study" / "report.html")
     assert told["verdict"]
+    rows = summary_rows(StudyResult.load(tmp_path / "study" / "results.json"))
+    assert [one["init"] for one in told["inits"]] == [row.init for row in rows]
+    assert [one["single"]["value"] for one in told["inits"]] == [row.single.value for row in rows if row.single]
     plain = call(*words)
     assert "OSRM, kept" in plain.stdout
     assert "ta: task_arithmetic" in plain.stdout
@@ -286,30 +245,60 @@ def test_demo_runs_its_recipe(finished: Path, tmp_path: Path, monkeypatch: pytes
     assert asked == [True]
 
 
+def test_what_a_command_prints_is_a_page(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts in words that fit 80 columns, and the command to type next; no Python value shows through."""
+    monkeypatch.chdir(tmp_path)
+    recipe, mood, merged = finished / "recipe.yaml", tmp_path / "mood", finished / "study" / "merged" / "LoRA" / "tsv"
+    shutil.copytree(finished / "study" / "adapters" / "LoRA" / "mood", mood)
+    map_words = ("--target", "query", "--target", "value", "--texts", "9", "--max-length", "16")
+    pages = {
+        "loraloom init --other": page(*statistics(finished, "mood"), "-o", "mood.safetensors"),
+        "loraloom init --atlas": page("atlas", finished / "base", *map_words, "-o", "atlas"),
+        "loraloom init": page("statistics", "show", "mood.safetensors"),
+        "loraloom train": page("init", "--other", "mood.safetensors", "--rank", "2", "-o", "start"),
+        "--init starts/": page("init", "mood.safetensors", "atlas", "--target", "query", "--rank", "2", "-o", "starts"),
+        "loraloom merge": page("train", "--recipe", recipe, "--task", "mood", "--init", "start", "-o", "trained"),
+        "merged": page("evaluate", "mood", "--recipe", recipe),
+        "loraloom align": page("evaluate", merged, "--recipe", recipe),
+        "loraloom study explain": page("study", "status", finished / "study"),
+        "loraloom study rm": page("study", "explain", finished / "study", entry(finished / "study", "merge")),
+    }
+    for command, shown in pages.items():
+        assert f"{command}" in " ".join(shown.split()), shown
+        assert not re.search(r"\bNone\b|(?<!=)\bTrue\b|\bFalse\b|\['|\{'|\d\.\d{5}", shown), shown
+    assert "accuracy" in pages["merged"]
+
+
+def entry(study: Path, kind: str) -> str:
+    """Return the name of one of a study's outputs."""
+    return f"{kind}/{sorted(path.name for path in (study / 'stages' / kind).iterdir())[0]}"
+
+
 def test_report_and_rules(finished: Path, tmp_path: Path) -> None:
     results = finished / "study" / "results.json"
     assert said("report", results, "-o", tmp_path / "r.html") == {"report": str(tmp_path / "r.html")}
     assert (tmp_path / "r.html").read_bytes() == (finished / "study" / "report.html").read_bytes()
-    assert said("rules")["ties"]["spaces"] == ["full", "core", "knots"]
+    assert json.loads(call("rules", "--json").stdout)["ties"]["spaces"] == ["full", "core", "knots"]
     (tmp_path / "bad.json").write_text(results.read_text()[:500])
     assert f"{tmp_path / 'bad.json'}: not a results file" in refused(
         "report", tmp_path / "bad.json", "-o", tmp_path / "x"
     )
-    assert "is a folder, where a file" in refused("report", results, "-o", tmp_path)
+    assert "cannot be written: Is a directory" in refused("report", results, "-o", tmp_path)
 
 
 def test_study_status_explain_and_rm(finished: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     shutil.copytree(finished / "study", study)
-    told = said("study", "status", study)
-    names = list(told["outputs"])
-    assert told["failures"] == {}
+    told = said_thrice("study", "status", study)
+    names = [one["name"] for one in told["outputs"]]
+    assert told["failures"] == []
     init = next(name for name in names if name.startswith("init/LoRA.s0.mood"))
     train = next(name for name in names if name.startswith("train/LoRA.s0.mood"))
     merge = next(name for name in names if name.startswith("merge/LoRA.s0.tsv"))
-    assert said("study", "explain", study, merge)["inputs"]["adapters.mood"]["inputs"]["start"]["output"] == init
+    mood = next(one for one in said("study", "explain", study, merge)["inputs"] if one["output"] == train)
+    assert init in [one["output"] for one in mood["inputs"]]
     assert json.loads(call("study", "rm", study, train, "--json").stdout) == {"removed": [train]}
-    assert f"adapters.mood: {train} MISSING" in " ".join(call("study", "explain", study, merge).stdout.split())
+    assert f"{train} MISSING" in " ".join(page("study", "explain", study, merge).split())
     assert f"no whole output '{train}'" in refused("study", "rm", study, train)
     assert "did you mean" in refused("study", "explain", study, merge[:-1])
     assert "not a study folder" in refused("study", "status", tmp_path)
@@ -329,7 +318,7 @@ def test_merge_tells_all_that_is_wrong(finished: Path, tmp_path: Path) -> None:
         "half: adapter_model.safetensors cannot be read",
         "empty: not an adapter folder",
         "'densty'",
-        "mine: thesis.tex is not ours",
+        "mine: holds",
     ):
         assert part in told
     assert "no merging rule is called 'tiess': did you mean 'ties'" in refused(
@@ -346,13 +335,13 @@ def test_merge_tells_all_that_is_wrong(finished: Path, tmp_path: Path) -> None:
 def test_bad_input_of_every_command(finished: Path, tmp_path: Path) -> None:
     recipe, study = finished / "recipe.yaml", finished / "study"
     mood, out = study / "adapters" / "LoRA" / "mood", tmp_path / "out"
-    assert "has no task 'mod'" in refused("train", recipe, "--task", "mod", "-o", out)
+    assert "has no task 'mod'" in refused("train", "--recipe", recipe, "--task", "mod", "-o", out)
     assert "gone: not an adapter folder" in refused(
-        "train", recipe, "--task", "mood", "--init", tmp_path / "gone", "-o", out
+        "train", "--recipe", recipe, "--task", "mood", "--init", tmp_path / "gone", "-o", out
     )
-    assert "no head for task tone" in refused("evaluate", recipe, mood, "--task", "tone")
-    assert "split 'dev' is unknown" in refused("evaluate", recipe, mood, "--split", "dev")
-    assert "gone: the base model's folder" in refused("evaluate", recipe, mood, "--base", "./gone")
+    assert "no head for task tone" in refused("evaluate", mood, "--recipe", recipe, "--task", "tone")
+    assert "'dev' is not one of 'test', 'heldout'" in refused("evaluate", mood, "--recipe", recipe, "--split", "dev")
+    assert "gone: the base model's folder" in refused("evaluate", mood, "--recipe", recipe, "--base", "./gone")
     told = refused(*statistics(finished, "mood", "--column", "txt", "--texts", "5000"), "-o", out)
     assert "no column 'txt'" in told
     assert "5000 texts were asked for, it holds 40" in told
@@ -370,7 +359,7 @@ def test_bad_input_of_every_command(finished: Path, tmp_path: Path) -> None:
     assert "rank 99 is larger than the layer" in refused(*words, "--rank", "99")
     assert "'quary'" in refused(*words, "--target", "quary")
     assert "did you mean 'osrm'" in refused(*words, "--rule", "osmr")
-    assert "keep: Input should be 'free'" in refused(*words, "--keep", "fre")
+    assert "'fre' is not one of 'free'" in refused(*words, "--keep", "fre")
     assert "gone: not an adapter folder" in refused(*words, "--after", tmp_path / "gone")
     assert "neither of other tasks nor an atlas" in refused("init", "-o", out)
     assert "neither of other tasks nor an atlas" in refused("init", "--own", seen, "-o", out)
@@ -425,6 +414,8 @@ def test_the_summary_fits_whatever_it_holds(capsys: pytest.CaptureFixture[str]) 
         average=score,
         kept=1.234,
         heldout=None,
+        by_seed={},
+        resamples=(),
     )
     long = "an init with a name of many words that says all of it"
     rows = [SummaryRow(long, score, merged, merged, 1.0, 10.55), SummaryRow("b", None, None, None, None, None)]
@@ -435,7 +426,8 @@ def test_the_summary_fits_whatever_it_holds(capsys: pytest.CaptureFixture[str]) 
     out.table(title, columns, cells)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert any("100.0 ta 0.25-1.5" in line and "123%" in line and "1.00 → 10.55" in line for line in lines)
+    assert any("100.0 ta 0.25-1.5" in line and "123%" in line for line in lines)
+    assert any("1.00 → 10.55" in line for line in lines)
     assert cells[1] == ("b", "-", "-", "-", "-", "-", "- → -")
 
 

@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
+from commands import measured, refused, said
 from loraloom.adapters.heads import heads_by_task
 from loraloom.adapters.peft import PROVENANCE, read_provenance
-from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
 from loraloom.merging import read_readout
 from loraloom.study.compare import compare
 from loraloom.study.recipe import Recipe
-
-
-@pytest.fixture(autouse=True)
-def _loud_again() -> Iterator[None]:
-    """Commands silence every library in this process; other tests want to hear them."""
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def call(*words: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-
-
-def said(*words: str | Path) -> Any:
-    done = call(*words, "--json")
-    assert (done.exit_code, done.stderr) == (0, "")
-    return json.loads(done.stdout)
-
-
-def refused(*words: str | Path) -> str:
-    done = call(*words)
-    assert (done.exit_code, done.stdout) == (2, "")
-    return " ".join(done.stderr.split())
 
 
 def folders(finished: Path, place: Path, **tasks: str) -> list[Path]:
@@ -74,16 +47,16 @@ def test_folders_named_other_than_their_tasks(finished: Path, tmp_path: Path) ->
     assert {path.stem for path in (out / "heads").iterdir()} == {"support-v2", "legal"}
     told = [(one["name"], one["task"]) for one in read_provenance(out)["inputs"]]
     assert told == [("support-v2", "mood"), ("legal", "tone")]
-    assert said("evaluate", recipe, out) == said("evaluate", recipe, alike)
-    assert said("evaluate", recipe, out, "--task", "tone").keys() == {"tone"}
-    assert said("inspect", out)["files"][str(out)]["heads"] == ["mood", "tone"]
+    assert measured(recipe, out) == measured(recipe, alike)
+    assert measured(recipe, out, "--task", "tone").keys() == {"tone"}
+    assert said("inspect", out)["adapters"][0]["heads"] == ["mood", "tone"]
     for task in ("mood", "tone"):
         one, two = read_readout(out, task).updates, read_readout(alike, task).updates
         assert all(torch.equal(one[module].dense(), two[module].dense()) for module in two)
     found = said("align", out, *adapters, "--recipe", recipe)["heads"]
     assert found == {"mood": "heads/support-v2.safetensors", "tone": "heads/legal.safetensors"}
     said("align", alike, plain / "mood", plain / "tone", "--recipe", recipe)
-    assert said("evaluate", recipe, out) == said("evaluate", recipe, alike)
+    assert measured(recipe, out) == measured(recipe, alike)
     adapters[0].rename(tmp_path / "renamed")  # since the merge: its task finds its file
     assert said("align", out, tmp_path / "renamed", adapters[1], "--recipe", recipe)["heads"] == found
     assert {path.stem for path in (out / "heads").iterdir()} == {"support-v2", "legal"}
@@ -102,9 +75,9 @@ def test_inputs_of_one_task_go_by_name(finished: Path, tmp_path: Path) -> None:
     recipe = finished / "recipe.yaml"
     adapters = folders(finished, tmp_path, old="mood", new="mood", tone="tone")
     out = merged(tmp_path, adapters)
-    assert list(said("evaluate", recipe, out)) == ["old", "new", "tone"]
-    assert said("evaluate", recipe, out, "--task", "new").keys() == {"new"}
-    assert "old (task mood), new (task mood), tone" in refused("evaluate", recipe, out, "--task", "mood")
+    assert list(measured(recipe, out)) == ["old", "new", "tone"]
+    assert measured(recipe, out, "--task", "new").keys() == {"new"}
+    assert "old (task mood), new (task mood), tone" in refused("evaluate", out, "--recipe", recipe, "--task", "mood")
     with pytest.raises(LoraloomError, match=r"nothing is read for task 'mood'") as caught:
         read_readout(out, "mood")
     assert "new" in caught.value.hint
@@ -117,11 +90,11 @@ def test_folders_of_before_tasks_were_told(finished: Path, tmp_path: Path) -> No
     recipe = finished / "recipe.yaml"
     adapters = folders(finished, tmp_path, mood="mood", tone="tone")
     out = merged(tmp_path, adapters)
-    now = said("evaluate", recipe, out)
+    now = measured(recipe, out)
     forget_tasks(out)
-    assert said("evaluate", recipe, out) == now
+    assert measured(recipe, out) == now
     (out / PROVENANCE).unlink()
-    assert said("evaluate", recipe, out) == now
+    assert measured(recipe, out) == now
     read_readout(out, "tone")
     assert said("align", out, *adapters, "--recipe", recipe)["heads"]["tone"] == "heads/tone.safetensors"
 
@@ -147,7 +120,7 @@ def test_a_malformed_head_is_named(fault: str, finished: Path, tmp_path: Path) -
         save_file({"classifier.bias": torch.zeros(2)}, path)
     else:
         save_file({**load_file(path), "classifier.bias": torch.zeros(3)}, path)
-    assert str(path) in refused("evaluate", finished / "recipe.yaml", out)
+    assert str(path) in refused("evaluate", out, "--recipe", finished / "recipe.yaml")
 
 
 def test_a_study_of_given_adapters_names_the_tasks_itself(finished: Path, tmp_path: Path) -> None:
@@ -163,6 +136,6 @@ def test_an_input_may_have_the_name_of_a_task_that_it_shares(finished: Path, tmp
     recipe = finished / "recipe.yaml"
     adapters = folders(finished, tmp_path, **{"mood": "mood", "mood-v2": "mood"})
     out = merged(tmp_path, adapters)
-    assert list(said("evaluate", recipe, out)) == ["mood", "mood-v2"]
+    assert list(measured(recipe, out)) == ["mood", "mood-v2"]
     found = said("align", out, *adapters, "--recipe", recipe)["heads"]
     assert found == {name: f"heads/{name}.safetensors" for name in ("mood", "mood-v2")}

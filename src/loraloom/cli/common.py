@@ -29,19 +29,18 @@ if TYPE_CHECKING:
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder or file to write; it appears whole or not at all.")
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, for programs.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write. It appears whole or not at all.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind. Other files are never replaced.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
-RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe.")]
 RecipeOption = Annotated[
-    Path, typer.Option("--recipe", help="YAML recipe that names the base model and the tasks, by adapter.")
+    Path, typer.Option("--recipe", help="Recipe in YAML that names the base model and the tasks.")
 ]
-Base = Annotated[str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or folder.")]
-TaskName = Annotated[str, typer.Option("--task", help="A task of the recipe.")]
-StudyFolder = Annotated[Path, typer.Argument(help="A study folder.")]
-Seed = Annotated[int, typer.Option("--seed", help="The study's seed; every task draws its own from it.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or local folder.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the study. Every task draws its own from it.")]
 
 
 class Commands(TyperGroup):
@@ -66,12 +65,13 @@ def _misuse(error: Any) -> LoraloomError:
     """Return what to tell of words that a command does not take."""
     message = error.format_message().replace("Value error, ", "").replace(": Input should", ": should").rstrip(".")
     path = error.ctx.command_path if error.ctx else "loraloom"
-    hint = f"`{path} --help` tells what it takes"
-    known = re.search(r"'([^']*)' is not one of (.*)", message)
-    near = did_you_mean(known[1], re.findall(r"'(.*?)'", known[2])) if known else ""
-    if near.startswith("did"):
-        hint = f"{near} {hint}"
-    return LoraloomError(message[:1].lower() + message[1:], hint)
+    message, _, possible = message.partition(" (Possible options: ")
+    choice = re.search(r"'([^']*)' is not one of (.*)", message)
+    near = f"did you mean {possible.rstrip(')').replace(', ', ' or ')}?" if possible else ""
+    if choice:
+        near = did_you_mean(choice[1], re.findall(r"'(.*?)'", choice[2]))
+    hint = f"{near} " if near.startswith("did") else ""
+    return LoraloomError(message[:1].lower() + message[1:], f"{hint}`{path} --help` tells what it takes")
 
 
 def read_recipe(path: Path, base: str | None) -> Recipe:

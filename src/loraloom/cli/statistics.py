@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from loraloom.cli.common import AsJson, Output, Overwrite, Quiet, command
+from loraloom.cli.common import AsJson, Overwrite, Quiet, command
+from loraloom.cli.words import counted, listed, number, percent
+from loraloom.settings import Kind
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
@@ -25,17 +27,25 @@ class CollectGroup(TyperGroup):
 
 
 statistics_app = typer.Typer(
-    help="Collect what a base model's layers see: `loraloom statistics TEXTS` is short for `statistics collect TEXTS`.",
+    help="Collect what a base model's layers see of texts. `statistics TEXTS` is short for `statistics collect TEXTS`.",
     cls=CollectGroup,
     no_args_is_help=True,
 )
+StatisticsFile = Annotated[
+    Path, typer.Option("--output", "-o", help="Statistics file to write (safetensors). It appears whole or not at all.")
+]
+Target = Annotated[
+    list[str],
+    typer.Option("--target", help="Layers to watch, by the ending of their path, as in q_proj. Give it once for each."),
+]
+MaxLength = Annotated[int, typer.Option(min=2, help="Word pieces kept of a text; the rest is cut off.")]
 Directions = Annotated[
     int | None,
     typer.Option(
         "--directions",
         min=1,
-        help="Keep this many directions of each input, the loudest. This bounds memory, file and what is shared; "
-        "256 suits large models. Without it all are kept.",
+        help="Keep this many directions of each input, the loudest. That bounds memory, file and what is shared; 256 "
+        "suits large models. Without it all are kept.",
     ),
 ]
 
@@ -43,28 +53,43 @@ Directions = Annotated[
 @statistics_app.command("collect")
 def statistics(
     texts: Annotated[
-        str, typer.Argument(help="JSONL, CSV, TSV, Parquet, or org/name on the hub. Labels are not read.")
+        str,
+        typer.Argument(help="Texts: a JSONL, CSV, TSV or Parquet file, or org/name on the hub. Labels are not read."),
     ],
-    output: Output,
-    base: Annotated[str, typer.Option("--base", help="Hub name or folder of the base model.")],
-    column: Annotated[list[str], typer.Option("--column", help="Text column; twice for a pair of texts.")],
-    target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
-    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 100,
+    output: StatisticsFile,
+    base: Annotated[str, typer.Option("--base", help="Base model: hub name or local folder.")],
+    column: Annotated[
+        list[str], typer.Option("--column", help="Column that holds the text. Give it twice for a pair of texts.")
+    ],
+    target: Target,
+    count: Annotated[
+        int, typer.Option("--texts", min=1, help="Texts to read, from the first on. More are better and cost time.")
+    ] = 100,
     kind: Annotated[
-        Literal["token", "sample"],
-        typer.Option(help="What a row is: a token, or the mean over a sample's tokens, which tells less of a text."),
+        Kind,
+        typer.Option(help="What a row is: each token, or for a sample the mean over its tokens, as --noise needs it."),
     ] = "token",
     rows: Annotated[
-        int | None, typer.Option(min=0, help="Rows an input may hand on as they are; 0: sums over rows alone.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Inputs with more rows than this hand on sums alone. 0 keeps every row back, for a file to share; "
+            "without it few rows are handed on as they are.",
+        ),
     ] = None,
     directions: Directions = None,
     noise: Annotated[
         float | None,
-        typer.Option(help="Epsilon of noise that hides any one text; needs --kind sample, --clip, many texts."),
+        typer.Option(
+            help="Hide any one text by noise of this epsilon (differential privacy; 8 or less). It needs --kind "
+            "sample, --clip and thousands of texts; docs/sharing.md."
+        ),
     ] = None,
-    delta: Annotated[float, typer.Option(help="Delta of the noise, far below 1 / texts.")] = 1e-6,
-    clip: Annotated[float | None, typer.Option(help="Norm to which rows are cut for the noise.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Word pieces kept of a text.")] = 128,
+    delta: Annotated[float, typer.Option(help="Delta of that noise, far below 1 / texts.")] = 1e-6,
+    clip: Annotated[
+        float | None, typer.Option(help="Norm to which rows are cut for that noise; about their median is good.")
+    ] = None,
+    max_length: MaxLength = 128,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -81,15 +106,18 @@ def statistics(
         _check(output, overwrite, base, texts)
         reading = StatisticsSettings(texts=count, kind=kind, max_length=max_length)
         private = wanted_noise(noise, delta, clip, kind)
-        with joined() as (process, _):
-            found = collect_from_file(texts, column, base, target, reading, directions=directions, noise=private)
+        with joined() as (process, _), out.progress() as shown:
+            found = collect_from_file(
+                texts, column, base, target, reading, directions=directions, noise=private, reporter=shown
+            )
         if process == 0:
             _save(shared_alone(found, rows, directions, private), output, overwrite, out)
+            out.next("start another task off it", "loraloom", "init", "--other", output, "-o", "start")
 
 
 @statistics_app.command("show")
 def show_statistics(
-    file: Annotated[Path, typer.Argument(help="What `loraloom statistics` or `loraloom atlas` wrote.")],
+    file: Annotated[Path, typer.Argument(help="Statistics file, as `loraloom statistics` or `atlas` writes it.")],
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -97,22 +125,26 @@ def show_statistics(
     with command(quiet, as_json) as out:
         from loraloom.statistics.file import Statistics
 
-        found = Statistics.load(file)
-        out.result(found.contents())
-        _warn_of_rows(found, out)
+        _tell(file, Statistics.load(file), out)
+        out.next("start a task off it", "loraloom", "init", "--other", file, "-o", "start")
 
 
 def atlas(
-    base: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],
-    output: Output,
-    target: Annotated[list[str], typer.Option("--target", help="Path ending of the layers to watch; several times.")],
+    base: Annotated[str, typer.Argument(help="Base model: hub name or local folder.")],
+    output: StatisticsFile,
+    target: Target,
     texts: Annotated[
-        str | None, typer.Option("--text-file", help="Texts of your own; English that every Python has without.")
+        str | None,
+        typer.Option(
+            "--text-file", help="Texts of your own, as for `statistics`. Without it English that every Python has."
+        ),
     ] = None,
-    column: Annotated[list[str] | None, typer.Option("--column", help="Text column of that file.")] = None,
-    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read.")] = 300,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", help="Column of that file that holds the text; `text` without it.")
+    ] = None,
+    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read, from the first on.")] = 300,
     directions: Directions = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Word pieces kept of a text.")] = 128,
+    max_length: MaxLength = 128,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -125,10 +157,13 @@ def atlas(
 
         _check(output, overwrite, base, texts)
         reading = StatisticsSettings(atlas_texts=count, max_length=max_length)
-        with joined() as (process, _):
-            found = make_atlas(base, target, reading, texts=texts, columns=column or [], directions=directions)
+        with joined() as (process, _), out.progress() as shown:
+            found = make_atlas(
+                base, target, reading, texts=texts, columns=column or [], directions=directions, reporter=shown
+            )
         if process == 0:
             _save(found, output, overwrite, out)
+            out.next("start a task off it", "loraloom", "init", "--atlas", output, "-o", "start")
 
 
 def _check(output: Path, overwrite: bool, *inputs: str | None) -> None:
@@ -142,15 +177,47 @@ def _check(output: Path, overwrite: bool, *inputs: str | None) -> None:
 
 def _save(found: Statistics, output: Path, overwrite: bool, out: Out) -> None:
     found.save(output, overwrite=overwrite)
-    out.result({"file": str(output), "texts": found.texts, "tokens": found.tokens, "layers": len(found.layers)})
-    _warn_of_rows(found, out)
+    _tell(output, found, out)
 
 
-def _warn_of_rows(found: Statistics, out: Out) -> None:
-    """Say it where a file holds what layers read of single tokens or texts."""
-    raw = found.inputs_with_rows()
+def _tell(file: Path, found: Statistics, out: Out) -> None:
+    """Say what a file holds, and warn where that is what layers read of single tokens or texts."""
+    told = found.contents()
+    out.result({"file": file, **told}, "")
+    rows = told["tokens"] if told["kind"] == "token" else told["texts"]
+    widths = listed([str(width) for width in told["widths"]])
+    facts = [
+        ("base model", told["base"]),
+        ("texts", number(told["texts"])),
+        ("rows", f"{number(rows)}, one a {told['kind']}" if rows else "not told"),
+        ("inputs", f"{counted(told['inputs'], 'input')} of width {widths}, read by {counted(told['layers'], 'layer')}"),
+        ("held", "; ".join(_held(told))),
+        ("privacy", _privacy(told["privacy"])),
+    ]
+    out.facts(str(file), facts)
+    raw = told["inputs_with_rows"]
     if raw:
-        out.hint(
-            f"{raw} inputs hold every row that the layer read: from these the texts can "
-            "be read back. Before sharing, write sums alone with --rows 0 (docs/sharing.md)"
+        out.warn(
+            f"{counted(raw, 'input')} of it {'hold' if raw > 1 else 'holds'} every row that the layer read: from these "
+            "the texts can be read back. Before sharing, write sums alone with --rows 0 (docs/sharing.md)"
         )
+
+
+def _held(told: dict[str, Any]) -> list[str]:
+    """Return what is held of the inputs, each way with its count."""
+    lost = f", which leave out up to {percent(told['left_out'])} of the largest eigenvalue" if told["left_out"] else ""
+    ways = {
+        f"all {number(told['rows'])} rows of": told["inputs_with_rows"],
+        f"up to {number(told['directions'])} directions{lost}, of": told["inputs_with_directions"],
+        "the Gram matrix of": told["inputs_with_gram_matrix"],
+    }
+    return [f"{way} {counted(count, 'input')}" for way, count in ways.items() if count]
+
+
+def _privacy(told: dict[str, float] | None) -> str:
+    if told is None:
+        return "rows not clipped, no noise"
+    clipped = f"rows clipped to norm {number(told['clip'])}"
+    if "epsilon" not in told:
+        return f"{clipped}, no noise"
+    return f"{clipped}, noise of epsilon {number(told['epsilon'])} and delta {told['delta']:.0e}"

@@ -21,8 +21,6 @@ from loraloom.errors import LoraloomError, printable
 from loraloom.progress import Reporter
 
 if TYPE_CHECKING:
-    from loraloom.report import SummaryRow
-    from loraloom.report.aggregate import Merged
     from loraloom.results import Score, StudyResult
 
 
@@ -175,7 +173,7 @@ def show_error(error: LoraloomError) -> None:
 def _widths(heads: Sequence[str], cells: Sequence[int]) -> list[int]:
     """Return the characters that each column of a table takes; the first one gives way down to twelve."""
     first = min(max(len(heads[0]), cells[0]), 12)
-    return [first + 1, *(max(len(head), width) + 3 for head, width in zip(heads[1:], cells[1:], strict=True))]
+    return [first, *(max(len(head), width) + 3 for head, width in zip(heads[1:], cells[1:], strict=True))]
 
 
 def _parts(widths: Sequence[int], wide: int) -> list[list[int]]:
@@ -191,24 +189,6 @@ def _parts(widths: Sequence[int], wide: int) -> list[list[int]]:
 def _cell(text: str) -> Text:
     """Return what stands in a cell of a table: one line."""
     return Text(printable(text).replace("\n", "\\n"))
-
-
-def study_table(rows: Sequence[SummaryRow]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Return title, columns and rows of a study's summary, short enough for 80 characters."""
-    rules = {merged.rule for row in rows for merged in (row.as_trained, row.aligned) if merged}
-    legend = "".join(f", {_short(rule)}: {rule}" for rule in sorted(rules) if _short(rule) != rule)
-    columns = ("init", "single", "merged", "kept", "+ aligned", "kept", "interference")
-    shown: list[tuple[str, ...]] = [
-        (
-            row.init,
-            _points(row.single),
-            *_merged(row.as_trained),
-            *_merged(row.aligned),
-            f"{_number(row.interference_before)} → {_number(row.interference_after)}",
-        )
-        for row in rows
-    ]
-    return f"Averages over tasks with rule and scale{legend}", columns, shown
 
 
 def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
@@ -231,42 +211,8 @@ def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[s
     return "Test rows; scales chosen on held-out rows, with their labels", columns, shown
 
 
-def explanation(found: Mapping[str, Any]) -> str:
-    """Return what `Store.explain` found as an indented list."""
-    options = [f"  {name}: {json.dumps(value)}" for name, value in found["options"].items()]
-    content = [f"  {name}: sha256 {sha256[:12]}" for name, sha256 in found["content"].items()]
-    return "\n".join([str(found["output"]), *options, *content, *_inputs(found["inputs"], 1)])
-
-
-def _inputs(inputs: Mapping[str, Any], depth: int) -> list[str]:
-    lines = []
-    for name, one in inputs.items():
-        lines.append(f"{'  ' * depth}{name}: {one['output']}" + ("" if one["present"] else "  MISSING"))
-        lines += _inputs(one.get("inputs", {}), depth + 1)
-    return lines
-
-
-def _merged(merged: Merged | None) -> tuple[str, str]:
-    """Return score with rule and scale, and share kept."""
-    if merged is None:
-        return "-", "-"
-    low, high = min(merged.scales), max(merged.scales)
-    scale = f"{low:.2g}" if low == high else f"{low:.2g}-{high:.2g}"
-    return f"{_points(merged.average)} {_short(merged.rule)} {scale}", f"{100 * merged.kept:.0f}%"
-
-
-def _short(rule: str) -> str:
-    """Return the initials of a rule of several words."""
-    words = rule.split("_")
-    return rule if len(words) == 1 else "".join(word[:1] for word in words)
-
-
-def _points(score: Score | None) -> str:
-    return "-" if score is None else f"{100 * score.value:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _points(score: Score) -> str:
+    return f"{100 * score.value:.1f}"
 
 
 def hush_libraries() -> None:

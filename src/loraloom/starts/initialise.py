@@ -61,11 +61,11 @@ class Initialisation:
         """Return what the diagnostics of any layer want said, each once."""
         return sorted({note for space in self.subspaces.values() for note in space.diagnostics.notes})
 
-    def diagnostics(self) -> dict[str, float]:
-        """Return the diagnostics averaged over layers."""
+    def diagnostics(self) -> dict[str, float | None]:
+        """Return the diagnostics averaged over layers; None for what could not be known."""
         rows = [asdict(subspace.diagnostics) for subspace in self.subspaces.values()]
-        keys = [key for key, value in rows[0].items() if isinstance(value, int | float)]
-        return {key: sum(float(row[key] or 0) for row in rows) / len(rows) for key in keys}
+        found = {key: [row[key] for row in rows] for key in rows[0] if key != "notes"}
+        return {key: None if None in values else sum(values) / len(values) for key, values in found.items()}
 
 
 def initialise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from datasets import Dataset
 
@@ -11,6 +11,7 @@ from loraloom.model.load import base_folder
 from loraloom.model.processes import rank_and_size
 from loraloom.model.runner import Evaluator
 from loraloom.model.tokens import batches, encode
+from loraloom.progress import Reporter
 from loraloom.settings import StatisticsSettings
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
@@ -27,17 +28,20 @@ def collect(
     *,
     directions: int | None = None,
     clip: float | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Return the statistics of all texts in `rows`, as the evaluator's base model reads them.
 
     evaluator: holds the base model and its tokenizer.
     rows: columns text_a, and text_b for pairs.
     reading: what a row is, the length of a text, and the size of a batch.
-    targets, directions, clip: as for `collect_statistics`, which raises what is raised here.
+    targets, directions, clip, progress: as for `collect_statistics`, which raises what is raised here.
     """
     encoded = encode(rows, evaluator.tokenizer, reading.max_length)
     fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, reading.batch_size))
-    return collect_statistics(evaluator.model, fed, targets, kind=reading.kind, directions=directions, clip=clip)
+    return collect_statistics(
+        evaluator.model, fed, targets, kind=reading.kind, directions=directions, clip=clip, progress=progress
+    )
 
 
 def generic_rows(count: int) -> Dataset:
@@ -54,6 +58,7 @@ def collect_from_file(
     *,
     directions: int | None = None,
     noise: Noise | None = None,
+    reporter: Reporter | None = None,
 ) -> Statistics:
     """Return the statistics of the first `reading.texts` texts of a file; labels are not read.
 
@@ -64,14 +69,15 @@ def collect_from_file(
     reading: how many texts, of what length, and what a row is.
     directions: the most that are kept of an input; None keeps them all.
     noise: that `shared_alone` adds later: rows are clipped for it, and the bound on directions is left to come after.
+    reporter: is told how far the work is.
 
     Each process of a group reads its part of the texts, and all return the statistics of all. Raises LoraloomError for
     a file or column that is not there, fewer texts than asked for, and what `collect_statistics` raises.
     """
     rows = _rows(texts, columns, reading.texts)
     if noise:
-        return _collected(base, rows, targets, reading, None, noise.clip)
-    return _collected(base, rows, targets, reading, directions)
+        return _collected(base, rows, targets, reading, None, reporter, noise.clip)
+    return _collected(base, rows, targets, reading, directions, reporter)
 
 
 def _rows(texts: str, columns: Sequence[str], count: int) -> Dataset:
@@ -132,17 +138,18 @@ def make_atlas(
     texts: str | None = None,
     columns: Sequence[str] = (),
     directions: int | None = None,
+    reporter: Reporter | None = None,
 ) -> Statistics:
     """Return the statistics of `reading.atlas_texts` generic texts, a row a token.
 
     texts: a file or hub data set of them; None takes the English that every installation has.
     columns: of a text in that file; `text` where none is named.
-    base, targets, directions: as for `collect_from_file`, which raises what is raised here.
+    base, targets, directions, reporter: as for `collect_from_file`, which raises what is raised here.
     """
     raise_problems("atlas", ["--column names a column of no file"] if columns and not texts else [], "give a file too")
     count = reading.atlas_texts
     rows = _rows(texts, columns or ["text"], count) if texts else generic_rows(count)
-    return _collected(base, rows, targets, reading.model_copy(update={"kind": "token"}), directions)
+    return _collected(base, rows, targets, reading.model_copy(update={"kind": "token"}), directions, reporter)
 
 
 def _collected(
@@ -151,10 +158,19 @@ def _collected(
     targets: Sequence[str],
     reading: StatisticsSettings,
     directions: int | None,
+    reporter: Reporter | None,
     clip: float | None = None,
 ) -> Statistics:
     """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
+    shown = reporter or Reporter(quiet=True)
     process, size = rank_and_size()
-    evaluator = Evaluator(base_folder(base))
     part = rows.select(range(process, len(rows), size))
-    return collect(evaluator, part, list(targets), reading, directions=directions, clip=clip)
+    shown.begin("loading the base model", 1)
+    evaluator = Evaluator(base_folder(base))
+    shown.advance("loading the base model")
+    shown.begin("texts", len(part))
+
+    def reach(texts: int) -> None:
+        shown.reach("texts", texts)
+
+    return collect(evaluator, part, list(targets), reading, directions=directions, clip=clip, progress=reach)

@@ -1,0 +1,281 @@
+"""The commands that measure: run and demo for whole studies, evaluate, report, and study for a look into the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, RecipeOption, command, read_recipe, typed
+from loraloom.cli.words import counted, number
+
+if TYPE_CHECKING:
+    from loraloom.cli.terminal import Out
+    from loraloom.report import SummaryRow
+    from loraloom.report.aggregate import Merged
+    from loraloom.results import Score
+    from loraloom.study.recipe import Recipe
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML. recipes/ has examples.")]
+StudyFolder = Annotated[Path, typer.Argument(help="Folder of a study, as `loraloom run` writes it.")]
+
+study_app = typer.Typer(
+    help="Look into a study's folder: what is done, why, and how to have it done again.", no_args_is_help=True
+)
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Study folder. A second run in it does nothing again.")
+    ] = Path("loraloom-demo"),
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Use few rows. This checks the installation; its figures mean nothing.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, merge and measure on a small real model and real text, without a download; ends with report.html."""
+    with command(quiet, as_json) as out:
+        from loraloom.study.demo import demo_recipe
+
+        _run(demo_recipe(fast=fast), output, out)
+
+
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Study folder. Without it studies/ and the recipe's name."),
+    ] = None,
+    base: Base = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe to its end: what is done already is not done again, and a killed run goes on where it stood."""
+    with command(quiet, as_json) as out:
+        from loraloom.study.recipe import slug
+
+        chosen = read_recipe(recipe, base)
+        _run(chosen, output or Path("studies") / slug(chosen.name), out)
+
+
+def _run(recipe: Recipe, folder: Path, out: Out) -> None:
+    from loraloom.report import summary_rows, verdict
+    from loraloom.study.export import run_study
+
+    result = run_study(recipe, folder, command=typed(), reporter=out.progress())
+    rows = summary_rows(result)
+    places = {"report": folder / "report.html", "results": folder / "results.json"}
+    answer = verdict(result)
+    out.result({"folder": folder, **places, "verdict": answer, "inits": [_summary(row) for row in rows]}, "")
+    out.table(*study_table(rows))
+    out.say(answer)
+    out.facts("Written", [(name, str(path)) for name, path in places.items()])
+    out.hint("open the report in a browser; the adapters lie in adapters/ and merged/ beside it")
+    out.next("see what took how long", "loraloom", "study", "status", folder)
+
+
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, of a single task or merged.")],
+    recipe: RecipeOption,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="Task to measure. Give it once for each; without it all that have a head are."),
+    ] = None,
+    split: Annotated[
+        Literal["test", "heldout"],
+        typer.Option(help="Rows to measure on. Choose on heldout, and report test."),
+    ] = "test",
+    base: Base = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an adapter on tasks of a recipe, each with its own head."""
+    with command(quiet, as_json) as out:
+        from loraloom.adapters.peft import read_provenance
+        from loraloom.results import average
+        from loraloom.study.by_hand import evaluate_folder
+
+        chosen = read_recipe(recipe, base)
+        with out.progress() as shown:
+            scores = evaluate_folder(chosen, adapter, task or [], split, shown)
+        mean = average(score for _, score in scores.values())
+        tasks = [{"task": name, "metric": metric, **score.model_dump()} for name, (metric, score) in scores.items()]
+        out.result({"adapter": adapter, "split": split, "tasks": tasks, "average": mean.model_dump()}, "")
+        rows = [(name, metric, *_with_error(score)) for name, (metric, score) in scores.items()]
+        rows += [("average", "", *_with_error(mean))] if len(rows) > 1 else []
+        out.table(f"{adapter} on {split} rows, in points", ("task", "metric", "value", "standard error"), rows)
+        if read_provenance(adapter).get("inputs"):
+            out.next("fit its heads to it", "loraloom", "align", adapter, "ADAPTERS", "--recipe", recipe)
+        else:
+            out.next("merge it with others", "loraloom", "merge", adapter, "ADAPTER", "-o", "merged")
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="results.json of a study.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write. It appears whole or not at all.")],
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the report of a study's results again: one HTML page that needs no other file."""
+    with command(quiet, as_json) as out:
+        from loraloom.report import write_report
+        from loraloom.results import StudyResult
+
+        written = write_report(StudyResult.load(results), output, overwrite=overwrite)
+        out.result({"report": written}, f"report: {written}")
+        out.hint("open it in a browser")
+
+
+@study_app.command("status")
+def study_status(folder: StudyFolder, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List the stage outputs of a study and what each took, and the stages that failed."""
+    with command(quiet, as_json) as out:
+        from loraloom.study.store import study_store
+
+        store = study_store(folder)
+        outputs, failures = store.outputs(), store.failures()
+        kept = ("kind", "label", "key", "seconds")
+        told = [{"name": name, **{key: record[key] for key in kept}} for name, record in outputs.items()]
+        failed = [{"name": name, "message": message} for name, message in failures.items()]
+        out.result({"folder": folder, "outputs": told, "failures": failed}, "")
+        rows = [(name, f"{record['seconds']:.1f}") for name, record in outputs.items()]
+        out.table(f"{counted(len(rows), 'stage output')} in {folder}", ("output", "seconds"), rows)
+        for name, message in failures.items():
+            out.warn(f"failed: {name}: {message}")
+        out.say(f"{sum(record['seconds'] for record in outputs.values()):.0f} s in all" if outputs else "nothing yet")
+        if outputs:
+            out.next("see what one hangs on", "loraloom", "study", "explain", folder, next(reversed(outputs)))
+
+
+@study_app.command("explain")
+def study_explain(
+    folder: StudyFolder,
+    output: Annotated[str, typer.Argument(help="Stage output, as `loraloom study status` names it.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a stage output depends on, and what of that is missing."""
+    with command(quiet, as_json) as out:
+        from loraloom.study.store import study_store
+
+        found = study_store(folder).explain(output)
+        out.result(_explained(found), "")
+        hashes = [(name, f"sha256 {sha256[:12]}") for name, sha256 in found.get("content", {}).items()]
+        options = [(name, _plain(value)) for name, value in found["options"].items()]
+        out.facts(str(found["output"]), options + hashes)
+        out.facts("made of", _inputs(found["inputs"], 0) or [("nothing", "it is a first stage")])
+        out.next("have it made again", "loraloom", "study", "rm", folder, output)
+
+
+@study_app.command("rm")
+def study_rm(
+    folder: StudyFolder,
+    outputs: Annotated[list[str], typer.Argument(help="Stage outputs, as `loraloom study status` names them.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove stage outputs; the next run makes them again."""
+    with command(quiet, as_json) as out:
+        from loraloom.study.store import study_store
+
+        store = study_store(folder)
+        for name in outputs:
+            store.remove(name)
+        out.result({"removed": outputs}, "\n".join(f"removed {name}" for name in outputs))
+        out.next("make them again", "loraloom", "run", "RECIPE", "-o", folder)
+
+
+def _explained(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `Store.explain` found with its inputs as a list, each with its own."""
+    listed = {"inputs": [{"name": name, **_explained(one)} for name, one in found.get("inputs", {}).items()]}
+    if "content" in found:
+        listed["content"] = [{"name": name, "sha256": sha256} for name, sha256 in found["content"].items()]
+    return {**found, **listed}
+
+
+def _inputs(inputs: Mapping[str, Any], depth: int) -> list[tuple[str, str]]:
+    lines = []
+    for name, one in inputs.items():
+        lines.append((f"{'  ' * depth}{name}", one["output"] + ("" if one["present"] else "  MISSING")))
+        lines += _inputs(one.get("inputs", {}), depth + 1)
+    return lines
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else number(value) if isinstance(value, float) else json.dumps(value)
+
+
+def study_table(rows: Sequence[SummaryRow]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Return title, columns and rows of a study's summary, short enough for 80 characters."""
+    rules = {merged.rule for row in rows for merged in (row.as_trained, row.aligned) if merged}
+    legend = "".join(f", {_short(rule)}: {rule}" for rule in sorted(rules) if _short(rule) != rule)
+    columns = ("init", "single", "merged", "kept", "+ aligned", "kept", "interference")
+    shown: list[tuple[str, ...]] = [
+        (
+            row.init,
+            _points(row.single),
+            *_merged(row.as_trained),
+            *_merged(row.aligned),
+            f"{_decimals(row.interference_before)} → {_decimals(row.interference_after)}",
+        )
+        for row in rows
+    ]
+    return f"Averages over tasks with rule and scale{legend}", columns, shown
+
+
+def _summary(row: SummaryRow) -> dict[str, Any]:
+    """Return one init's row of the summary as numbers."""
+    return {
+        "init": row.init,
+        "single": row.single.model_dump() if row.single else None,
+        "as_trained": _merged_facts(row.as_trained),
+        "aligned": _merged_facts(row.aligned),
+        "interference_before": row.interference_before,
+        "interference_after": row.interference_after,
+    }
+
+
+def _merged_facts(merged: Merged | None) -> dict[str, Any] | None:
+    if merged is None:
+        return None
+    return {
+        "rule": merged.rule,
+        "space": merged.space,
+        "output_ranks": merged.output_ranks,
+        "scales": merged.scales,
+        "scale_chosen_with_labels": merged.scale_chosen_with_labels,
+        "average": merged.average.model_dump(),
+        "kept": merged.kept,
+    }
+
+
+def _merged(merged: Merged | None) -> tuple[str, str]:
+    """Return score with rule and scale, and share kept."""
+    if merged is None:
+        return "-", "-"
+    low, high = min(merged.scales), max(merged.scales)
+    scale = f"{low:.2g}" if low == high else f"{low:.2g}-{high:.2g}"
+    return f"{_points(merged.average)} {_short(merged.rule)} {scale}", f"{100 * merged.kept:.0f}%"
+
+
+def _short(rule: str) -> str:
+    """Return the initials of a rule of several words."""
+    words = rule.split("_")
+    return rule if len(words) == 1 else "".join(word[:1] for word in words)
+
+
+def _points(score: Score | None) -> str:
+    return "-" if score is None else f"{100 * score.value:.1f}"
+
+
+def _with_error(score: Score) -> tuple[str, str]:
+    return f"{100 * score.value:.1f}", f"{100 * score.stderr:.1f}"
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
