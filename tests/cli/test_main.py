@@ -283,7 +283,7 @@ def test_report_and_rules(finished: Path, tmp_path: Path) -> None:
     assert f"{tmp_path / 'bad.json'}: not a results file" in refused(
         "report", tmp_path / "bad.json", "-o", tmp_path / "x"
     )
-    assert "cannot be written: Is a directory" in refused("report", results, "-o", tmp_path)
+    assert "is a folder, where a file is to be written" in refused("report", results, "-o", tmp_path)
 
 
 def test_study_status_explain_and_rm(finished: Path, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_merge_tells_all_that_is_wrong(finished: Path, tmp_path: Path) -> None:
         "half: adapter_model.safetensors cannot be read",
         "empty: not an adapter folder",
         "'densty'",
-        "mine: holds",
+        "mine: thesis.tex is not ours",
     ):
         assert part in told
     assert "no merging rule is called 'tiess': did you mean 'ties'" in refused(

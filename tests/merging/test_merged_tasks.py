@@ -27,7 +27,7 @@ def folders(finished: Path, place: Path, **tasks: str) -> list[Path]:
 
 
 def merged(place: Path, adapters: list[Path]) -> Path:
-    said("merge", *adapters, "--rule", "emr", "-o", place / "out")
+    said("merge", *adapters, "--rule", "emr", "--overwrite", "-o", place / "out")
     return place / "out"
 
 

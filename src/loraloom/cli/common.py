@@ -32,11 +32,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, for programs.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write. It appears whole or not at all.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind. Other files are never replaced.")
+    bool,
+    typer.Option("--overwrite", help="Replace an earlier result of the same kind; nothing else ever is."),
 ]
-RecipeOption = Annotated[
-    Path, typer.Option("--recipe", help="Recipe in YAML that names the base model and the tasks.")
-]
+RecipeOption = Annotated[Path, typer.Option("--recipe", help="Recipe in YAML that names the base model and the tasks.")]
 Base = Annotated[
     str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or local folder.")
 ]
