@@ -126,7 +126,8 @@ def test_the_adapters_tokenizer_takes_the_place_of_the_bases(tmp_path: Path) -> 
             (tmp_path / "0" / name).write_text(content)
         out = tmp_path / f"out{len(files)}"
         plan = plan_folders([tmp_path / "0"], MergeOptions("weighted"), out)
-        fuse_folders(plan, tmp_path / "base", out, "loraloom merge", Reporter(quiet=True))
+        facts = fuse_folders(plan, tmp_path / "base", out, "loraloom merge", Reporter(quiet=True))
+        assert ("special_tokens_map.json" in facts.checkpoint.left_out) == ("tokenizer.json" in files)
         for name in files:
             assert (out / name).read_text() == "{}"
             (tmp_path / "0" / name).unlink()

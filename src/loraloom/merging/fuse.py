@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,11 +86,9 @@ def fuse(
     with staged_folder(output, **where) as staged:
         sha256 = _write_shards(placed, staged, delta, progress)
         _write_index(found, placed.shards, staged)
-        left_out = _copy_files(found, staged)
+        left_out = _copy_files(found, staged, displaced(carried or ()))
         if placed.config:
             write_json(staged / CONFIG, {**found.config, **placed.config})
-        for name in displaced(carried or ()):
-            (staged / name).unlink(missing_ok=True)
         for name, content in (carried or {}).items():
             (staged / name).write_bytes(content)
         write_files(staged, files or {}, extra or {})
@@ -176,13 +174,14 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _copy_files(base: Checkpoint, staged: Path) -> list[str]:
-    """Copy what the model needs beside its weights, and return the names of what else the base holds."""
+def _copy_files(base: Checkpoint, staged: Path, displaced: Set[str]) -> list[str]:
+    """Copy what the model needs beside its weights, but for the `displaced`; return the names of what else there is."""
     needed, left_out = files_beside(base)
     for name in needed:
-        (staged / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(base.folder / name, staged / name)  # the content, where the hub's cache has a link
-    return left_out
+        if name not in displaced:
+            (staged / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(base.folder / name, staged / name)  # the content, where the hub's cache has a link
+    return sorted({*left_out, *(displaced & set(needed))})
 
 
 def _write_index(base: Checkpoint, shards: Mapping[str, Shard], staged: Path) -> None:
