@@ -16,8 +16,8 @@ _SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-ran
 def merge_page(out: Out, facts: MergeFacts, folder: Path) -> None:
     """Print what was merged into `folder`, or would be."""
     count = len(facts.inputs)
-    title = f"{count} adapters" if count > 1 else "One adapter"
-    out.table(f"{title}, each with its share of the energy", COLUMNS, member_rows(facts))
+    shares = "" if isinstance(facts, ForecastFacts) else ", each with its share of the energy"
+    out.table((f"{count} adapters" if count > 1 else "One adapter") + shares, COLUMNS, member_rows(facts))
     out.facts(f"{folder}, not written" if isinstance(facts, ForecastFacts) else str(folder), merge_lines(facts))
     for warning in facts.warnings:
         out.warn(warning)

@@ -23,7 +23,7 @@ def member_rows(facts: MergeFacts, width: int = 26) -> list[tuple[str, ...]]:
             str(one.rank),
             "?" if one.alpha is None else f"{one.alpha:g}",
             _some(one.targets, width),
-            percent(one.energy_share),
+            "-" if one.energy_share is None else percent(one.energy_share),
             f"{one.weight:.4g}",
         )
         for one in facts.inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ class MemberFacts:
     folder: the last part of its folder's path; None where it was in memory. sha256: of its config and weights.
     rank: the largest of any layer. alpha: as its config has it.
     targets: the last parts of its layers' paths, each once.
-    energy_share: of sum_i |w_i dW_i|_F^2 over all layers, its part.
+    energy_share: of sum_i |w_i dW_i|_F^2 over all layers, its part; None where no layer was read.
     weight: w_i, in force.
     """
 
@@ -43,7 +43,7 @@ class MemberFacts:
     rank: int
     alpha: float | None
     targets: list[str]
-    energy_share: float
+    energy_share: float | None
     weight: float
 
 
@@ -84,14 +84,16 @@ class MergeFacts:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, plan: Plan, kind: str, command: str | None = None) -> MergeFacts:
-        """Return the facts of a plan; reads the weights once, for the shares of the energy."""
+    def of(
+        cls, plan: Plan, kind: str, command: str | None = None, energies: Iterable[Sequence[float]] = ()
+    ) -> MergeFacts:
+        """Return the facts of a plan; `energies` are those of its inputs that take part, layer by layer."""
         return MergeFacts(
             kind=kind,
             command=public_command(command),
             base=str(plan.config.get("base_model_name_or_path") or ""),
             base_fingerprint=next((one.fingerprint for one in plan.members.values() if one.fingerprint), ""),
-            inputs=_members(plan),
+            inputs=_members(plan, [sum(layers) for layers in zip(*energies, strict=True)]),
             rule=plan.rule.name,
             options=plan.options,
             space=plan.space,
@@ -187,9 +189,11 @@ def _energy_lost(layers: Iterable[LayerFacts]) -> float:
     return 1 - kept / whole if whole else 0.0
 
 
-def _members(plan: Plan) -> list[MemberFacts]:
-    energies = plan.energies
-    whole = sum(energies.values()) or 1.0
+def _members(plan: Plan, energies: Sequence[float]) -> list[MemberFacts]:
+    whole = sum(energies) or 1.0
+    # an input of weight 0 takes no part, and so has none of it
+    shares = dict.fromkeys(plan.members, 0.0 if energies else None)
+    shares |= {name: energy / whole for name, energy in zip(plan.used, energies, strict=False)}
     return [
         MemberFacts(
             name=name,
@@ -199,7 +203,7 @@ def _members(plan: Plan) -> list[MemberFacts]:
             rank=member.rank,
             alpha=_alpha(member),
             targets=sorted({module.rpartition(".")[2] for module in member.shapes}),
-            energy_share=energies[name] / whole,
+            energy_share=shares[name],
             weight=plan.weights[name],
         )
         for name, member in plan.members.items()

@@ -107,7 +107,7 @@ def fuse_folders(
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
     single = _single_head(plan)
-    facts = MergeFacts.of(plan, FUSED, command)
+    facts = MergeFacts.of(plan, FUSED, command, map(plan.energies, plan.modules))
     left_out = {**facts.left_out, **dict.fromkeys(plan.copies, "the checkpoint's own is taken")}
     facts = replace(facts, heads=[] if single else facts.heads, left_out=left_out)
     fused_into = public_name(str(base.resolve()))
@@ -161,7 +161,7 @@ def _labels(plan: Plan) -> list[str] | None:
 
 
 def dry_run(plan: Plan, output: Path, fuse_into: Path | None, *, overwrite: bool = False) -> ForecastFacts:
-    """Return what a merge would do: sizes, ranks and the time to expect, from one reading and one small trial.
+    """Return what a merge would do: sizes, ranks and the time to expect, from headers and one small trial.
 
     Raises LoraloomError where the checkpoint `fuse_into` could not take it.
     """

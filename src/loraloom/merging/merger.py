@@ -109,6 +109,7 @@ def write_merged(
     """
     plan = merged if isinstance(merged, Plan) else merged.plan
     head, layers, copies = plan.head, {}, plan.copies
+    energies = []
     readouts: dict[str, dict[str, Tensor]] = {}
     place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders}
     with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms, **place) as out:
@@ -117,12 +118,13 @@ def write_merged(
         for layer in merged.layers():
             out.add(layer.module, layer.update)
             layers[layer.module] = layer_facts(layer)
+            energies.append(layer.energies)
             if layer.shared:
                 for file, tensors in readout_tensors(layer.module, layer.shared, plan.used).items():
                     readouts.setdefault(file, {}).update(tensors)
             if progress:
                 progress(len(layers), len(plan.modules))
-        facts = MergedFacts.written(MergeFacts.of(plan, MERGED, command), layers)
+        facts = MergedFacts.written(MergeFacts.of(plan, MERGED, command, energies), layers)
         extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
         extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
         out.finish(asdict(facts), {"README.md": merged_card(facts)}, extra, plan.carried)

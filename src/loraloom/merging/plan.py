@@ -31,12 +31,18 @@ ScaleFrom = Literal["asked", "rule", "single adapter"]
 
 
 class Layer(NamedTuple):
-    """One merged layer: its update, the share of |dW|_F^2 that truncation took, and what each task reads of it."""
+    """One merged layer.
+
+    energy_lost: the share of |dW|_F^2 that truncation took.
+    shared: what each task reads of it, where the rule tells tasks apart.
+    energies: |w_i dW_i|_F^2 of each input that took part, in their order.
+    """
 
     module: str
     update: Update
     energy_lost: float
     shared: Shared | None
+    energies: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -89,14 +95,6 @@ class Plan:
         """The inputs that take part: those of weight 0 do not, as if they had not been given."""
         return [name for name, weight in self.weights.items() if weight != 0] or list(self.members)
 
-    @cached_property
-    def energies(self) -> dict[str, float]:
-        """The energy |w_i dW_i|_F^2 over all layers of every input, as the rule is given it."""
-        return {
-            name: weight**2 * sum(update.energy() for update in self.members[name].updates.values()) if weight else 0.0
-            for name, weight in self.weights.items()
-        }
-
     @property
     def folders(self) -> list[Path]:
         """Return the folders that inputs were read from, which the result must not touch."""
@@ -113,22 +111,30 @@ class Plan:
 
     def layer(self, module: str) -> Layer:
         """Return one merged layer as a low-rank update, truncated where it must be or was asked to be."""
-        result = self.result(module)
+        updates = self.updates(module)
+        result = self._merged(module, updates)
         limit = self.rank or self.bound(module)
         if isinstance(result, Tensor):
             update, lost = truncate_dense(result, limit)
         else:
             update, lost = truncate(result.update() if isinstance(result, Shared) else result, limit)
-        return Layer(module, update, lost, result if isinstance(result, Shared) else None)
+        return Layer(module, update, lost, result if isinstance(result, Shared) else None, _energies(updates))
 
     def result(self, module: str) -> Result:
         """Return what the rule makes of one layer, times the scale: low-rank or dense, nothing truncated."""
+        return self._merged(module, self.updates(module))
+
+    def energies(self, module: str) -> tuple[float, ...]:
+        """Return |w_i dW_i|_F^2 of one layer, of each input that takes part."""
+        return _energies(self.updates(module))
+
+    def _merged(self, module: str, updates: Sequence[Update]) -> Result:
         if self.rule.whole:
             result = self._all[module]
         else:
             moments = [self.statistics[name].moment(module) for name in self.used] if self.statistics else []
             seed = layer_seed(self.seed, module)
-            result = self.rule.layer(self.updates(module), self.options, seed=seed, rank=self.rank, moments=moments)
+            result = self.rule.layer(updates, self.options, seed=seed, rank=self.rank, moments=moments)
         return _times(result, self.scale)
 
     @cached_property
@@ -270,6 +276,10 @@ def _scale(rule: Rule, asked: float | None, weights: Sequence[float]) -> tuple[f
     if sum(weight != 0 for weight in weights) == 1:
         return 1.0, "single adapter"
     return rule.default_scale, "rule"
+
+
+def _energies(updates: Sequence[Update]) -> tuple[float, ...]:
+    return tuple(update.energy() for update in updates)
 
 
 def _times(result: Result, factor: float) -> Result:
