@@ -29,10 +29,11 @@ class MemberFacts:
 
     name: what it is called among them, and what is kept of it beside the result.
     task: what it was trained on, or else its name.
-    folder: the last part of its folder's path; None where it was in memory. sha256: of its config and weights.
+    folder: the last part of its folder's path; None where it was in memory.
+    sha256: of its config and weights; None in memory, and of a dry run, which reads little.
     rank: the largest of any layer. alpha: as its config has it.
     targets: the last parts of its layers' paths, each once.
-    energy_share: of sum_i |w_i dW_i|_F^2 over all layers, its part; None where no layer was read.
+    energy_share: of sum_i |w_i dW_i|_F^2 over all layers, its part; None of a dry run.
     weight: w_i, in force.
     """
 
@@ -85,15 +86,18 @@ class MergeFacts:
 
     @classmethod
     def of(
-        cls, plan: Plan, kind: str, command: str | None = None, energies: Iterable[Sequence[float]] = ()
+        cls, plan: Plan, kind: str, command: str | None = None, energies: Iterable[Sequence[float]] | None = None
     ) -> MergeFacts:
-        """Return the facts of a plan; `energies` are those of its inputs that take part, layer by layer."""
+        """Return the facts of a plan.
+
+        energies: of its inputs that take part, layer by layer; without them nothing is read, and nothing hashed.
+        """
         return MergeFacts(
             kind=kind,
             command=public_command(command),
             base=str(plan.config.get("base_model_name_or_path") or ""),
             base_fingerprint=next((one.fingerprint for one in plan.members.values() if one.fingerprint), ""),
-            inputs=_members(plan, [sum(layers) for layers in zip(*energies, strict=True)]),
+            inputs=_members(plan, energies),
             rule=plan.rule.name,
             options=plan.options,
             space=plan.space,
@@ -189,17 +193,18 @@ def _energy_lost(layers: Iterable[LayerFacts]) -> float:
     return 1 - kept / whole if whole else 0.0
 
 
-def _members(plan: Plan, energies: Sequence[float]) -> list[MemberFacts]:
-    whole = sum(energies) or 1.0
-    # an input of weight 0 takes no part, and so has none of it
-    shares = dict.fromkeys(plan.members, 0.0 if energies else None)
-    shares |= {name: energy / whole for name, energy in zip(plan.used, energies, strict=False)}
+def _members(plan: Plan, energies: Iterable[Sequence[float]] | None) -> list[MemberFacts]:
+    shares: dict[str, float | None] = dict.fromkeys(plan.members)
+    if energies is not None:
+        sums = [sum(layers) for layers in zip(*energies, strict=True)]
+        shares = dict.fromkeys(plan.members, 0.0)  # an input of weight 0 takes no part, and so has none
+        shares |= {name: one / (sum(sums) or 1.0) for name, one in zip(plan.used, sums, strict=True)}
     return [
         MemberFacts(
             name=name,
             task=member.task or name,
             folder=member.path.resolve().name if member.path else None,
-            sha256=adapter_sha256(member.path) if member.path else None,
+            sha256=adapter_sha256(member.path) if member.path and energies is not None else None,
             rank=member.rank,
             alpha=_alpha(member),
             targets=sorted({module.rpartition(".")[2] for module in member.shapes}),
