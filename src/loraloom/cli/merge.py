@@ -90,7 +90,10 @@ def merge(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="Base model of all, where the adapters name it in ways that are not known as one."),
+        typer.Option(
+            "--base",
+            help="Base model in place of the recipe's, and of adapters that name theirs in ways not known as one.",
+        ),
     ] = None,
     fuse_into: Annotated[
         Path | None,
