@@ -111,6 +111,15 @@ def test_a_fact_that_is_missing(key: str, tmp_path: Path) -> None:
         Statistics.load(path)
 
 
+def test_another_format_and_names_of_no_file_are_told(tmp_path: Path) -> None:
+    path = changed(tmp_path / "a.safetensors", lambda _, metadata: metadata.update(format="x" * 100_000))
+    with pytest.raises(LoraloomError, match=f"its format is '{'x' * 40}', not"):
+        Statistics.load(path)
+    for name in (tmp_path, tmp_path / "none", tmp_path / ("x" * 300), tmp_path / "\0"):
+        with pytest.raises(LoraloomError, match="no such file"):
+            Statistics.load(name)
+
+
 def test_every_damaged_fact_is_told(tmp_path: Path) -> None:
     wrong = {"texts": "x", "kind": "x", "counts": "x", "layers": "[]"}
     path = changed(tmp_path / "a.safetensors", lambda _, metadata: metadata.update(wrong))

@@ -6,6 +6,7 @@ A file may come from anyone.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -160,7 +161,7 @@ class Statistics:
         shapes that do not fit, values that are not finite or that no rows could have given: it may come from anyone.
         """
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             raise LoraloomError(f"{path}: no such file", "name a file that was saved as statistics")
         try:
             file = StoredFile(path)
@@ -168,7 +169,8 @@ class Statistics:
             raise LoraloomError(f"{path}: cannot be read ({error}): half-written?", _AGAIN) from error
         found = file.metadata.get("format")
         if found != FORMAT:
-            raise LoraloomError(f"{path}: not a statistics file: its format is {found!r}, not {FORMAT!r}", _AGAIN)
+            told = found and found[:40]
+            raise LoraloomError(f"{path}: not a statistics file: its format is {told!r}, not {FORMAT!r}", _AGAIN)
         facts = _read_facts(path, {"lost": "{}", "privacy": "{}", **file.metadata})
         moments = StoredMoments(file, facts.pop("counts"), facts.pop("lost"))
         widths: dict[str, set[int]] = {}
