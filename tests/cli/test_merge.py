@@ -63,7 +63,7 @@ def test_a_merge_ends_with_a_page(place: Path, tmp_path: Path) -> None:
     done = call(*words, "-o", tmp_path / "out")
     folded = [line for line in done.stdout.splitlines() if not line.startswith(str(tmp_path))]
     assert max(map(len, folded)) <= 80
-    told = json.loads(call(*words, "-o", tmp_path / "out", "--json").stdout)
+    told = json.loads(call(*words, "-o", tmp_path / "out", "--overwrite", "--json").stdout)
     page = words_of(done.stdout)
     shares = [f"{100 * one['energy_share']:.1f} %" for one in told["inputs"]]
     assert sum(one["energy_share"] for one in told["inputs"]) == pytest.approx(1)
@@ -102,7 +102,9 @@ def test_what_to_do_next_without_heads_is_to_serve_it(place: Path, tmp_path: Pat
 def test_the_page_shows_options_as_they_are_typed(place: Path, tmp_path: Path) -> None:
     done = call("merge", *adapters(place, "plain"), "--rule", "cp", "--per-task", "-o", tmp_path / "out")
     assert "rule cp --per-task" in words_of(done.stdout)
-    done = call("merge", *adapters(place, "plain"), "--rule", "dare", "--seed", "3", "-o", tmp_path / "out")
+    done = call(
+        "merge", *adapters(place, "plain"), "--rule", "dare", "--seed", "3", "--overwrite", "-o", tmp_path / "out"
+    )
     assert "rule dare --density 0.2 --space full --seed 3" in words_of(done.stdout)
     assert "rule: dare --density 0.2 --space full --seed 3" in (tmp_path / "out" / "README.md").read_text()
 
@@ -135,7 +137,7 @@ def test_a_fusion_is_a_page_too(finished: Path, tmp_path: Path) -> None:
     done = call(*words)
     page = words_of(done.stdout)
     assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(str(tmp_path))) <= 80
-    told = json.loads(call(*words, "--json").stdout)
+    told = json.loads(call(*words, "--overwrite", "--json").stdout)
     made = told["checkpoint"]
     assert (told["kind"], told["fused_into"], told["heads"]) == ("fused checkpoint", "base", ["mood", "tone"])
     assert made["size"] == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
