@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from loraloom.cli.main import app
-from loraloom.cli.rule_options import one_rule, options_help, rule_list, split_arguments
+from loraloom.cli.rule_options import former_weights, one_rule, options_help, rule_list, split_arguments
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, rule_names
 from loraloom.merging.registry import TAKEN, option_flag
@@ -143,3 +143,13 @@ def test_the_help_holds_every_option_once_under_its_rule() -> None:
         assert first == [option_flag(name) for name in options[rule]]
     density = "--density NUMBER: share of entries kept per task and layer (above 0, at most 1, 0.2 by default)"
     assert " ".join(" ".join(found["ties"]).split()).startswith(density)
+
+
+def test_weights_in_one_list_are_read_as_before_and_not_beside_the_new_form() -> None:
+    assert former_weights("0.5,-0.3", None) == [0.5, -0.3]
+    assert former_weights(None, [0.5, 1.0]) == [0.5, 1.0]
+    with pytest.raises(LoraloomError, match="two forms of one option"):
+        former_weights("0.5,0.3", [1.0])
+    with pytest.raises(LoraloomError, match="not numbers parted by commas") as caught:
+        former_weights("0.5;0.3", None)
+    assert "--weight 0.5;0.3" in caught.value.hint

@@ -69,6 +69,9 @@ def merge(
             help="Weight of an adapter. Give it once for each, in order.",
         ),
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", hidden=True, help="How --weight was written before: all, with commas.")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of the result at most. The energy that this loses is told.")
     ] = None,
@@ -112,7 +115,7 @@ def merge(
     """
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.cli.merge_page import merge_page, next_step
-        from loraloom.cli.rule_options import split_arguments
+        from loraloom.cli.rule_options import former_weights, split_arguments
         from loraloom.merging import MergeOptions, folders
         from loraloom.merging.facts import MERGED
         from loraloom.merging.fuse import FUSED
@@ -124,6 +127,7 @@ def merge(
 
             read = read_recipe(recipe, base)
             look = looker(read, probe_texts or read.probe_texts(rule, options), shown)
+        weight = former_weights(weights, weight)
         asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads), base)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look)

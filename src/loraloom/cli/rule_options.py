@@ -81,6 +81,7 @@ def one_rule(rule: Rule) -> str:
         "formula": rule.formula,
         "paper": rule.paper,
         "needs": ", ".join(rule.needs) or "nothing beside the adapters",
+        "module": rule.function.__module__,
         "space": "any, with one result" if rule.exact and rule.spaces == ("full",) else ", ".join(rule.spaces),
         "cost": rule.cost,
         "rank": "the largest of the adapters' ranks" if rule.output_rank == "max" else "the sum of the adapters' ranks",
@@ -92,6 +93,19 @@ def one_rule(rule: Rule) -> str:
     lines = [_wrapped(f"{name:<{width}}{fact}", "  ", width) for name, fact in facts.items()]
     notes = [_wrapped(part, "", 0) for part in rule.notes.split("\n\n")]
     return "\n".join([_wrapped(f"{rule.name}: {rule.summary}", ""), "", *lines, "", "\n\n".join(notes)]).rstrip()
+
+
+def former_weights(text: str | None, weight: list[float] | None) -> list[float] | None:
+    """Return the weights of `--weights 0.5,0.3`, which scripts still have; without it `weight`, given one by one."""
+    if text is None:
+        return weight
+    hint = f"write {each('--weight', text)}"
+    if weight:
+        raise LoraloomError("--weights and --weight are two forms of one option", hint)
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise LoraloomError(f"--weights {text!r}: not numbers parted by commas", hint) from error
 
 
 def each(flag: str, values: str) -> str:
