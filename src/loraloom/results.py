@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-from loraloom.errors import LoraloomError, raise_problems, reads_file
+from loraloom.errors import raise_problems, reads_file
 from loraloom.files.atomic import write_text
+from loraloom.files.reading import read_json
+
+_MOST, _WIDEST, _DEEPEST = 5_000_000, 10_000, 30  # values in a file, keys of an object, and levels
+_SHOWN = 500  # inits, tasks, seeds or ways to merge
+_LARGEST_RECIPE = 256 << 10  # characters of JSON
+
+# bounds that no metric or response comes near, within which sums and squares are finite
+_Figure = Annotated[float, Field(ge=-1e12, le=1e12)]
+_Response = Annotated[float, Field(ge=0, le=1e300)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_V = TypeVar("_V")
+_List = Annotated[list[_V], FailFast()]  # of a million wrong records the first is enough
 
 MARK = b'"loraloom-results-1"'  # by which a results file is known
 
@@ -22,8 +36,8 @@ class _Record(BaseModel):
 class Score(_Record):
     """A metric with its standard error (bootstrap over rows)."""
 
-    value: float
-    stderr: float
+    value: _Figure
+    stderr: _Figure
 
 
 def average(scores: Iterable[Score]) -> Score:
@@ -39,10 +53,10 @@ class TaskFacts(_Record):
     name: str
     description: str
     metric: str
-    labels: list[str] | None
-    rows: dict[str, int] = Field(description="rows of train, heldout and test")
-    dropped: dict[str, int] = Field({}, description="rows that were left out, by why")
-    majority: float | None = Field(description="test metric of always naming the commonest training label")
+    labels: Annotated[list[str] | None, FailFast()]
+    rows: dict[str, _Count] = Field(description="rows of train, heldout and test")
+    dropped: dict[str, _Count] = Field({}, description="rows that were left out, by why")
+    majority: _Figure | None = Field(description="test metric of always naming the commonest training label")
     sha256: str
     example: str = Field(description="one training text, shortened")
 
@@ -64,18 +78,23 @@ class MergeScore(_Record):
     rule: str
     space: Literal["full", "core", "knots"]
     options: dict[str, Any]
-    output_rank: int
+    output_rank: _Count
     scale: float
     aligned: bool = Field(description="heads aligned to the merged features, in closed form, without labels")
     split: Literal["heldout", "test"]
     scale_chosen_with_labels: bool = Field(description="true where the held-out labels chose this scale")
     scores: dict[str, Score] = Field(description="by task")
     average: Score
-    resamples: list[float] = Field(
+    resamples: _List[_Figure] = Field(
         default_factory=list,
         description="average on seeded resamples of the test rows, the same for every merge: differences are paired",
     )
     kept: float = Field(description="average / average of the single-task adapters on the same split")
+
+    @property
+    def way(self) -> tuple[str, str, str]:
+        """Return what tells one way to merge from another: rule, space, and options as JSON."""
+        return self.rule, self.space, json.dumps(self.options, sort_keys=True)
 
 
 class Interference(_Record):
@@ -85,10 +104,12 @@ class Interference(_Record):
     seed: int
     when: Literal["before", "after"] = Field(description="before or after training")
     quantity: Literal["A", "BA"] = Field(description="|A_i h_j|, or the whole update |B_i A_i h_j|")
-    tasks: list[str]
-    layers: list[str]
-    values: list[list[list[float]]] = Field(description="[layer][adapter i][task j]")
-    ratio: float = Field(description="mean over layers and pairs i != j of response to j / response to i's own inputs")
+    tasks: _List[str]
+    layers: _List[str]
+    values: _List[_List[_List[_Response]]] = Field(description="[layer][adapter i][task j]")
+    ratio: _Response = Field(
+        description="mean over layers and pairs i != j of response to j / response to i's own inputs"
+    )
 
 
 class InitFacts(_Record):
@@ -98,7 +119,7 @@ class InitFacts(_Record):
     description: str
     options: dict[str, Any]
     diagnostics: dict[str, float | None] = Field(default_factory=dict)
-    notes: list[str] = Field(default_factory=list)
+    notes: _List[str] = Field(default_factory=list)
 
 
 class StudyResult(_Record):
@@ -113,17 +134,17 @@ class StudyResult(_Record):
     content_sha256: str = Field(description="hash over every row of every task")
     versions: dict[str, str]
     machine: str
-    seeds: list[int]
+    seeds: _List[int]
     recipe: dict[str, Any]
-    inits: list[InitFacts]
-    tasks: list[TaskFacts]
-    singles: list[SingleScore]
-    merges: list[MergeScore]
-    interference: list[Interference]
+    inits: _List[InitFacts]
+    tasks: _List[TaskFacts]
+    singles: _List[SingleScore]
+    merges: _List[MergeScore]
+    interference: _List[Interference]
     seconds: dict[str, float] = Field(
         description="wall-clock by kind of stage, as first computed; after a kill, since then"
     )
-    notes: list[str] = Field(default_factory=list, description="what a reader must know before trusting a figure")
+    notes: _List[str] = Field(default_factory=list, description="what a reader must know before trusting a figure")
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
         """Write the result as JSON; with `overwrite` it replaces an earlier one."""
@@ -132,13 +153,89 @@ class StudyResult(_Record):
     @classmethod
     @reads_file
     def load(cls, path: Path) -> StudyResult:
-        """Read and check a results file. Raises LoraloomError naming every field that is wrong."""
+        """Read and check a results file. Raises LoraloomError naming every field that is wrong, or does not fit."""
+        hint = "name a study's results.json, or run the study again"
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise LoraloomError(f"{path}: cannot be read: {error.strerror}", "name a study's results.json") from error
+            result = cls.model_validate(read_json(path, hint, most=_MOST, widest=_WIDEST))
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
-            more = [f"and {len(faults) - 5} more"] if faults[5:] else []
-            raise_problems(f"{path}: not a results file", [*faults[:5], *more], "run the study again")
-            raise
+            problems = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
+        else:
+            problems = _misfits(result)
+        raise_problems(f"{path}: not a results file", problems, hint)
+        return result
+
+
+# What a file says must fit together, whoever wrote it; what a study has measured does.
+
+
+def _misfits(result: StudyResult) -> list[str]:
+    """Return what does not fit: names without facts, figures twice, tables of other shapes, sizes beyond a report."""
+    inits, tasks = [init.name for init in result.inits], [task.name for task in result.tasks]
+    known: dict[str, set[Any]] = {"init": set(inits), "task": set(tasks), "seed": set(result.seeds)}
+    problems = _sizes(result)
+    if problems:  # nothing below is for what has no bounds
+        return problems
+    problems += _twice("inits", inits) + _twice("tasks", tasks) + _twice("seeds", result.seeds)
+    for kind in ("singles", "merges", "interference"):
+        records = getattr(result, kind)
+        problems += _twice(kind, map(_identity, records))
+        problems += [
+            f"{kind}.{at}.{field}: {getattr(record, field)!r} is not among the {field}s"
+            for at, record in enumerate(records)
+            for field in known
+            if getattr(record, field, None) not in {*known[field], None}
+        ]
+    for at, merge in enumerate(result.merges):
+        if merge.scores.keys() != known["task"]:
+            problems.append(f"merges.{at}.scores: not one for each task")
+    for at, table in enumerate(result.interference):
+        if sorted(table.tasks) != sorted(tasks) or table.layers != result.interference[0].layers:
+            problems.append(f"interference.{at}: of other tasks or layers than the study")
+        elif len(table.values) != len(table.layers) or not all(_is_square(layer, len(tasks)) for layer in table.values):
+            problems.append(f"interference.{at}.values: not one for each layer, adapter and task")
+    return problems
+
+
+def _identity(record: BaseModel) -> str:
+    """Return what no other record of its kind may share, as text: what it is of, but for its figures."""
+    figures = {"score", "scores", "average", "resamples", "kept", "output_rank", "tasks", "layers", "values", "ratio"}
+    return json.dumps(record.model_dump(exclude=figures), sort_keys=True)
+
+
+def _twice(what: str, names: Iterable[Any]) -> list[str]:
+    return [f"{what}: {name} stands there {count} times" for name, count in Counter(names).items() if count > 1]
+
+
+def _is_square(layer: list[list[float]], size: int) -> bool:
+    return len(layer) == size and all(len(row) == size for row in layer)
+
+
+def _sizes(result: StudyResult) -> list[str]:
+    """Return what is so large, or so deep, that no page could show it."""
+    free = {"recipe": result.recipe}
+    free |= {f"inits.{at}.options": init.options for at, init in enumerate(result.inits)}
+    free |= {f"merges.{at}.options": merge.options for at, merge in enumerate(result.merges)}
+    deep = [f"{where}: nested too deeply" for where, content in free.items() if _is_deep(content)]
+    if deep:
+        return deep
+    counts = {
+        "inits": len(result.inits),
+        "tasks": len(result.tasks),
+        "seeds": len(result.seeds),
+        "ways to merge": len({merge.way for merge in result.merges}),
+    }
+    problems = [f"{count} {what}: a report shows {_SHOWN} at most" for what, count in counts.items() if count > _SHOWN]
+    if len(json.dumps(result.recipe)) > _LARGEST_RECIPE:
+        problems.append(f"recipe: larger than {_LARGEST_RECIPE >> 10} kB, which no recipe is")
+    return problems
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [part for value in level for part in _parts(value)]
+    return bool(level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

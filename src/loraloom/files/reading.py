@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,16 +20,17 @@ _DEEPEST, _UNFOLDED = 20, 100_000  # levels of YAML, and values where every alia
 _LARGEST_NUMBER = 2**63
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, most: int = _MOST, widest: int = _MOST) -> Any:
     """Return what a JSON text holds: plain dicts, lists, strings, finite numbers.
 
-    Raises ValueError that says why where it is none: nested too deeply, numbers of thousands of digits, NaN or
-    Infinity, half a surrogate pair, more than a million values.
+    Raises ValueError that says why where it is none: nested too deeply, a key given twice, numbers of thousands of
+    digits, NaN or Infinity, half a surrogate pair, more than `most` values or, in one object, `widest` keys.
     """
-    if sum(map(text.count, ",[{")) > _MOST:
-        raise ValueError(f"more than {_MOST:,} values")
+    if sum(map(text.count, ",[{")) > most:
+        raise ValueError(f"more than {most:,} values")
     try:
-        content = json.loads(text, parse_constant=_no_constant)
+        hook = partial(json_object, widest=widest)
+        content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=hook)
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # half a pair passes the parser
     except RecursionError as error:
@@ -35,13 +38,24 @@ def parse_json(text: str) -> Any:
     return content
 
 
-def read_json(path: Path, hint: str = "save it again") -> Any:
+def json_object(pairs: list[tuple[str, Any]], widest: int = _MOST) -> dict[str, Any]:
+    """Return the object of these keys and values; JSON itself would keep the last of a key's values in silence."""
+    if len(pairs) > widest:
+        raise ValueError(f"an object of {len(pairs):,} keys")
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return content
+
+
+def read_json(path: Path, hint: str = "save it again", *, most: int = _MOST, widest: int = _MOST) -> Any:
     """Return what the JSON file at `path` holds; see `parse_json`.
 
     Raises LoraloomError with `hint` where it cannot be read: no JSON, no UTF-8, more than 64 MB.
     """
     try:
-        return parse_json(_text(path, _LARGEST, hint))
+        return parse_json(_text(path, _LARGEST, hint), most=most, widest=widest)
     except ValueError as error:  # UnicodeError and JSONDecodeError among them
         raise LoraloomError(f"{path}: not valid JSON ({_first_line(error)}): half-written?", hint) from error
     except OSError as error:

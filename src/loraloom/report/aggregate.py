@@ -107,18 +107,18 @@ class Figures:
         """Test figures of every init, rule, space, options and alignment."""
         groups = _group(merge for merge in self.result.merges if merge.split == "test")
         heldout = {
-            (_way(merge), merge.init, merge.aligned, merge.seed, round(merge.scale, 9)): merge.average.value
+            (merge.way, merge.init, merge.aligned, merge.seed, round(merge.scale, 9)): merge.average.value
             for merge in self.result.merges
             if merge.split == "heldout"
         }
         rows = []
         for (_, init, aligned, chosen, _), merges in groups.items():
-            seen = [heldout.get((_way(m), init, aligned, m.seed, round(m.scale, 9))) for m in merges]
+            seen = [heldout.get((m.way, init, aligned, m.seed, round(m.scale, 9))) for m in merges]
             known = [value for value in seen if value is not None]
             rows.append(
                 Merged(
                     init=init,
-                    label=self.labels[_way(merges[0])],
+                    label=self.labels[merges[0].way],
                     rule=merges[0].rule,
                     space=merges[0].space,
                     aligned=aligned,
@@ -142,7 +142,7 @@ class Figures:
         found: dict[tuple[str, str, bool], dict[float, list[Score]]] = {}
         for merge in self.result.merges:
             if merge.split == "heldout":
-                scales = found.setdefault((merge.init, self.labels[_way(merge)], merge.aligned), {})
+                scales = found.setdefault((merge.init, self.labels[merge.way], merge.aligned), {})
                 scales.setdefault(round(merge.scale, 9), []).append(merge.average)
         return [
             Sweep(init, label, aligned, tuple(sorted(scales)), tuple(over_seeds(scales[s]) for s in sorted(scales)))
@@ -153,7 +153,7 @@ class Figures:
     @cached_property
     def labels(self) -> dict[tuple[str, str, str], str]:
         """Shortest name that tells each (rule, space, options) of the study from the others, in order of appearance."""
-        ways = list(dict.fromkeys(_way(merge) for merge in self.result.merges))
+        ways = list(dict.fromkeys(merge.way for merge in self.result.merges))
         labels = {}
         for rule, space, options in ways:
             others = [json.loads(way[2]) for way in ways if way[:2] == (rule, space)]
@@ -224,15 +224,11 @@ def _mean_resamples(merges: Sequence[MergeScore]) -> tuple[float, ...]:
     return tuple(np.mean([merge.resamples for merge in merges], axis=0).tolist())
 
 
-def _way(merge: MergeScore) -> tuple[str, str, str]:
-    return merge.rule, merge.space, json.dumps(merge.options, sort_keys=True)
-
-
 def _group(merges: Iterable[MergeScore]) -> dict[tuple[Any, ...], list[MergeScore]]:
     """Bring the seeds of one way to merge together; a scale not chosen with labels is part of the way."""
     groups: dict[tuple[Any, ...], list[MergeScore]] = {}
     for merge in merges:
         fixed = None if merge.scale_chosen_with_labels else round(merge.scale, 9)
-        key = (_way(merge), merge.init, merge.aligned, merge.scale_chosen_with_labels, fixed)
+        key = (merge.way, merge.init, merge.aligned, merge.scale_chosen_with_labels, fixed)
         groups.setdefault(key, []).append(merge)
     return groups

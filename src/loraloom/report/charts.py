@@ -198,7 +198,7 @@ def _dots(
             trace["x"].append(100 * dot.score.value)
             trace["y"].append(top + 2 + dot.init + dot.shift)
             trace["error_x"]["array"].append(100 * dot.score.stderr)
-            trace["text"].append(f"{label}: {points(dot.score)}")
+            trace["text"].append(f"{plain(label)}: {points(dot.score)}")
     layout = layout_of(round(len(bands) * height * _SLOT) + 70, xaxis={"title": {"text": "points"}, "side": "top"})
     layout["yaxis"] |= {"range": [len(bands) * height, 0], "showticklabels": False, "showgrid": False}
     layout["yaxis"]["zeroline"] = False

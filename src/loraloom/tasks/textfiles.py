@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loraloom.errors import first_few
+from loraloom.files.reading import json_object
 
 LONGEST_LINE = 10_000_000  # characters
 LARGEST_JSON = 256 << 20  # bytes; what is read whole
@@ -74,7 +75,7 @@ def _read_json(file: TextIO, wanted: Sequence[str]) -> tuple[Collection[str], Ro
 def _parsed(text: str) -> Any:
     """Return the JSON in `text`. Raises ValueError that tells in a few words why it is none."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=json_object)
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
         raise ValueError(f"{error.msg} at {where}") from error
@@ -82,15 +83,6 @@ def _parsed(text: str) -> Any:
         raise ValueError("nested too deeply") from error
     except ValueError as error:  # of a number, from Python's own guard; or of a name given twice
         raise ValueError("a number of thousands of digits" if "digits" in str(error) else str(error)) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is given twice")
-    return content
 
 
 def _read_csv(file: TextIO, wanted: Sequence[str], delimiter: str) -> tuple[Collection[str], Rows]:
