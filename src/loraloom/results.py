@@ -16,7 +16,7 @@ from loraloom.files.atomic import write_text
 from loraloom.files.reading import read_json
 
 _MOST, _WIDEST, _DEEPEST = 5_000_000, 10_000, 30  # values in a file, keys of an object, and levels
-_SHOWN = 500  # inits, tasks, seeds or ways to merge
+_SHOWN = 200  # inits, tasks, seeds or ways to merge
 _LARGEST_RECIPE = 256 << 10  # characters of JSON
 
 # bounds that no metric or response comes near, within which sums and squares are finite

@@ -12,6 +12,7 @@ from loraloom.report.figure import Chart, Json, Panel, View, finite, layout_of, 
 from loraloom.report.tables import Table, interference_table, number
 
 HEAT_TOP = 1.0
+_MOST_VIEWS = 40  # buttons of one chart
 _HEAT = [[step / 4, f"var(--heat-{step})"] for step in range(5)]
 
 
@@ -102,6 +103,8 @@ def layer_chart(figures: Figures) -> Chart | None:
     kinds: dict[str, list[int]] = {}
     for index, layer in enumerate(figures.layers):
         kinds.setdefault(_kind(layer), []).append(index)
+    if len(kinds) > _MOST_VIEWS:
+        kinds = {"all": list(range(len(figures.layers)))}
     if not kinds or not any(figures.responses(init, stage) is not None for init in figures.inits for stage in STAGES):
         return None
     views = [
