@@ -98,7 +98,7 @@ def test_results(folder: Path, content: bytes) -> None:
 @many
 @given(renamed(hostile()))
 def test_names_are_never_markup(folder: Path, content: dict[str, Any]) -> None:
-    """Whatever things are called, the page has the elements, attributes, links and script that it has for plain names."""
+    """Whatever things are called, the page has the elements, attributes, links and script of plain names."""
     html = judge("results", lambda: drawn(folder, as_bytes(content)), check=faults)
     if html is None:  # two things of one name
         return
