@@ -505,14 +505,14 @@ def test_the_command_starts_all_tasks(seen: list[Statistics], tmp_path: Path) ->
     done = run(*files, "-o", tmp_path / "all")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert list(told["tasks"]) == ["one", "two", "three"]
+    assert [Path(one["folder"]).name for one in told["starts"]] == ["one", "two", "three"]
     run("--own", files[1], "--other", files[0], "--other", files[2], "-o", tmp_path / "two")
     ours, theirs = (
         load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "all" / "two", tmp_path / "two")
     )
     assert ours.keys() == theirs.keys()
     assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
-    assert told["tasks"]["two"]["seed"] == task_seed(0, "two")
+    assert told["starts"][1]["seed"] == task_seed(0, "two")
     (tmp_path / "again").mkdir()
     seen[0].save(tmp_path / "again" / "one.safetensors")
     for words, message in [

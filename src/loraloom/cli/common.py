@@ -108,6 +108,8 @@ def command(quiet: bool, as_json: bool) -> Iterator[Out]:
 
     hush_libraries()
     warnings.showwarning = show_warning
+    if quiet:
+        warnings.simplefilter("ignore")
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started; the others keep still
     try:
         yield Out(as_json=as_json and first, quiet=quiet or not first)
