@@ -513,8 +513,15 @@ def test_the_command_starts_all_tasks(seen: list[Statistics], tmp_path: Path) ->
     assert ours.keys() == theirs.keys()
     assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
     assert told["starts"][1]["seed"] == task_seed(0, "two")
+    noted = (tmp_path / "two" / "loraloom.json").read_text()
+    assert list(json.loads(noted)["others"]) == ["one.safetensors", "three.safetensors"]
+    assert str(tmp_path) not in noted  # it will be published
     (tmp_path / "again").mkdir()
     seen[0].save(tmp_path / "again" / "one.safetensors")
+    both = ("--other", files[0], "--other", tmp_path / "again" / "one.safetensors")
+    assert run(*both, "-o", tmp_path / "alike").exit_code == 0
+    told = json.loads((tmp_path / "alike" / "loraloom.json").read_text())
+    assert list(told["others"]) == ["one.safetensors", "again/one.safetensors"]
     for words, message in [
         ((*files, "--own", files[0]), "is given with the files of all tasks"),
         ((*files, tmp_path / "again" / "one.safetensors"), "two files are named one"),

@@ -33,10 +33,10 @@ def initialise_from_files(
 
     output: the folder.
     own: statistics file of the task, if there is one.
-    others: statistics files to stay off, of the other tasks or an atlas; they go by path.
+    others: statistics files to stay off, of the other tasks or an atlas; they go by their names.
     lora: the adapter's shape; target modules "all-linear" are all layers of the statistics.
     seed: None draws it from the folder's name: teams that share an atlas must not start at the same A.
-    after: adapter folders that are there already; they go by path.
+    after: adapter folders that are there already; they go by their names.
     overwrite: replace a folder that holds an earlier start.
 
     Raises LoraloomError that tells together every file that cannot be read.
@@ -45,7 +45,7 @@ def initialise_from_files(
     return initialise(
         output,
         read[own] if own else None,
-        {str(path): read[path] for path in others},
+        {name: read[path] for name, path in _named(others).items()},
         LoraConfig(**lora.for_peft()),
         options,
         seed=task_seed(0, output.resolve().name) if seed is None else seed,
@@ -95,8 +95,17 @@ def _read(
     for path in files:
         with collecting(errors):
             read[path] = Statistics.load(path)
-    for path in after:
+    for name, path in _named(after).items():
         with collecting(errors):
-            earlier[str(path)] = read_adapter(path)
+            earlier[name] = read_adapter(path)
     raise_together(errors)
     return read, earlier
+
+
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return paths by names that may be published: as written, or of an absolute one the end that is its own."""
+    found: dict[str, Path] = {}
+    for path in dict.fromkeys(paths):
+        ends = ("/".join(path.parts[-count:]) for count in range(1, len(path.parts)))
+        found[next(end for end in ends if end not in found) if path.is_absolute() else str(path)] = path
+    return found
