@@ -225,15 +225,10 @@ def test_inits_that_leave_the_base_alone_are_taken(init: Any, tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora: DoRA rescales the base weight"),
-        ({"target_modules": ["word_embeddings", "query"]}, "word_embeddings.lora_embedding_A is not the A or B"),
         ({"bias": "all"}, "bias: 'all': trained biases would be lost"),
         ({"bias": "lora_only"}, "bias: 'lora_only': trained biases would be lost"),
         ({"lora_bias": True}, "lora_bias: the bias of B would be lost"),
         ({"trainable_token_indices": [6, 7]}, "trainable_token_indices: trains rows of the embedding"),
-        (
-            {"target_modules": [], "target_parameters": ["layer.0.attention.self.query.weight"]},
-            "target_parameters: adapts bare parameters",
-        ),
     ],
 )
 def test_what_no_update_of_a_layer_expresses_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
