@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -308,3 +309,17 @@ def test_the_order_of_the_adapters_changes_nothing(tmp_path_factory, order, rule
     torch.testing.assert_close(one.head, two.head)
     for name, update in plans[0].adapter.updates.items():
         torch.testing.assert_close(update.dense(), plans[1].adapter.updates[name].dense(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_input_replaced_after_it_was_read_is_refused(file: str, tmp_path: Path) -> None:
+    """Layers of two files in one result, under the hash of either, would be no merge of anything."""
+    for seed, name in enumerate(("one", "two", "other")):
+        write_adapter(adapter(seed, 2), tmp_path / name, provenance={})
+    merged = merge([read_adapter(tmp_path / name) for name in ("one", "two")], "weighted")
+    write_merged(merged, tmp_path / "before")
+    os.replace(tmp_path / "other" / file, tmp_path / "one" / file)
+    with pytest.raises(LoraloomError, match="it changed while it was used") as caught:
+        write_merged(merged, tmp_path / "after")
+    assert file in str(caught.value)
+    assert not (tmp_path / "after").exists()

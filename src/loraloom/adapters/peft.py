@@ -27,7 +27,7 @@ from loraloom.adapters.update import Adapter, Form, Update
 from loraloom.adapters.writer import UpdateFile
 from loraloom.errors import LoraloomError, raise_problems, reads_file
 from loraloom.files.atomic import staged_folder
-from loraloom.files.hashing import file_sha256, write_json
+from loraloom.files.hashing import Seen, file_sha256, write_json
 from loraloom.files.outputs import RECORD
 from loraloom.files.reading import read_json_object
 from loraloom.files.tensors import save_tensors, write_files
@@ -45,8 +45,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     place in the base, DoRA, biases, inits that changed the base, trained weights in further files.
     """
     folder = Path(folder)
+    sources = _seen(folder / CONFIG)  # first: what is read later must be of these files
     config = read_config(folder)
     paths, fault = weight_files(folder)
+    sources += _seen(*paths)
     beside, wrong = files_beside(folder, {CONFIG, PROVENANCE, RECORD, *(path.name for path in paths)})
     problems = [*unsupported(config), *wrong, *([fault] if fault else [])]
     try:
@@ -78,6 +80,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         layers.forms,
         StoredTensors(files, names.copies),
         beside,
+        sources,
     )
 
 
@@ -246,6 +249,10 @@ def adapter_sha256(folder: str | Path) -> str:
     paths, fault = weight_files(Path(folder))
     raise_problems(str(folder), [fault] if fault else [], "save the adapter again")
     return file_sha256(Path(folder) / CONFIG, *paths)
+
+
+def _seen(*paths: Path) -> tuple[Seen, ...]:
+    return tuple(Seen.of(path) for path in paths if path.is_file())
 
 
 def _write_beside(

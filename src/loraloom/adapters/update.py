@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.beside import Beside
+from loraloom.files.hashing import Seen
 
 
 class Shape(NamedTuple):
@@ -75,7 +76,7 @@ class Adapter:
     bits; `fingerprint` is that of the base weights and `task` the name of the task it was trained on, where they are
     known. `forms` tells of the layers that are not
     linear; `copies` are weights of the base that PEFT saves beside an embedding's update, by parameter path; `beside`
-    is what else lies in the folder.
+    is what else lies in the folder, and `sources` are the config and weights that were read, as they were then.
     """
 
     updates: Mapping[str, Update]
@@ -88,6 +89,7 @@ class Adapter:
     forms: Mapping[str, Form] = field(default_factory=dict)
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     beside: Beside = field(default_factory=Beside)
+    sources: tuple[Seen, ...] = ()
 
     @property
     def name(self) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from loraloom.errors import LoraloomError
 
@@ -28,11 +30,46 @@ def json_sha256(content: Any) -> str:
     return text_sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False))
 
 
+class Seen(NamedTuple):
+    """A file as it was when it was looked at first, by which it is told from what stands in its place later."""
+
+    path: Path
+    state: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> Seen:
+        """Return the file that is at `path` now. Raises OSError where there is none."""
+        return cls(path, _state(os.stat(path)))
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open the file to read it. Raises LoraloomError where it has gone, or has changed since or meanwhile."""
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise self.gone(error.strerror or str(error)) from error
+        with file:
+            for moment in ("before", "after"):
+                if _state(os.fstat(file.fileno())) != self.state:
+                    raise self.gone("it changed while it was used")
+                if moment == "before":
+                    yield file
+
+    def gone(self, why: str) -> LoraloomError:
+        """Return what to raise where the file is no longer what it was."""
+        return LoraloomError(f"{self.path}: cannot be read any more ({why})", "was it replaced? start again")
+
+
 def file_sha256(*paths: Path) -> str:
     """Return the sha256 of a file, or of several one after another. Raises OSError where one cannot be read."""
+    return seen_sha256(Seen.of(path) for path in paths)
+
+
+def seen_sha256(files: Iterable[Seen]) -> str:
+    """Return the sha256 of files one after another. Raises LoraloomError where one is not what was seen."""
     sha = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
+    for seen in files:
+        with seen.open() as file:
             while block := file.read(_READ):
                 sha.update(block)
     return sha.hexdigest()
@@ -78,6 +115,11 @@ def json_text(content: Any, *, sort_keys: bool = False) -> str:
 def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
     """Write `json_text` to a file of a folder that is being made; elsewhere use `atomic.write_text`."""
     path.write_text(json_text(content, sort_keys=sort_keys), encoding="utf-8")
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """Return what tells one state of a file from the next: its place on the disk, its size, its last change."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _not_finite(content: Any, at: str) -> Iterator[str]:

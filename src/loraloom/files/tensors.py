@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.errors import LoraloomError, reads_file
+from loraloom.files.hashing import Seen
 
 # as the format names them: https://github.com/huggingface/safetensors
 _DTYPES = {
@@ -139,7 +139,7 @@ class StoredFile(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._state = _state(os.stat(path))  # first, so that a change while the header is read shows too
+            self.seen = Seen.of(path)  # first, so that a change while the header is read shows too
         except OSError as error:
             raise ValueError(str(error)) from error
         header = read_header(path)
@@ -151,16 +151,11 @@ class StoredFile(Mapping[str, Tensor]):
         dtype = _TORCH.get(entry.dtype)
         if dtype is None:
             raise LoraloomError(f"{self.path}: tensor {name} is of {entry.dtype}, which torch does not know")
-        try:
-            with open(self.path, "rb") as file:
-                if _state(os.fstat(file.fileno())) != self._state:
-                    raise OSError("it changed while it was used")
+        with self.seen.open() as file:
+            try:
                 data = _bytes_from(file, entry)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise LoraloomError(
-                f"{self.path}: cannot be read any more ({why})", "was it replaced? start again"
-            ) from error
+            except OSError as error:
+                raise self.seen.gone(error.strerror or str(error)) from error
         return data.view(dtype).reshape(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -171,11 +166,6 @@ class StoredFile(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
-
-
-def _state(found: os.stat_result) -> tuple[int, ...]:
-    """Return what tells one state of a file from the next: its place on the disk, its size, its last change."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _bytes_from(file: BinaryIO, entry: Entry) -> Tensor:

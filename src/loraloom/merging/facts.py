@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_provenance
+from loraloom.adapters.peft import PROVENANCE, read_provenance
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError
+from loraloom.files.hashing import seen_sha256
 from loraloom.merging.fuse import FusedFacts
 from loraloom.merging.names import public_command
 from loraloom.merging.plan import Layer, Plan, ScaleFrom
@@ -204,7 +205,7 @@ def _members(plan: Plan, energies: Iterable[Sequence[float]] | None) -> list[Mem
             name=name,
             task=member.task or name,
             folder=member.path.resolve().name if member.path else None,
-            sha256=adapter_sha256(member.path) if member.path and energies is not None else None,
+            sha256=seen_sha256(member.sources) if member.sources and energies is not None else None,
             rank=member.rank,
             alpha=_alpha(member),
             targets=sorted({module.rpartition(".")[2] for module in member.shapes}),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.update import Form
+from loraloom.files.hashing import Seen
 from loraloom.files.tensors import all_finite
 from loraloom.merging.checkpoint import CONFIG, Checkpoint
 from loraloom.merging.experts import grouped, place_experts
@@ -110,7 +111,7 @@ def _head_parts(head: Mapping[str, Tensor], names: Names, base: Checkpoint) -> t
             whole = tensor.detach().to("cpu", FLOATS[dtype]).contiguous()
             if not all_finite(whole):
                 problems.append(f"{here}: the adapter's values overflow {dtype}")
-            heads[here] = Part(here, dtype, shape, whole.nbytes, base.folder, whole=whole)
+            heads[here] = Part(here, dtype, shape, whole.nbytes, Seen(base.folder, ()), whole=whole)
     return heads, problems
 
 

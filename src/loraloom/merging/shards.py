@@ -25,6 +25,7 @@ from torch import Tensor
 
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
+from loraloom.files.hashing import Seen
 from loraloom.files.tensors import read_header
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,7 +46,7 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     size: int
-    file: Path
+    file: Seen
     start: int = 0
     whole: Tensor | None = None
     modules: tuple[str, ...] = ()
@@ -64,8 +65,9 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """Read the header of a safetensors file. Raises ValueError where it is none; see `read_header`."""
+    seen = Seen.of(path)  # first: what is read later must be of this file
     raw, _, entries = read_header(path)
-    parts = [Part(name, entry.dtype, entry.shape, entry.size, path, entry.start) for name, entry in entries.items()]
+    parts = [Part(name, entry.dtype, entry.shape, entry.size, seen, entry.start) for name, entry in entries.items()]
     return Shard(raw, sorted(parts, key=lambda part: (part.start, part.size)))
 
 
@@ -114,7 +116,7 @@ def _blocks(part: Part, delta: Callable[[str], Update | Tensor]) -> Iterator[mem
     if part.whole is not None:
         yield part.whole.contiguous().view(-1).view(torch.uint8).numpy().data
         return
-    with open(part.file, "rb") as file:
+    with part.file.open() as file:
         file.seek(part.start)
         for module in part.modules:
             yield from _fused(part, module, file, delta(module))
@@ -151,7 +153,7 @@ def _fused(part: Part, module: str, file: BinaryIO, update: Update | Tensor) -> 
                 total.add_(factors[0][here])
             # rounding keeps order, so the least and the greatest tell for all; a nan is both
             if not torch.stack(torch.aminmax(total)).to(dtype).isfinite().all():
-                raise LoraloomError(f"{part.file}: {part.name}: {_overflow(weight, dtype)}", _HINT)
+                raise LoraloomError(f"{part.file.path}: {part.name}: {_overflow(weight, dtype)}", _HINT)
             weight.copy_(total)
             yield stored.data
     finally:

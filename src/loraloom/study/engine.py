@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
-from loraloom.study.inputs import Base, Input, Output
+from loraloom.study.inputs import Base, Input, Local, Output
 from loraloom.study.store import Stage, Store
 
 P = ParamSpec("P")
@@ -101,6 +101,9 @@ class Engine:
         def make(folder: Path, scratch: Path) -> None:
             context = Context(scratch, self.evaluator, partial(self._show, function.kind, label))
             function.write(folder, context, *args, **given)
+            for one in (one for name, value in given.items() for one in _inputs(name, value).values()):
+                if isinstance(one, Local):
+                    one.check()
 
         path = self.store.get(stage, make)
         self.reporter.advance(function.kind)

@@ -167,7 +167,9 @@ def _init_facts(study: Study, name: str) -> InitFacts:
 
 
 def _given_facts(study: Study) -> InitFacts:
-    hashes = {name: adapter_sha256(path) for name, path in study.recipe.adapters.items()}
+    # of what was read, whatever is in the user's folders now
+    copies = {name: output.path / stages.ADAPTER for name, output in study.trained[0].adapters.items()}
+    hashes = {name: adapter_sha256(path) for name, path in copies.items()}
     return InitFacts(name=GIVEN, description="adapters trained before, elsewhere", options={"sha256": hashes})
 
 

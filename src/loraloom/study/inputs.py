@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from loraloom.errors import LoraloomError
 from loraloom.files.hashing import file_sha256, json_sha256
 from loraloom.model.load import base_folder, base_sha256
 from loraloom.study.store import Stage
@@ -76,6 +77,12 @@ class Local:
     path: Path
     key: str
     names: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise LoraloomError where what was read is no longer what the key was made of."""
+        again = Local.folder(self.path, *self.names) if self.names else Local.file(self.path)
+        if again.key != self.key:
+            raise LoraloomError(f"{self.path}: changed while it was read", "run it again when nobody writes there")
 
     @classmethod
     def file(cls, path: Path) -> Local:
