@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, RecipeOption, command, read_recipe, typed
-from loraloom.cli.words import counted, number
+from loraloom.cli.words import counted, listed, number
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
@@ -207,7 +206,14 @@ def _inputs(inputs: Mapping[str, Any], depth: int) -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else number(value) if isinstance(value, float) else json.dumps(value)
+    """Return an option's value in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list):
+        return listed([_plain(one) for one in value], most=12) or "none"
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "none" if value is None else "no"
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def study_table(rows: Sequence[SummaryRow]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:

@@ -51,6 +51,7 @@ class Out:
         """Print a sentence for people, wrapped where the line ends."""
         if self._for_people:
             self._out.print(Text(printable(text)))
+            self._out.print()
 
     def facts(self, title: str, facts: Iterable[tuple[str, str]]) -> None:
         """Print facts for people, a line each under a title: what, and what it is."""
@@ -62,6 +63,7 @@ class Out:
         for what, value in facts:
             grid.add_row(Text(f"  {_cell(what)}", style="dim"), _cell(value))
         self._out.print(Text(printable(title), style="bold"), grid, sep="\n")
+        self._out.print()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table for people, as wide as the terminal at most; nothing with --json, where `result` tells all.
