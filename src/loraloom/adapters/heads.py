@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.peft import files_by_task, read_adapter
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, reads_file
 from loraloom.files.tensors import read_tensors
 
 
@@ -63,6 +63,7 @@ class TaskHead(NamedTuple):
     head: Head
 
 
+@reads_file
 def heads_by_task(folder: Path) -> dict[str, TaskHead]:
     """Return the heads beside a merged adapter, or the one inside a task's own, by task.
 

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, reads_file
 from loraloom.files.hashing import file_sha256, sampled_sha256
 from loraloom.files.reading import read_json_object
 from loraloom.model.architecture import quietly, unlikely_sizes
@@ -40,6 +40,7 @@ _UNSTORED = 1 << 24  # values of a model that no file holds, where the file is s
 _MODEL_HINT = "name a model on the hub, or a local folder with config.json and safetensors"
 
 
+@reads_file
 def load_tokenizer(base: str) -> Any:
     """Return the tokenizer of `base`, with a padding token. Raises LoraloomError where it has none."""
     folder, hint = base_folder(base), "put tokenizer.json and tokenizer_config.json of the base into its folder"
@@ -58,6 +59,7 @@ def load_tokenizer(base: str) -> Any:
     return tokenizer
 
 
+@reads_file
 def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: int = 0) -> PreTrainedModel:
     """Return `base` as a sequence classifier with a fresh head of `outputs` logits drawn from `seed`, float32.
 
@@ -73,6 +75,7 @@ def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: 
         return _loaded(base, AutoModelForSequenceClassification, config)
 
 
+@reads_file
 def load_backbone(base: str) -> nn.Module:
     """Return `base` to run texts through, float32: its layers have the paths that adapters of a model with a head use.
 
@@ -248,6 +251,7 @@ def _without_adapter(base: str, folder: str) -> str:
     return folder
 
 
+@reads_file
 def base_sha256(base: str) -> str:
     """Return a sha256 over config and weights of `base`: whole small files, and evenly spaced blocks of large ones."""
     folder = Path(base_folder(base))

@@ -24,7 +24,7 @@ from typing import Any
 
 import filelock
 
-from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.errors import LoraloomError, did_you_mean, reads_file
 from loraloom.files.atomic import remove_leftovers, staged_folder, write_text
 from loraloom.files.hashing import file_sha256, json_sha256, write_json
 from loraloom.files.outputs import check_folder
@@ -255,5 +255,6 @@ def _sha256(path: Path, written: int) -> str:
     return file_sha256(path)
 
 
+@reads_file
 def _read_record(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
