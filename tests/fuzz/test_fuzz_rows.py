@@ -32,7 +32,7 @@ def good(folder: Path) -> str:
 
 def usable(task: Task, folder: Path) -> str:
     """Return what is wrong with an accepted task: it must be trainable, and saved as it is."""
-    task.save(folder / "saved")
+    task.save(folder / "saved", overwrite=True)
     if Task.load(folder / "saved").digest() != task.digest():
         return "saved, it is another task"
     for split in SPLITS:

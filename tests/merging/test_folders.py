@@ -293,8 +293,9 @@ def test_weights_of_the_command(place: Path) -> None:
     assert (code, json.loads(told)["heads_averaged"]) == (0, True)
     head = load_file(place / "averaged" / WEIGHTS)["base_model.model.classifier.weight"]
     torch.testing.assert_close(head, torch.full((2, 9), (0.5 * 0 - 1 * 1 + 2 * 2) / 1.5))
-    code, told = command(*folders(place), "--rule", "ties", "--weights", "1, 2,3", "-o", place / "x")
-    assert (code, "did you mean --weight 1 --weight 2 --weight 3?" in told) == (2, True)
+    former = (*folders(place), "--rule", "task_arithmetic", "--scale", "1", "--weights", "0.5,-1, 2")  # in old scripts
+    assert command(*former, "-o", place / "former")[0] == 0
+    assert (place / "former" / WEIGHTS).read_bytes() == (place / "out" / WEIGHTS).read_bytes()
     code, told = command(*folders(place), "--rule", "ties", "--weight", "1,2,3", "-o", place / "x")
     assert (code, "did you mean --weight 1 --weight 2 --weight 3?" in plain(told)) == (2, True)
     code, told = command(*folders(place), "--rule", "ties", "--weight", "much", "-o", place / "x")
