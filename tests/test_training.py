@@ -22,6 +22,7 @@ import tiny
 from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import CONFIG, WEIGHTS, read_adapter, read_provenance
 from loraloom.errors import LoraloomError
+from loraloom.files.outputs import RECORD
 from loraloom.model.load import load_classifier, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate
 from loraloom.settings import LoraSettings, TrainingSettings
@@ -106,7 +107,7 @@ def test_two_steps_saved_and_read_again(
     )
     assert all(update.B.any() for update in adapter.updates.values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]  # no scratch is left
-    assert sorted(path.name for path in done.folder.iterdir()) == [CONFIG, WEIGHTS, "loraloom.json"]
+    assert sorted(path.name for path in done.folder.iterdir()) == [RECORD, CONFIG, WEIGHTS, "loraloom.json"]
 
 
 def test_it_learns_and_says_what_it_did(bert: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -432,8 +433,9 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(bert: str, tmp_p
 
 def test_an_existing_output_is_replaced_only_at_the_end(bert: str, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "out")
+    how: dict[str, Any] = {"lora": LORA, "settings": SETTINGS, "seed": 6, "overwrite": True}
     with pytest.raises(Killed):
-        train_adapter(bert, TASK, tmp_path / "out", lora=LORA, settings=SETTINGS, seed=6, progress=kill_at(8))
+        train_adapter(bert, TASK, tmp_path / "out", progress=kill_at(8), **how)
     assert same(undisturbed, tmp_path / "out")
-    train_adapter(bert, TASK, tmp_path / "out", lora=LORA, settings=SETTINGS, seed=6)
+    train_adapter(bert, TASK, tmp_path / "out", **how)
     assert not same(undisturbed, tmp_path / "out")

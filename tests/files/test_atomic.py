@@ -362,3 +362,12 @@ def test_safetensors_are_read_back(tmp_path: Path) -> None:
     with staged_file(tmp_path / "x.safetensors") as part:
         save_file(tensors, part)
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], tensors["a"])
+
+
+def test_a_writer_killed_before_it_had_its_lock_leaves_nothing_that_stays(tmp_path: Path) -> None:
+    with staged_file(tmp_path / "one.txt") as place:
+        name = place.parent.parent.name  # of a writer at work
+        place.write_text("1")
+    (tmp_path / f"{name[:-12]}xxxxxxxx.part").mkdir()
+    write_text(tmp_path / "two.txt", "2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "two.txt"]

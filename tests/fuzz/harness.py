@@ -36,7 +36,7 @@ TALLY: dict[str, Counter[str]] = {}
 
 TIMES = int(os.environ.get("LORALOOM_FUZZ", "1"))  # `make fuzz` tries so many times the inputs of `make test`
 many = settings(
-    max_examples=150 * TIMES,
+    max_examples=200 * TIMES,
     deadline=None,
     derandomize=TIMES == 1,  # `make test` tries the same inputs every time, `make fuzz` new ones
     print_blob=True,

@@ -39,6 +39,8 @@ def stopped(folder: Path, number: signal.Signals, *, ignored: signal.Signals | N
     """Send a signal to a command at work; return its exit code and what it said on stderr."""
 
     def prepare() -> None:
+        for own in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # whatever the tests were started by ignores
+            signal.signal(own, signal.SIG_DFL)
         if ignored is not None:  # as nohup does
             signal.signal(ignored, signal.SIG_IGN)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.peft import files_by_task, read_adapter
-from loraloom.errors import LoraloomError, reads_file
-from loraloom.files.tensors import read_tensors
+from loraloom.errors import LoraloomError, raise_problems, reads_file
+from loraloom.files.tensors import all_finite, read_tensors
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Head:
     def of(cls, tensors: Mapping[str, Tensor], name: str = "head") -> Head:
         """Return the head in `tensors`, as PEFT saves `modules_to_save`.
 
-        Raises LoraloomError where there is no weight matrix, or a bias that does not fit it.
+        Raises LoraloomError where there is no weight matrix, a bias that does not fit, or a value that is not finite.
         """
+        spoilt = [path for path, tensor in tensors.items() if not all_finite(tensor)]
+        raise_problems(name, [f"{path} holds values that are not finite" for path in spoilt], "train the head again")
         matrices = [path for path, tensor in tensors.items() if path.endswith(".weight") and tensor.ndim == 2]
         if not matrices:
             raise LoraloomError(

@@ -98,7 +98,10 @@ def remove_leftovers(folder: Path) -> None:
     for stage in folder.glob(f"{_STAGE}*{_PART}"):
         if not _is_of_this_host(stage) and time.time() - _last_write(stage) < _DAY:
             continue
-        with suppress(OSError), _lock(stage, os.O_RDWR):  # it is held, or there is none yet, or it has just gone
+        with suppress(OSError):
+            os.rmdir(stage)  # empty: its owner was killed before it had the lock, or takes another folder
+            continue
+        with suppress(OSError), _lock(stage, os.O_RDWR):  # it is held, or it has just gone
             removed += len(list(stage.iterdir())) > 1  # with the lock alone, its owner is about to take another
             for old in (stage / _OLD).glob("*"):
                 if not os.path.lexists(folder / old.name):
@@ -119,7 +122,8 @@ def _staging(parent: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         while True:
             stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{_host()}-", suffix=_PART, dir=parent))
-            with suppress(BlockingIOError):  # until it is locked, another process may take it for a leftover
+            # until it is locked, another process may take it for a leftover
+            with suppress(BlockingIOError, FileNotFoundError):
                 file = stack.enter_context(_lock(stage, os.O_RDWR | os.O_CREAT))
                 if os.fstat(file).st_nlink:
                     break
