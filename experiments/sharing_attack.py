@@ -69,7 +69,7 @@ class Texts:
         reader = LayerReader(self.model, {name: self.model.get_submodule(name) for name in INPUTS})
         with base_running(self.model):
             for chosen, batch in batches(self.tokens[:count], self.evaluator.tokenizer, 64):
-                side, _ = batch_sides(batch, two_sided=False, pad=0, labelled_only=False)
+                side, _ = batch_sides(batch, two_sided=False, pad=0)
 
                 def see(name: str, x: Tensor, side: object = side, chosen: Sequence[int] = chosen) -> None:
                     found, layer = side.rows(x, kind), INPUTS.index(name)  # type: ignore[attr-defined]

@@ -225,25 +225,6 @@ def test_t5_classifier_reads_its_input_shifted() -> None:
     check(found, truth(model, [left], t5_masks(lambda _: mask), list(found.layers)))
 
 
-def test_labelled_only() -> None:
-    batch = inputs(texts(1, [6, 9]), 10)
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    batch["labels"][:, :4] = -100
-    labelled = own_mask("", {"attention_mask": batch["labels"] != -100})
-    found = collect_statistics(llama(), [batch], ["q_proj"], labelled_only=True)
-    assert found.tokens == 2 + 5
-    check(found, truth(llama(), [batch], lambda *_: labelled, list(found.layers)))
-    pair = t5_batch([5, 3], [4, 6], (5, 6))
-    pair["labels"][:, 1] = -100
-    pair["decoder_attention_mask"] = padded([[1] * 4, [1] * 6], 6, 0)
-    found = collect_statistics(t5(), [pair], ["q", "k"], labelled_only=True)
-    check(found, truth(t5(), [pair], t5_masks(lambda b: b["labels"] != -100), list(found.layers)))
-    with pytest.raises(LoraloomError, match="batch 1: labelled_only needs labels"):
-        collect_statistics(
-            bert(), [inputs(texts(1, [3]), 3) | {"labels": torch.tensor([1])}], ["query"], labelled_only=True
-        )
-
-
 def test_no_mask_counts_every_token() -> None:
     batch = {"input_ids": padded(texts(1, [4, 4]), 4, 0)}
     assert collect_statistics(bert(), [batch], ["query"]).tokens == 8

@@ -97,7 +97,7 @@ class ForwardPass:
         """Return (k, d) float32 on the CPU: what the head's last layer reads of each row."""
         batch = {name: tensor.to(device()) for name, tensor in batch.items()}
         two_sided = self._reader.encoder is not None
-        self._sides = batch_sides(batch, two_sided=two_sided, pad=self._pad, labelled_only=False)
+        self._sides = batch_sides(batch, two_sided=two_sided, pad=self._pad)
         self._reader.run(batch, self._hand_over, list(self._reader.layers))
         return _pooled(self._read_by_head, batch["input_ids"] != self._pad).float().cpu()
 

@@ -83,9 +83,7 @@ def _picked(flat: Tensor, index: Tensor) -> Tensor:
     return rows.cpu() if rows.device.type == "mps" else rows  # mps has no float64
 
 
-def batch_sides(
-    batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None, labelled_only: bool
-) -> tuple[Side, Side]:
+def batch_sides(batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None) -> tuple[Side, Side]:
     """Return which tokens of `batch` count on the encoder's and on the decoder's side: the same for a single stack.
 
     `pad` is the padding token of decoder_input_ids. Raises ValueError telling what is missing or does not fit.
@@ -100,11 +98,6 @@ def batch_sides(
             raise ValueError(f"attention_mask is {shape}, not (samples, length) = {tuple(mask.shape)}")
         mask = batch["attention_mask"] != 0
     decoder = _decoder_mask(batch, mask, pad) if two_sided else mask
-    if labelled_only:
-        labels = token_labels(batch)
-        if labels is None or labels.shape != decoder.shape:
-            raise ValueError("labelled_only needs labels of whole numbers, one a token")
-        decoder = decoder & (labels != IGNORED)
     side = Side.of(decoder)
     return (Side.of(mask) if two_sided else side), side
 

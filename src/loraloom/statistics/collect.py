@@ -107,7 +107,6 @@ def collect_statistics(
     target_modules: str | Sequence[str],
     *,
     kind: Kind = "token",
-    labelled_only: bool = False,
     directions: int | None = None,
     clip: float | None = None,
     progress: Callable[[int], None] | None = None,
@@ -118,7 +117,6 @@ def collect_statistics(
     batches: dicts of tensors as a Hugging Face collator makes them. Padding never counts.
     target_modules: PEFT's: a list of path endings, a regular expression, or "all-linear" (heads left out).
     kind: what a row is: a "token", or for a "sample" the mean over its tokens.
-    labelled_only: leave out tokens (of the decoder, or the only stack) whose label is -100.
     directions: R, the directions kept of an input with more rows, by `FrequentDirections`, with the error told in
         `lost`; None keeps them all. Inputs with R rows or fewer are as without it.
     clip: the norm to which longer rows are scaled down, as `add_noise` needs them.
@@ -134,7 +132,7 @@ def collect_statistics(
     Raises LoraloomError for targets that match nothing or are never called, a batch whose masks do not fit, values
     that are not finite (looked for at batches 1, 2, 4, 8, ... and the last), and where no row was seen.
     """
-    collector = _Collector(model, target_modules, kind, labelled_only, directions, clip)
+    collector = _Collector(model, target_modules, kind, directions, clip)
     errors: list[LoraloomError] = []
     with collecting(errors), base_running(model):
         for batch in batches:
@@ -154,12 +152,11 @@ class _Collector:
         model: nn.Module,
         target_modules: str | Sequence[str],
         kind: Kind,
-        labelled_only: bool,
         directions: int | None,
         clip: float | None,
     ) -> None:
         self.clip = clip
-        self.model, self.kind, self.labelled_only, self.directions = model, kind, labelled_only, directions
+        self.model, self.kind, self.directions = model, kind, directions
         self.base = base = base_model(model)
         self.reader = LayerReader(model, target_layers(base, target_modules))
         here = (parameter.device for parameter in base.parameters() if not parameter.is_meta)
@@ -175,7 +172,7 @@ class _Collector:
         tensors = {key: value.to(self.device) for key, value in batch.items() if isinstance(value, Tensor)}
         two_sided = self.reader.encoder is not None
         try:
-            encoder, decoder = batch_sides(tensors, two_sided=two_sided, pad=self.pad, labelled_only=self.labelled_only)
+            encoder, decoder = batch_sides(tensors, two_sided=two_sided, pad=self.pad)
         except ValueError as error:
             raise LoraloomError(f"{here}: {error}", "give batches as the tokenizer and collator make them") from error
         if not self.leaders:
