@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from loraloom.merging.names import input_names, public_command
 
@@ -34,6 +34,7 @@ def test_names_of_folders(folders: list[str], names: list[str] | None, tmp_path:
 TEXT = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=120)
 
 
+@example(["+", ".hidden", "- x", "+"])
 @given(st.lists(TEXT.filter(lambda name: name not in (".", "..")), min_size=1, max_size=5))
 def test_any_folders_get_names_of_their_own_that_can_name_files(folders: list[str]) -> None:
     names = input_names([Path("/x") / folder for folder in folders])

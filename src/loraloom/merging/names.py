@@ -49,7 +49,7 @@ def _public(word: str) -> str:
 
 
 def _plain(name: str) -> str:
-    plain = re.sub(r"[^\w.+ -]+", "-", name).strip("-. ")
+    plain = re.sub(r"^\W+", "", re.sub(r"[^\w.+ -]+", "-", name)).rstrip("-. ")
     return plain or f"adapter-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
