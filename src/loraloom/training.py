@@ -78,11 +78,17 @@ def train_adapter(
 ) -> Trained:
     """Train one adapter and its head on `task.train`, keep the best checkpoint on `task.heldout`, write a PEFT folder.
 
-    base: hub name or folder. init: an adapter folder to start from, as `initialise` writes it; PEFT's own start from
-    `lora` without. seed: of the head, the order of rows, dropout, and PEFT's start. checkpoints: where unfinished work
-    lies; the same call after a kill goes on from the last whole checkpoint there (another call starts afresh), and
-    they are removed at the end. overwrite: replace a folder that holds an earlier trained adapter. progress(steps done,
-    steps in all) is called after every optimiser step.
+    base: hub name or folder.
+    task: rows, head's width and metric.
+    output: the folder; it appears whole at the end.
+    init: an adapter folder to start from, as `initialise` writes it; PEFT's own start from `lora` without.
+    lora: rank, alpha and targets, where no `init` has them.
+    settings: epochs, learning rate, batches, lengths.
+    seed: of the head, the order of rows, dropout, and PEFT's start.
+    checkpoints: where unfinished work lies. The same call after a kill goes on from the last whole checkpoint there
+      (another call starts afresh), and they are removed at the end.
+    overwrite: replace a folder that holds an earlier trained adapter.
+    progress: is called with the steps done and those in all after every optimiser step.
 
     Under `accelerate launch` or torchrun every process calls this, and they train together: a batch is shared out among
     them, the first one writes and tells its progress, all return the same. They need one file system.

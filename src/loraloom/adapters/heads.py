@@ -83,7 +83,10 @@ def heads_by_task(folder: Path) -> dict[str, TaskHead]:
 def align_head(head: Head, own: Tensor, merged: Tensor, *, ridge: float = 1.0) -> Head:
     """Return the head with the map from merged to own features folded into its last layer, without labels.
 
+    head: as trained, (outputs, d) in its last layer.
     own, merged: (k, d) features of the same unlabelled rows, from the task's own adapter and from the merged one.
+    ridge: e below, as a share.
+
     With centred features, C = Fm^T Fm and e = `ridge` times the mean diagonal of C: W = (C + e I)^-1 (Fm^T Fo + e I),
     a ridge fit towards the identity; the difference of the means goes into the bias. No cost at inference. On 25 to 400
     rows of GLUE tasks a `ridge` near 1 has the least leave-one-out error. After "representation surgery" (arXiv
@@ -114,5 +117,5 @@ def align_head(head: Head, own: Tensor, merged: Tensor, *, ridge: float = 1.0) -
 def align_heads(
     heads: Mapping[str, Head], own: Mapping[str, Tensor], merged: Mapping[str, Tensor], *, ridge: float = 1.0
 ) -> dict[str, Head]:
-    """Return every task's head aligned, by task: see `align_head`. Features come from `evaluation.features`."""
+    """Return every task's head aligned, by task: see `align_head`. Features come from `Evaluator.features`."""
     return {task: align_head(head, own[task], merged[task], ridge=ridge) for task, head in heads.items()}

@@ -160,8 +160,13 @@ def write_adapter(
 ) -> Path:
     """Write an adapter as a PEFT folder, with its head and what comes along with it, and return the folder.
 
-    See `adapter_writer` and its `finish`. With `overwrite` an earlier result of the same `provenance["kind"]` is
-    replaced.
+    adapter: its updates may lie in a file; they are written one by one, in the adapter's own dtype.
+    provenance: the content of loraloom.json.
+    files: further text files by name.
+    extra: further safetensors files by name, as tensors by name.
+    overwrite: replace an earlier result of the same `provenance["kind"]`.
+
+    Raises LoraloomError where a value does not fit the dtype or the folder may not be written; it is then as it was.
     """
     whole = [*adapter.head, *adapter.copies]
     place: dict[str, Any] = {"kind": str(provenance.get("kind", ADAPTER)), "overwrite": overwrite}

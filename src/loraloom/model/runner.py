@@ -114,13 +114,24 @@ class ForwardPass:
 def evaluate(
     evaluator: Evaluator, updates: Mapping[str, Update], head: Head, task: Task, *, split: str = "test"
 ) -> Score:
-    """Return the task's metric on one split with `updates` in the base model and `head` on top."""
+    """Return the task's metric on one split with `updates` in the base model and `head` on top.
+
+    evaluator: the base model.
+    updates: dW = B A by module path; a module without one stays as the base has it.
+    head: as trained, or aligned.
+    split: test, heldout or train.
+
+    Raises LoraloomError where an update or the head does not fit the base model.
+    """
     features = evaluator.features(updates, head, evaluator.encode(getattr(task, split)))
     return scored(task, split, head, features)
 
 
 def scored(task: Task, split: str, head: Head, features: Tensor) -> Score:
-    """Return the task's metric where `head` reads `features` (k, d) of the rows of one split."""
+    """Return the task's metric, with its standard error, where `head` reads `features` of the rows of one split.
+
+    features: (k, d) float32, one row a row of the split, as `Evaluator.features` gives them.
+    """
     return score(task.metric, head.logits(features), labels(task, split))
 
 

@@ -20,7 +20,12 @@ Batch = Mapping[str, Tensor]  # model inputs by name
 
 
 def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
-    """Return the token ids of every row (one text, or a pair), cut to `max_length`, without padding."""
+    """Return the token ids of every row, without padding.
+
+    rows: with a column `text_a`, and `text_b` for pairs.
+    tokenizer: of transformers, with a padding token.
+    max_length: tokens kept of a text, special ones included.
+    """
     texts = [list(rows[column]) for column in ("text_a", "text_b") if column in rows.column_names]
     if not len(rows):
         return []
@@ -29,7 +34,11 @@ def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
 
 
 def batches(encoded: Encoded, tokenizer: Any, batch_size: int) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
-    """Yield (row indices, padded tensors), longest rows first, so that padding is short and memory peaks at once."""
+    """Yield (row indices, padded tensors), longest rows first, so that padding is short and memory peaks at once.
+
+    encoded: of `encode`.
+    batch_size: rows of a batch, at most.
+    """
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]["input_ids"]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

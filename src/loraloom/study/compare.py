@@ -30,11 +30,17 @@ def compare(
 ) -> StudyResult:
     """Merge finished adapters, by task, by each of `rules` (all without) at each scale, and return what was measured.
 
-    Without `scales`, each rule is tried at SCALES times its own default, which is what its authors' figures go by.
-    `tasks` is a recipe that has these tasks, on their base model; its inits do not count, of its rules only how many
-    texts each may look at. Held-out rows choose the scale, test rows report. `folder` gets results.json, report.html
-    and the merged adapters at their chosen scales; what an earlier run did in it is not done again. Raises
-    LoraloomError that tells all problems at once.
+    adapters: finished adapter folders by task, each with its task's head.
+    tasks: a recipe that has these tasks, on their base model. Its inits do not count, of its rules only how many texts
+      each may look at.
+    folder: gets results.json, report.html and the merged adapters at their chosen scales; what an earlier run did in it
+      is not done again.
+    rules: names of merging rules; all without.
+    scales: factors on each rule's result. Without them SCALES times the rule's own default, which is what its authors'
+      figures go by. Held-out rows choose the scale, test rows report.
+    command, reporter: as in `run_study`.
+
+    Raises LoraloomError that tells all problems at once.
     """
     _check(adapters, tasks, rules, scales)
     recipe = tasks.model_copy(

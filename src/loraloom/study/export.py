@@ -51,11 +51,16 @@ _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit
 def run_study(
     recipe: Recipe, folder: str | Path, *, command: str = "", reporter: Reporter | None = None
 ) -> StudyResult:
-    """Run a recipe in `folder` to its end and return what it measured.
+    """Run a recipe to its end and return what it measured.
 
-    Writes results.json, report.html, adapters/<init>/<task> and merged/<init>/<rule>. What an earlier run of the same
-    recipe in the same folder has done is not done again; a killed run goes on where it stood. Raises LoraloomError
-    under `accelerate launch` and its like: a study runs in one process.
+    recipe: tasks, inits (or finished adapters), seeds, rules and scales on one base model.
+    folder: gets results.json, report.html, adapters/<init>/<task> and merged/<init>/<rule>. What an earlier run of the
+      same recipe in it has done is not done again; a killed run goes on where it stood.
+    command: the line that was typed, for results.json; absolute paths in it are cut to their last part.
+    reporter: is told how far each kind of stage is; nothing is told without.
+
+    Raises LoraloomError that tells all that is wrong with the recipe's inputs, before anything is trained, and under
+    `accelerate launch` and its like: a study runs in one process.
     """
     check_alone("a study")
     _check_place(recipe, Path(folder))

@@ -20,10 +20,14 @@ _RESAMPLES = 200
 
 
 def metric_value(metric: str, logits: Tensor, labels: Tensor) -> float:
-    """Return the metric of `logits` (k, labels) or (k, 1) for regression against `labels` (k,).
+    """Return one figure for logits against labels, 1 at best; 0 where a correlation is undefined.
 
-    accuracy; matthews: Matthews correlation; accuracy_f1: mean of accuracy and F1 of label 1; pearson_spearman: mean
-    of both correlations. 0 where a correlation is undefined. Raises LoraloomError for an unknown metric.
+    metric: accuracy; matthews: Matthews correlation; accuracy_f1: mean of accuracy and F1 of label 1;
+      pearson_spearman: mean of both correlations.
+    logits: (k, labels), or (k, 1) for regression.
+    labels: (k,) int64, or float32 for regression.
+
+    Raises LoraloomError for an unknown metric.
     """
     return _value(metric, _predictions(metric, logits), labels.numpy())
 
