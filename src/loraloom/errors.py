@@ -74,6 +74,11 @@ def first_few(items: Sequence[str], count: int = 3) -> str:
     return ", ".join(items[:count]) + (f" and {more} more" if more > 0 else "")
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says, or its exception's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def collecting(errors: list[LoraloomError]) -> Iterator[None]:
     """Add a LoraloomError raised inside to `errors` and go on, so that `raise_together` tells it with the others."""

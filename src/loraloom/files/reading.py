@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, first_line
 
 _LARGEST = 64 << 20  # bytes, most of them in strings
 _MOST = 1_000_000  # values; each takes some hundred bytes of memory, and the largest indices have 150,000
@@ -57,7 +57,7 @@ def read_json(path: Path, hint: str = "save it again", *, most: int = _MOST, wid
     try:
         return parse_json(_text(path, _LARGEST, hint), most=most, widest=widest)
     except ValueError as error:  # UnicodeError and JSONDecodeError among them
-        raise LoraloomError(f"{path}: not valid JSON ({_first_line(error)}): half-written?", hint) from error
+        raise LoraloomError(f"{path}: not valid JSON ({first_line(error)[:200]}): half-written?", hint) from error
     except OSError as error:
         raise LoraloomError(f"{path}: cannot be read ({error.strerror or error})", hint) from error
 
@@ -91,7 +91,7 @@ def read_yaml(path: Path, hint: str = "mend the line that it names") -> Any:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise LoraloomError(f"{path}: not valid YAML: {error.problem or error.context}{where}", hint) from error
     except (yaml.YAMLError, ValueError) as error:  # UnicodeError among them
-        raise LoraloomError(f"{path}: not valid YAML: {_first_line(error)}", hint) from error
+        raise LoraloomError(f"{path}: not valid YAML: {first_line(error)[:200]}", hint) from error
     except OSError as error:
         raise LoraloomError(f"{path}: cannot be read: {error.strerror or error}", hint) from error
     return content
@@ -178,7 +178,3 @@ def _text(path: Path, largest: int, hint: str) -> str:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from loraloom.files.hashing import text_sha256
+
 _LONGEST = 80  # bytes; a file's name may have 255, and others add to it
 
 
@@ -54,5 +56,4 @@ def _plain(name: str) -> str:
 
 
 def _shortened(name: str) -> str:
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: _LONGEST - 9]}-{digest}"
+    return f"{name[: _LONGEST - 9]}-{text_sha256(name)[:8]}"

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loraloom.errors import LoraloomError, reads_file
+from loraloom.errors import LoraloomError, first_line, reads_file
 from loraloom.files.hashing import file_sha256, sampled_sha256
 from loraloom.files.reading import read_json_object
 from loraloom.model.architecture import quietly, unlikely_sizes
@@ -195,7 +195,7 @@ def _told(base: str, what: str, hint: str) -> Iterator[None]:
                 f"{base}: needs code of its own (auto_map in config.json), which loraloom does not run",
                 "use a base whose architecture is part of transformers",
             ) from error
-        raise LoraloomError(f"{base}: {what}: {_first_line(error)}", hint) from error
+        raise LoraloomError(f"{base}: {what}: {first_line(error)}", hint) from error
 
 
 def _fresh_modules(model: torch.nn.Module, missing: set[str], base: str) -> list[str]:
@@ -235,7 +235,7 @@ def base_folder(base: str) -> str:
         folder = str(snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise LoraloomError(
-            f"{base}: not a local folder, and the hub could not give it: {_first_line(error)}",
+            f"{base}: not a local folder, and the hub could not give it: {first_line(error)}",
             "name a local folder that holds it (--base FOLDER)",
         ) from error
     return _without_adapter(base, folder)
@@ -292,7 +292,3 @@ def demo_base() -> Path:
 @functools.cache
 def _sha256(path: Path) -> str:
     return file_sha256(path)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
