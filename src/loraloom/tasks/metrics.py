@@ -47,11 +47,16 @@ def resampled(metric: str, logits: Tensor, labels: Tensor, seed: int = 0) -> NDA
     So the difference of two models on one task is paired over rows.
     """
     predicted, true = _predictions(metric, logits), labels.numpy()
-    generator = numpy.random.default_rng(seed)
-    drawn = [generator.integers(0, len(true), len(true)) for _ in range(_RESAMPLES)]
+    drawn = resampled_rows(len(true), seed)
     if metric == "accuracy":  # the mean of what is right; scikit-learn would take a hundred times as long
-        return numpy.asarray((predicted == true)[numpy.stack(drawn)].mean(axis=1))
+        return numpy.asarray((predicted == true)[drawn].mean(axis=1))
     return numpy.array([_value(metric, predicted[chosen], true[chosen]) for chosen in drawn])
+
+
+def resampled_rows(rows: int, seed: int) -> NDArray[Any]:
+    """Return the places (200, rows) of rows drawn with replacement, by which every metric is resampled."""
+    generator = numpy.random.default_rng(seed)
+    return numpy.stack([generator.integers(0, rows, rows) for _ in range(_RESAMPLES)])
 
 
 def _predictions(metric: str, logits: Tensor) -> NDArray[Any]:
