@@ -22,7 +22,13 @@ from .adapters.peft import (
 )
 from .adapters.update import Adapter as Adapter, Update as Update
 
-# what adapters and statistics foretell
+# what adapters and statistics foretell, and how near merged models are to the single ones
+from .analysis.agreement import (
+    Candidates as Candidates,
+    SingleModels as SingleModels,
+    agreement as agreement,
+    candidates_of as candidates_of,
+)
 from .analysis.inspection import inspect_paths as inspect_paths
 from .analysis.interference import (
     interference as interference,
@@ -52,6 +58,7 @@ from .merging import (
     rule_names as rule_names,
     write_merged as write_merged,
 )
+from .merging.choice import AgreementFacts as AgreementFacts, CandidateFacts as CandidateFacts
 from .merging.facts import FusionFacts as FusionFacts, MergedFacts as MergedFacts, MergeFacts as MergeFacts
 from .merging.folders import fuse_folders as fuse_folders, merge_folders as merge_folders, plan_folders as plan_folders
 from .merging.fuse import fuse as fuse

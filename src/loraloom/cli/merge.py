@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -11,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from loraloom.cli.common import AsJson, Base, Output, Overwrite, Quiet, RecipeOption, command, read_recipe, typed
+from loraloom.settings import AGREEMENT_TEXTS
 
 if TYPE_CHECKING:
     from loraloom.merging.facts import MergeFacts
@@ -55,10 +57,20 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(help="Adapter folders. Options of the rule may stand among them.")],
     output: Output,
     rule: Annotated[
-        str, typer.Option("--rule", help="Merging rule. `loraloom rules` lists all, `loraloom rules NAME` tells one.")
+        str,
+        typer.Option(
+            "--rule",
+            help="Merging rule. `loraloom rules` lists all, `loraloom rules NAME` tells one. `auto` chooses rule and "
+            "scale as --scale auto does.",
+        ),
     ] = "tsv",
     scale: Annotated[
-        float | None, typer.Option(help="Factor on the result. Without it the rule's own, or 1 for a single adapter.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER|auto",
+            help="Factor on the result. Without it the rule's own, or 1 for a single adapter. `auto` tries several and "
+            "takes the one that agrees best with the single adapters on unlabelled texts of --recipe.",
+        ),
     ] = None,
     weight: Annotated[
         list[float] | None,
@@ -89,7 +101,11 @@ def merge(
     ] = None,
     probe_texts: Annotated[
         int | None,
-        typer.Option(min=1, help="Texts a task for a rule that looks at texts. Without it as the recipe has them."),
+        typer.Option(
+            min=1,
+            help="Texts a task for a rule that looks at texts, and for `auto`. Without it as the recipe has them, and "
+            f"{AGREEMENT_TEXTS} for `auto`.",
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -114,6 +130,7 @@ def merge(
     No base model is loaded, except for rules that look at texts.
     """
     with command(quiet, as_json) as out, out.progress() as shown:
+        from loraloom.cli.auto import AUTO, given_scale, to_try
         from loraloom.cli.merge_page import merge_page, next_step
         from loraloom.cli.rule_options import former_weights, split_arguments
         from loraloom.merging import MergeOptions, folders
@@ -121,16 +138,20 @@ def merge(
         from loraloom.merging.fuse import FUSED
 
         paths, options = split_arguments(adapters, rule, _flags(context))
-        look = None
+        candidates, look, choose = to_try(rule, scale, options, recipe), None, None
         if recipe:
-            from loraloom.study.by_hand import looker
+            from loraloom.study.by_hand import ByRecipe
 
-            read = read_recipe(recipe, base)
-            look = looker(read, probe_texts or read.probe_texts(rule, options), shown)
+            read = ByRecipe(read_recipe(recipe, base), shown)
+            look = partial(read.look, probe_texts or read.recipe.probe_texts(rule, options))
+            choose = partial(read.choose, probe_texts or AGREEMENT_TEXTS, candidates) if candidates else None
         weight = former_weights(weights, weight)
-        asked = MergeOptions(rule, options, weight, scale, rank, seed, cast("Heads", heads), base)
+        named = MergeOptions.rule if rule == AUTO else rule
+        asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
-        plan = folders.plan_folders(paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look)
+        plan = folders.plan_folders(
+            paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look, choose=choose
+        )
         facts: MergeFacts
         if dry_run:
             facts = folders.dry_run(plan, output, fuse_into, overwrite=overwrite)

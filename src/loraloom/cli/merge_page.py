@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraloom.cli.terminal import Out
-from loraloom.merging.card import COLUMNS, member_rows, merge_lines
+from loraloom.cli.words import counted
+from loraloom.merging.card import COLUMNS, agreement_table, member_rows, merge_lines
 from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
 
 _SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
@@ -19,6 +20,10 @@ def merge_page(out: Out, facts: MergeFacts, folder: Path) -> None:
     shares = "" if isinstance(facts, ForecastFacts) else ", each with its share of the energy"
     out.table((f"{count} adapters" if count > 1 else "One adapter") + shares, COLUMNS, member_rows(facts))
     out.facts(f"{folder}, not written" if isinstance(facts, ForecastFacts) else str(folder), merge_lines(facts))
+    if facts.agreement:
+        columns, rows = agreement_table(facts.agreement)
+        title = f"{counted(len(rows), 'candidate')}: distance from the single models; 1 knows nothing of the task"
+        out.table(title, columns, rows)
     for warning in facts.warnings:
         out.warn(warning)
 

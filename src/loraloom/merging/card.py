@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from loraloom.merging.choice import AgreementFacts, CandidateFacts
 from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
 from loraloom.merging.registry import get_rule, option_flag
 
 Lines = list[tuple[str, str]]
 
+_TRIED = 4  # candidates that lose a task, told by name
 COLUMNS = ("adapter", "rank", "alpha", "targets", "energy", "weight")
 _WORST = 3  # layers that are named
-_SCALE_FROM = {"asked": "as asked for", "rule": "the rule's own", "single adapter": "a single adapter stays what it is"}
+_SCALE_FROM = {
+    "asked": "as asked for",
+    "agreement": "the nearest to the single models, without labels",
+    "rule": "the rule's own",
+    "single adapter": "a single adapter stays what it is",
+}
 
 
 def member_rows(facts: MergeFacts, width: int = 26) -> list[tuple[str, ...]]:
@@ -39,11 +47,42 @@ def merge_lines(facts: MergeFacts) -> Lines:
         lines += _fused(facts)
     elif isinstance(facts, ForecastFacts):
         lines += _forecast(facts)
+    lines += agreement_lines(facts.agreement) if facts.agreement else []
     lines += _heads(facts)
     if facts.carried:
         lines.append(("brought along", ", ".join(facts.carried)))
     if facts.left_out:
         lines.append(("left out", _grouped(facts.left_out)))
+    return lines
+
+
+def agreement_table(facts: AgreementFacts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and rows: every candidate with its distance from each single model, and their mean."""
+    rows = [
+        (
+            _candidate(one),
+            *("-" if distance is None else _distance(distance) for distance in one.distances.values()),
+            _distance(one.mean),
+        )
+        for one in facts.candidates
+    ]
+    return ("candidate", *facts.texts, "mean"), rows
+
+
+def agreement_lines(facts: AgreementFacts) -> Lines:
+    """Return what the candidates' distances say: which is chosen, which lose a task, and what was looked at."""
+    best, counts = facts.best, sorted({texts.count for texts in facts.texts.values()})
+    far = f"farthest {best.worst} at {_distance(best.known[best.worst])}"
+    lines = [("chosen", f"{_candidate(best)}: {_distance(best.mean)} from the single models on average, {far}")]
+    losing = [f"at {_candidate(one)} {', '.join(one.lost)}" for one in facts.candidates if one.lost]
+    if losing:
+        more = f"; and at {len(losing) - _TRIED} more" if len(losing) > _TRIED else ""
+        lines.append(("lost", "; ".join(losing[:_TRIED]) + more))
+    scales = [one.scale for one in facts.candidates if (one.rule, one.options) == (best.rule, best.options)]
+    if len(scales) > 1 and best.scale in (min(scales), max(scales)):
+        end = "smallest" if best.scale == min(scales) else "largest"
+        lines.append(("its scale", f"is the {end} that was tried: a {end.replace('est', 'er')} one may be nearer"))
+    lines.append(("looked at", f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} texts a task, no labels"))
     return lines
 
 
@@ -84,10 +123,24 @@ def bytes_in_words(size: int) -> str:
 
 def _rule(facts: MergeFacts) -> str:
     """Return the rule's name with its options as they are typed, and the seed where it draws at random."""
-    told = {option_flag(name): value for name, value in facts.options.items() if value not in (None, False)}
+    told = dict(_typed(facts.options))
     if "seed" in get_rule(facts.rule).needs:
         told["--seed"] = facts.seed
     return " ".join([facts.rule, *(flag if value is True else f"{flag} {value}" for flag, value in told.items())])
+
+
+def _candidate(one: CandidateFacts) -> str:
+    told = [flag if value is True else f"{flag} {value}" for flag, value in _typed(one.options)]
+    return " ".join([one.rule, *told, f"{one.scale:g}"])
+
+
+def _distance(value: float) -> str:
+    return f"{value:.2f}" if value < 99.5 else f"{value:.0e}"
+
+
+def _typed(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return a rule's options that say anything, by how they are typed."""
+    return [(option_flag(name), value) for name, value in options.items() if value not in (None, False)]
 
 
 def _merged(facts: MergedFacts) -> Lines:
@@ -167,6 +220,20 @@ def _card(front: Sequence[str], title: str, where: str, facts: MergeFacts, endin
             *("", *head, *rows, ""),
             *(f"- {what}: {how}" for what, how in merge_lines(facts)),
             *(f"- warning: {warning}" for warning in facts.warnings),
+            *(_agreement_section(facts.agreement) if facts.agreement else []),
             *("", *ending, ""),
         ]
     )
+
+
+def _agreement_section(facts: AgreementFacts) -> list[str]:
+    """Return the whole curve as a table, with the hashes of the texts."""
+    columns, rows = agreement_table(facts)
+    hashes = ", ".join(f"{name} {texts.count} ({texts.sha256[:12]})" for name, texts in facts.texts.items())
+    return [
+        *("", "## Distance from the single models", ""),
+        "In each task's own unit: 0 is the single model itself, 1 a model that knows nothing of the task.",
+        *("", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"),
+        *(f"| {' | '.join(row)} |" for row in rows),
+        *("", f"Texts, without labels, with the start of their sha256: {hashes}."),
+    ]

@@ -16,6 +16,7 @@ from loraloom.adapters.peft import PROVENANCE, read_provenance
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import seen_sha256
+from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.fuse import FusedFacts
 from loraloom.merging.names import public_command
 from loraloom.merging.plan import Layer, Plan, ScaleFrom
@@ -64,6 +65,7 @@ class MergeFacts:
 
     scale_from: who chose the scale. rank: what was asked for. heads: the inputs whose heads are kept beside the result.
     carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
+    agreement: every candidate that was tried where rule or scale were chosen without labels.
     """
 
     kind: str
@@ -84,6 +86,7 @@ class MergeFacts:
     left_out: dict[str, str]
     warnings: list[str]
     versions: dict[str, str]
+    agreement: AgreementFacts | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(
@@ -112,6 +115,7 @@ class MergeFacts:
             left_out=plan.left_out,
             warnings=plan.warnings,
             versions={"loraloom": version("loraloom"), "torch": torch.__version__},
+            agreement=plan.agreement,
         )
 
 

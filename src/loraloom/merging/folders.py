@@ -30,6 +30,9 @@ from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
 
 Supplied = tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]
+Planned = Callable[[MergeOptions], Plan]
+# chooses rule and scale of named adapters, given the options that stand and what makes a plan: see `agreement`
+Choose = Callable[[Mapping[str, Adapter], MergeOptions, Planned], MergeOptions]
 # makes what a rule needs of named adapters, beside the statistics that were given: see `needs.supply`
 Look = Callable[[Rule, Mapping[str, Adapter], Sequence[Statistics]], Supplied]
 
@@ -45,6 +48,7 @@ def plan_folders(
     overwrite: bool = False,
     statistics: Sequence[Path] = (),
     look: Look | None = None,
+    choose: Choose | None = None,
 ) -> Plan:
     """Read adapter folders, and return the plan of their merge into `output`.
 
@@ -53,6 +57,7 @@ def plan_folders(
     overwrite: whether an earlier result of its kind is replaced.
     statistics: a file of each adapter's inputs, in the adapters' order.
     look: gets what the rule needs of base model and texts.
+    choose: chooses rule and scale in place of those in `options`.
 
     Raises LoraloomError that tells what is wrong with the output, the rule, its options and any folder.
     """
@@ -72,14 +77,18 @@ def plan_folders(
             raise_problems("the rule", get_rule(options.rule).check(options.options)[1])
     raise_together(errors)
     named = dict(zip(input_names(folders), members, strict=True))
-    supplied: Supplied = (seen, None)
-    if look is not None:
-        rule = get_rule(options.rule)
-        problems = compatibility_problems(members, options.base) + rule.check(options.options)[1]
-        # before a base is loaded
-        raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
-        supplied = look(rule, named, seen)
-    return make_plan(named, options, statistics=supplied[0], probe=supplied[1])
+
+    def planned(asked: MergeOptions) -> Plan:
+        supplied: Supplied = (seen, None)
+        if look is not None:
+            rule = get_rule(asked.rule)
+            problems = compatibility_problems(members, asked.base) + rule.check(asked.options)[1]
+            # before a base is loaded
+            raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
+            supplied = look(rule, named, seen)
+        return make_plan(named, asked, statistics=supplied[0], probe=supplied[1])
+
+    return planned(choose(named, options, planned) if choose else options)
 
 
 def merge_folders(

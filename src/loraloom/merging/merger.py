@@ -12,6 +12,7 @@ from torch import Tensor
 from loraloom.adapters.peft import adapter_writer
 from loraloom.adapters.update import Adapter
 from loraloom.merging.card import merged_card
+from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.plan import Layer, Plan, make_plan
@@ -64,6 +65,7 @@ def merge(
     seed: int = 0,
     heads: Heads = "keep",
     base: str | None = None,
+    agreement: AgreementFacts | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
     **options: Any,
@@ -78,13 +80,14 @@ def merge(
     seed: for rules that draw at random; each layer draws its own from it.
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
     base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
+    agreement: what chose the rule or the scale, for the record that `write_merged` keeps; see `agreement`.
     statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
     probe: base model and texts of each task, for rules that need them.
     options: the rule's own, as `density=0.3`; `loraloom rules NAME` tells a rule's.
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base)
+    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loraloom.merging.choice import AgreementFacts
+
 Heads = Literal["keep", "average"]
 
 
@@ -21,6 +23,7 @@ class MergeOptions:
     seed: for rules that draw at random; each layer draws its own from it.
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
     base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
+    agreement: what chose the rule or the scale, for the record; see `analysis.agreement`.
     """
 
     rule: str = "tsv"
@@ -31,3 +34,4 @@ class MergeOptions:
     seed: int = 0
     heads: Heads = "keep"
     base: str | None = None
+    agreement: AgreementFacts | None = None

@@ -21,13 +21,14 @@ from loraloom.adapters.together import common_copies, compatibility_problems, eq
 from loraloom.adapters.update import Adapter, Form, Shape, Update
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.hashing import layer_seed
+from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.names import input_names
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.registry import Probe, Result, Rule, get_rule
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import cover_problems
 
-ScaleFrom = Literal["asked", "rule", "single adapter"]
+ScaleFrom = Literal["asked", "agreement", "rule", "single adapter"]
 
 
 class Layer(NamedTuple):
@@ -51,10 +52,12 @@ class Plan:
 
     members, statistics: by input name.
     options, weights, scale: those in force, with defaults filled in; weights by input name.
-    scale_from: whose the scale is: the caller's, the rule's own, or that of one adapter that stays as it is.
+    scale_from: whose the scale is: the caller's, that of the candidate nearest to the single models, the rule's own, or
+      that of one adapter that stays as it is.
     rank: what the caller asked for.
     heads: "keep" leaves each input's head to itself, "average" merges them.
     base: the base model's name, where the caller settled it.
+    agreement: what chose the rule or the scale, where it was agreement with the single models.
     """
 
     members: dict[str, Adapter]
@@ -69,6 +72,7 @@ class Plan:
     probe: Probe | None
     heads: Heads
     base: str | None = None
+    agreement: AgreementFacts | None = None
 
     @property
     def space(self) -> str:
@@ -204,6 +208,7 @@ class Plan:
     def warnings(self) -> list[str]:
         """What may not be meant: an adapter given twice, under two names; one adapter alone."""
         equal = [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
+        equal += self.agreement.warnings if self.agreement else []
         return equal + (["one adapter takes part: there is nothing to merge"] if len(self.used) == 1 else [])
 
     @property
@@ -252,7 +257,7 @@ def make_plan(
     weights = options.weights
     if weights is None:
         weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
-    scale, scale_from = _scale(found, options.scale, weights)
+    scale, scale_from = _scale(found, options, weights)
     return Plan(
         members=dict(zip(names, members, strict=True)),
         rule=found,
@@ -266,13 +271,15 @@ def make_plan(
         probe=probe,
         heads=options.heads,
         base=options.base,
+        agreement=options.agreement,
     )
 
 
-def _scale(rule: Rule, asked: float | None, weights: Sequence[float]) -> tuple[float, ScaleFrom]:
+def _scale(rule: Rule, options: MergeOptions, weights: Sequence[float]) -> tuple[float, ScaleFrom]:
     """Return the scale in force and whose it is; the rules' own make room for several adapters, one stays as it is."""
-    if asked is not None:
-        return asked, "asked"
+    if options.scale is not None:
+        chosen = options.agreement is not None and options.agreement.chose_scale
+        return options.scale, "agreement" if chosen else "asked"
     if sum(weight != 0 for weight in weights) == 1:
         return 1.0, "single adapter"
     return rule.default_scale, "rule"

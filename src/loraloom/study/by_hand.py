@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from loraloom.adapters.heads import heads_by_task
 from loraloom.adapters.peft import task_of
 from loraloom.adapters.update import Adapter
+from loraloom.analysis.agreement import Candidates, agreement
 from loraloom.errors import LoraloomError, collecting, raise_together
 from loraloom.files.hashing import task_seed
-from loraloom.merging import Rule
-from loraloom.merging.folders import Look, Supplied
+from loraloom.merging import MergeOptions, Rule
+from loraloom.merging.folders import Planned, Supplied
 from loraloom.merging.needs import supply
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator, evaluate
@@ -53,38 +55,64 @@ def train_from_recipe(
     )
 
 
-def looker(recipe: Recipe, texts: int, reporter: Reporter) -> Look:
-    """Return what supplies a merging rule from the recipe's base model, tasks and statistics; see `needs.supply`.
+class ByRecipe:
+    """What a merge may look at beside the adapters: a recipe's tasks, read once, and its base model, loaded once.
 
-    A probe has `texts` training texts a task. An adapter's task is the one it was trained on, or the one its folder is
-    named for. The function raises LoraloomError for an adapter without a task in the recipe, or without a head where
-    the rule needs one.
+    An adapter's task is the one it was trained on, or the one its folder is named for.
     """
 
-    return partial(_look, recipe, texts, reporter)
+    def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
+        self.recipe, self._reporter = recipe, reporter
+        self._tasks: dict[str, Task] = {}
 
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """The base model."""
+        return evaluator_of(self.recipe)
 
-def _look(
-    recipe: Recipe,
-    texts: int,
-    reporter: Reporter,
-    rule: Rule,
-    members: Mapping[str, Adapter],
-    known: Sequence[Statistics],
-) -> Supplied:
-    found = tasks_of(recipe, [member.path for member in members.values() if member.path])
-    if rule.whole:
-        reporter.begin(rule.name, 1)
-    return supply(
-        rule,
-        members,
-        dict(zip(members, found, strict=True)),
-        partial(evaluator_of, recipe),
-        recipe.statistics,
-        texts,
-        known=known,
-        progress=lambda done, total: reporter.detail(rule.name, f"step {done}/{total}"),
-    )
+    def tasks(self, members: Mapping[str, Adapter]) -> dict[str, Task]:
+        """Return the tasks of adapters, by their names. Raises LoraloomError as `tasks_of` does."""
+        if self._tasks.keys() != members.keys():
+            found = tasks_of(self.recipe, [member.path for member in members.values() if member.path])
+            self._tasks = dict(zip(members, found, strict=True))
+        return self._tasks
+
+    def look(self, texts: int, rule: Rule, members: Mapping[str, Adapter], known: Sequence[Statistics]) -> Supplied:
+        """Return what a rule needs, of `texts` training texts a task; see `needs.supply`.
+
+        Raises LoraloomError for an adapter without a task in the recipe, or without a head where the rule needs one.
+        """
+        if rule.whole:
+            self._reporter.begin(rule.name, 1)
+        return supply(
+            rule,
+            members,
+            self.tasks(members),
+            lambda: self.evaluator,
+            self.recipe.statistics,
+            texts,
+            known=known,
+            progress=lambda done, total: self._reporter.detail(rule.name, f"step {done}/{total}"),
+        )
+
+    def choose(
+        self,
+        texts: int,
+        candidates: Sequence[Candidates],
+        members: Mapping[str, Adapter],
+        options: MergeOptions,
+        plan: Planned,
+    ) -> MergeOptions:
+        """Return `options` with the rule and scale that agree best with the single models, on `texts` texts a task.
+
+        Raises LoraloomError as `agreement` does.
+        """
+        rows = {name: task.sample("train", texts) for name, task in self.tasks(members).items()}
+        found = agreement(
+            members, self.evaluator, rows, candidates, options=options, plan=plan, reporter=self._reporter
+        )
+        best = found.best
+        return replace(options, rule=best.rule, options=best.options, scale=best.scale, agreement=found)
 
 
 def evaluate_folder(
