@@ -143,10 +143,10 @@ CONFIGS = st.fixed_dictionaries(
 @given(st.lists(CONFIGS, min_size=1, max_size=4), st.randoms(), st.booleans())
 def test_one_config_in_any_order_with_nothing_strange(configs: list[dict[str, Any]], chance: Any, head: bool) -> None:
     configs = [{**PLAIN, **config} for config in configs]
-    config, dropped = merged_config(configs, MODULES, None, with_head=head)
+    config, dropped = merged_config(configs, [MODULES] * len(configs), MODULES, None, with_head=head)
     mixed = list(configs)
     chance.shuffle(mixed)
-    assert merged_config(mixed, MODULES, None, with_head=head) == (config, dropped)
+    assert merged_config(mixed, [MODULES] * len(mixed), MODULES, None, with_head=head) == (config, dropped)
     assert not set(STRANGE) & set(config)
     assert set(dropped) >= {key for one in configs for key in STRANGE if key in one}
     assert "home" not in json.dumps(config)
@@ -161,5 +161,6 @@ def test_one_config_in_any_order_with_nothing_strange(configs: list[dict[str, An
 
 def test_a_base_that_was_named_is_written(tmp_path: Path) -> None:
     configs = [{**PLAIN, "base_model_name_or_path": name} for name in ("org/a", "other/b")]
-    assert merged_config(configs, MODULES, "org/c", with_head=False)[0]["base_model_name_or_path"] == "org/c"
-    assert merged_config(configs, MODULES, "/srv/c", with_head=False)[0]["base_model_name_or_path"] == "c"
+    for name, written in (("org/c", "org/c"), ("/srv/c", "c")):
+        config, _ = merged_config(configs, [MODULES] * 2, MODULES, name, with_head=False)
+        assert config["base_model_name_or_path"] == written

@@ -277,7 +277,8 @@ def adapter(shapes: dict[str, tuple[int, int]], base: str, path: str, **facts: A
 def test_every_difference_is_told() -> None:
     one = adapter({"q": (4, 4), "v": (4, 4), "k": (4, 4)}, "base/a", "one")
     two = adapter({"q": (4, 4), "v": (4, 8), "up": (4, 4)}, "base/b", "two")
-    found = compatibility_problems([one, two, adapter({"q": (9, 4), "v": (4, 4), "k": (4, 4)}, "base/a", "three")])
+    three = adapter({"q": (9, 4), "v": (4, 4), "k": (4, 4)}, "base/a", "three")
+    found = compatibility_problems([one, two, three], targets="same")
     assert found[0].startswith("base model: one has 'base/a', two has 'base/b'")
     assert found[1:] == [
         "one adapts k; two does not",

@@ -7,6 +7,7 @@ needs no data, and PEFT's own forward pass is the judge.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -150,6 +151,60 @@ def test_a_weighted_sum_does_in_peft_what_the_dense_sum_does(form: str, is_trans
     expected = dense_sum(net, models, weights)
     assert relative(found, expected) < 1e-6
     assert relative(base, expected) > 1e-2
+
+
+# adapters of different layers, and what PEFT reads as the target modules of their union
+UNIONS: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "lists": ([{"target_modules": ["0"]}, {"target_modules": ["1"], "r": 5}], ["0", "1"]),
+    "one in another": ([{"target_modules": ["0", "1"]}, {"target_modules": ["1"], "use_rslora": True}], ["0", "1"]),
+    "a pattern": ([{"target_modules": r".*\.0"}, {"target_modules": ["1"]}], ["layers.0", "layers.1"]),
+    "layers by number": (
+        [{"target_modules": ["0"]}, {"target_modules": ["0", "1"], "exclude_modules": ["0"]}],
+        ["layers.0", "layers.1"],
+    ),
+    "all linear ones": (
+        [{"target_modules": "all-linear"}, {"target_modules": ["picture"]}],
+        ["layers.0", "layers.1", "picture", "score"],
+    ),
+    "forms": (
+        [FORMS["embedding"], FORMS["convolution"], FORMS["linear"]],
+        ["0", "1", "line", "picture", "point", "words"],
+    ),
+    "experts": ([FORMS["experts of other ranks"], {"target_modules": ["1"]}, FORMS["linear"]], ["0", "1"]),
+    "experts last": ([{"target_modules": ["1"]}, FORMS["experts"]], ["1"]),
+}
+
+
+@pytest.mark.parametrize("union", UNIONS)
+def test_a_union_of_targets_does_in_peft_what_the_dense_sum_with_zeros_does(union: str, tmp_path: Path) -> None:
+    net, (settings, targets) = Net().eval(), UNIONS[union]
+    models = [saved(tmp_path / f"{i}", i, net=net, **one) for i, one in enumerate(settings)]
+    weights = [0.5, -0.4, 1.2][: len(models)]
+    members = [read_adapter(tmp_path / f"{i}") for i in range(len(models))]
+    merged = merge(members, "task_arithmetic", weights=weights, scale=1.0)
+    folder = write_merged(merged, tmp_path / "merged")
+    assert merged.plan.config["target_modules"] == targets
+    with torch.no_grad():
+        host = loaded(net, folder)
+        assert relative(host(IDS), dense_sum(net, models, weights)) < 1e-6
+    adapted = set().union(*map(deltas, models))
+    assert set(deltas(host)) == adapted  # PEFT adapts no layer more
+    for module, layer in merged.merged.items():  # nothing is made wider by an adapter that lacks the layer
+        assert layer.update.rank == sum(one.shapes[module].r for one in members if module in one.shapes)
+
+
+def test_forms_that_differ_in_a_shared_layer_are_refused_in_a_union(tmp_path: Path) -> None:
+    saved(tmp_path / "0", 0, **FORMS["linear"])
+    saved(tmp_path / "1", 1, **FORMS["embedding"])
+    saved(tmp_path / "2", 2, target_modules=["1"], target_parameters=EXPERT_TARGETS)
+    saved(tmp_path / "3", 3, target_modules=["1"], target_parameters=EXPERT_TARGETS[1:])
+    members = [read_adapter(tmp_path / f"{i}") for i in range(4)]
+    words = members[1].updates["words"]
+    odd = dataclasses.replace(members[0], updates={"words": words}, forms={})
+    with pytest.raises(LoraloomError) as caught:
+        merge({"a": members[0], "b": members[1], "c": odd, "d": members[2], "e": members[3]})
+    assert f"words: {tmp_path / '1'} has it as embedding, {tmp_path / '0'} as linear layer" in str(caught.value)
+    assert f"target_parameters: {tmp_path / '2'} has {sorted(EXPERT_TARGETS)}, {tmp_path / '3'} " in str(caught.value)
 
 
 @pytest.mark.parametrize("rule", RULES)

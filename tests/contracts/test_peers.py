@@ -252,7 +252,7 @@ def test_all_differences_come_in_one_message(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
         edit_config(tmp_path / name, base_model_name_or_path="org/other" if name == "base" else "org/base")
     with pytest.raises(LoraloomError) as caught:
-        merge([read_adapter(tmp_path / name) for name in models], "ties", weights=[1.0], densty=0.1)
+        merge([read_adapter(tmp_path / name) for name in models], "ties", weights=[1.0], targets="same", densty=0.1)
     one, targets, shapes, other = (str(tmp_path / name) for name in models)
     layer = "bert.encoder.layer.{}.attention.self.{}"
     for part in (

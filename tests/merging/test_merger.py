@@ -110,7 +110,9 @@ def test_one_adapter_comes_back_as_itself_by_default() -> None:
     merged = merge([one])
     for name, update in merged.adapter.updates.items():
         torch.testing.assert_close(update.dense(), one.updates[name].dense())
-    assert merged.plan.warnings == ["one adapter takes part: there is nothing to merge"]
+    told = "one adapter takes part: there is nothing to merge"
+    assert merged.plan.warnings == [f"{told}, and it stays as it is, without rule 'tsv'"]
+    assert merge([one], "ties", density=0.5).plan.warnings == [told]
     assert merge([one, adapter(1)]).plan.warnings == []
 
 
@@ -164,6 +166,8 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
             "rank": 2,
             "alpha": 2.0,
             "targets": ["q", "v"],
+            "layers": 2,
+            "lacks": 0,
             "energy_share": pytest.approx(energies[i] / sum(energies)),
             "weight": 0.5,
         }

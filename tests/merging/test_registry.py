@@ -136,9 +136,9 @@ def test_a_stochastic_rule_draws_from_the_seed_and_the_layer_alone() -> None:
         return Update(torch.randn(updates[0].B.shape, generator=generator), updates[0].A)
 
     layers = {name: Update(torch.ones(3, 1), torch.ones(1, 2)) for name in ("q", "v")}
-    one = merge([Adapter(layers, {})], "noise", seed=1).adapter.updates
-    alone = merge([Adapter({"v": layers["v"]}, {})], "noise", seed=1).adapter.updates
-    other = merge([Adapter(layers, {})], "noise", seed=2).adapter.updates
+    one = merge([Adapter(layers, {})] * 2, "noise", seed=1).adapter.updates
+    alone = merge([Adapter({"v": layers["v"]}, {})] * 2, "noise", seed=1).adapter.updates
+    other = merge([Adapter(layers, {})] * 2, "noise", seed=2).adapter.updates
     assert torch.equal(one["v"].B, alone["v"].B)
     assert not torch.equal(one["v"].B, one["q"].B)
     assert not torch.equal(one["v"].B, other["v"].B)

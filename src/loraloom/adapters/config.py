@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,23 +133,32 @@ def headless_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged_config(
-    configs: Sequence[Mapping[str, Any]], modules: Sequence[str], base: str | None, *, with_head: bool
+    configs: Sequence[Mapping[str, Any]],
+    layers: Sequence[Collection[str]],
+    modules: Collection[str],
+    base: str | None,
+    *,
+    with_head: bool,
+    with_experts: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return one config for the merge of adapters with `configs`, and the fields that were dropped, in any order.
 
-    `modules` are the layers adapted. `base` is the base model's name, the best of theirs where it is None. What they
-    agree on is kept where it is known here; code to import and unknown fields never are.
+    layers: those that each adapter has, experts left out. modules: those of the merge, likewise.
+    base: the base model's name, the best of theirs where it is None.
+    with_head, with_experts: whether the merge has a head, and experts.
+
+    What they agree on is kept where it is known here; code to import and unknown fields never are.
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
         _BASE: best_name([base] if base else [str(one.get(_BASE) or "") for one in configs]),
         "bias": "none",
-        "target_modules": _targets(configs, modules),
+        "target_modules": _targets(configs, layers, modules),
     }
     if any(one.get("fan_in_fan_out") for one in configs):  # PEFT corrects it where a layer's class tells better
         config["fan_in_fan_out"] = True
-    if configs[0].get("target_parameters"):
-        config["target_parameters"] = sorted(configs[0]["target_parameters"])
+    if with_experts:  # those that have any agree in them
+        config["target_parameters"] = sorted({name for one in configs for name in one.get("target_parameters") or ()})
     dropped = {key for one in configs for key, value in one.items() if _worth_naming(key, value)}
     for key in _AGREED:
         values = [one.get(key) for one in configs]
@@ -178,8 +187,8 @@ def _worth_naming(key: str, value: Any) -> bool:
     return bool(value) and key not in (*_SETTLED, *_AGREED)
 
 
-def _targets(configs: Sequence[Mapping[str, Any]], modules: Sequence[str]) -> Any:
-    """Return the target modules that all name alike, as a list or "all-linear"; else every layer by its path.
+def _targets(configs: Sequence[Mapping[str, Any]], layers: Sequence[Collection[str]], modules: Collection[str]) -> Any:
+    """Return target modules that mean `modules` alone: names of theirs, or "all-linear"; else every layer by its path.
 
     No pattern out of a file is written: PEFT would run it.
     """
@@ -189,11 +198,15 @@ def _targets(configs: Sequence[Mapping[str, Any]], modules: Sequence[str]) -> An
         if not any(one.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     ]
     if len(plain) == len(configs):
+        wanted, known = set(modules), set().union(*layers)
         if all(one == "all-linear" for one in plain):
-            return "all-linear"
-        lists = {frozenset(one) if isinstance(one, list) else None for one in plain}
-        named = lists.pop() if len(lists) == 1 else None
-        endings = tuple(f".{target}" for target in named or ())
-        if named is not None and all(f".{module}".endswith(endings) for module in modules):
-            return sorted(named)
+            if all(set(one) == wanted for one in layers):
+                return "all-linear"
+        elif all(isinstance(one, list) for one in plain):
+            # a list means every layer of the base that it fits, and its adapter has them: no other layer can fit it
+            lists = [set(one or ()) for one in plain]
+            for named in (set().union(*lists), lists[0].intersection(*lists)):
+                endings = tuple(f".{target}" for target in named)
+                if {module for module in known if f".{module}".endswith(endings)} == wanted:
+                    return sorted(named)
     return sorted(modules)

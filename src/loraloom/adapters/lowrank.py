@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraloom.adapters.update import Update
+from loraloom.adapters.update import Shape, Update
 
 # Factors are float32, so directions weaker than this share of the strongest one are rounding, not signal.
 NOISE = 1e-5
@@ -72,7 +72,13 @@ def nonzero(updates: Sequence[Update]) -> list[Update]:
 
 def zero_like(update: Update) -> Update:
     """Return dW = 0 of the same shape, of rank 1."""
-    return Update(torch.zeros_like(update.B[:, :1]), torch.zeros_like(update.A[:1]))
+    m, n, _ = update.shape
+    return Update(update.B.new_zeros(m, 1), update.A.new_zeros(1, n))
+
+
+def no_update(shape: Shape) -> Update:
+    """Return dW = 0 of rank 0: that of an adapter that lacks the layer, which costs nothing."""
+    return Update(torch.zeros(shape.m, 0), torch.zeros(0, shape.n))
 
 
 def in_shared_bases(updates: Sequence[Update]) -> tuple[Tensor, Tensor, tuple[Update, ...]]:
@@ -128,7 +134,7 @@ def update_bases(update: Update) -> tuple[Tensor, Tensor]:
     Where A's rows depend on each other B's columns reach more than dW does, and the other way round.
     """
     U, S, Vh = svd_factors(update)
-    kept = int((NOISE * S.max() < S).sum())  # none of an update that is zero
+    kept = int((NOISE * S[:1] < S).sum())  # none of an update that is zero
     return Vh[:kept].T, U[:, :kept]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +12,18 @@ from torch import Tensor
 from loraloom.adapters.bases import same_base
 from loraloom.adapters.update import Adapter
 
+Targets = Literal["union", "intersection", "same"]
 
-def compatibility_problems(adapters: Sequence[Adapter], base: str | None = None) -> list[str]:
-    """Return every difference of base model, target modules, forms and shapes between `adapters`.
+_COPY = ".base_layer."  # follows the module's path in the name of a copy
 
-    `base` is a name that the caller gives for the base of all: their own are not compared then.
+
+def compatibility_problems(
+    adapters: Sequence[Adapter], base: str | None = None, targets: Targets = "union"
+) -> list[str]:
+    """Return every difference of base model, forms and shapes between `adapters` that keeps them from one merge.
+
+    base: a name that the caller gives for the base of all: their own are not compared then.
+    targets: "same" wants all to adapt the same layers, "intersection" some that all of them adapt; see `layers_of_all`.
     """
     pairs = list(itertools.combinations(adapters, 2))
     differing = [pair for pair in pairs if _bases_differ(*pair, base)]
@@ -26,32 +34,49 @@ def compatibility_problems(adapters: Sequence[Adapter], base: str | None = None)
         for one, two in [pair for pair in differing if pair[0] is adapters[0]] or differing
     ]
     for other in adapters[1:]:
-        first = adapters[0]
-        problems += _layer_problems(first, other)
-        for module in sorted(set(first.shapes) & set(other.shapes)):
-            (m, n, _), (other_m, other_n, _) = first.shapes[module], other.shapes[module]
-            if first.forms.get(module) != other.forms.get(module):
-                kinds = [one.forms[module].kind if module in one.forms else "linear layer" for one in (first, other)]
-                problems.append(f"{module}: {first.name} has it as {kinds[0]}, {other.name} as {kinds[1]}")
-            elif (m, n) != (other_m, other_n):
-                problems.append(f"{module}: {first.name} is {m} x {n}, {other.name} is {other_m} x {other_n}")
-        targets = [frozenset(one.config.get("target_parameters") or ()) for one in (first, other)]
-        if targets[0] != targets[1]:
-            problems.append(
-                f"target_parameters: {first.name} has {sorted(targets[0])}, {other.name} {sorted(targets[1])}"
-            )
+        problems += _class_problems(adapters[0], other) or _target_problems(adapters[0], other, targets)
+    if targets == "intersection" and len(adapters) > 1 and not problems and not layers_of_all(adapters, targets):
+        problems.append("no layer is adapted by all of them: take the union of their targets")
+    owners: dict[str, Adapter] = {}
+    for other in adapters:
+        for module in sorted(other.shapes):
+            problems += _shape_problems(module, owners.setdefault(module, other), other)
+    experts = [one for one in adapters if one.config.get("target_parameters")]
+    named = [sorted(one.config["target_parameters"]) for one in experts]
+    for one, names in zip(experts[1:], named[1:], strict=True):
+        if names != named[0]:
+            problems.append(f"target_parameters: {experts[0].name} has {named[0]}, {one.name} {names}")
     return problems
 
 
-def common_copies(adapters: Mapping[str, Adapter]) -> tuple[Mapping[str, Tensor], list[str]]:
+def layers_of_all(adapters: Sequence[Adapter], targets: Targets) -> dict[str, Adapter]:
+    """Return the layers of a merge by name, in order, each with the first of `adapters` that has it.
+
+    Those that any adapter has, for the "union"; those that all have, otherwise.
+    """
+    owners: dict[str, Adapter] = {}
+    for adapter in adapters:
+        for module in adapter.shapes:
+            owners.setdefault(module, adapter)
+    if targets != "union":
+        owners = {module: one for module, one in owners.items() if all(module in other.shapes for other in adapters)}
+    return {module: owners[module] for module in sorted(owners)}
+
+
+def common_copies(
+    adapters: Mapping[str, Adapter], dropped: Collection[str] = ()
+) -> tuple[Mapping[str, Tensor], list[str]]:
     """Return the base's weights that came with the adapters, in which all that bring them agree; and where not.
 
     PEFT saves the base's embedding beside its update. Where it was resized or trained the update alone is not enough.
+    Those of layers that are `dropped` are left out.
     """
     common: dict[str, Mapping[str, Tensor]] = {}
     problems = []
     for name, adapter in adapters.items():
         for path in adapter.copies:
+            if path.partition(_COPY)[0] in dropped:
+                continue
             if path not in common:
                 common[path] = adapter.copies
             elif not torch.equal(common[path][path], adapter.copies[path]):
@@ -92,37 +117,53 @@ class Copies(Mapping[str, Tensor]):
         return len(self.owners)
 
 
-def _layer_problems(first: Adapter, other: Adapter) -> list[str]:
-    one, two = set(first.shapes), set(other.shapes)
-    if one == two:
-        return []
-    for outer, inner, more, fewer in ((first, other, one, two), (other, first, two, one)):
-        prefix = _prefix(more, fewer)
-        if prefix:
-            return [
-                f"{outer.name} has the layers of {inner.name} under {prefix!r}: they were trained in two classes of "
-                "model; name the layers as the base model of the merge does"
-            ]
+def _target_problems(first: Adapter, other: Adapter, targets: Targets) -> list[str]:
+    """Return the layers that only one of two adapters has, where all must have the same."""
     problems = []
-    for left, right, names in ((first, other, one - two), (other, first, two - one)):
-        missing = sorted(names)
+    for left, right in ((first, other), (other, first)) if targets == "same" else ():
+        missing = sorted(set(left.shapes) - set(right.shapes))
         if missing:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             problems.append(f"{left.name} adapts {shown}; {right.name} does not")
     return problems
 
 
-def _prefix(longer: set[str], shorter: set[str]) -> str:
-    """Return what stands before each name of `shorter` in `longer`, or an empty string."""
-    if len(longer) != len(shorter) or not longer:
-        return ""
-    parts = min(longer).split(".")
-    prefixes = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if {prefix + name for name in shorter} == longer), "")
+def _class_problems(first: Adapter, other: Adapter) -> list[str]:
+    """Tell where one adapter has its layers in a part of the model that is the whole model to the other."""
+    one, two = _stems(first), _stems(other)
+    for outer, inner, longer, shorter in ((first, other, one - two, two - one), (other, first, two - one, one - two)):
+        for long, short in itertools.product(sorted(longer), sorted(shorter)):
+            if long.endswith(f".{short}"):
+                return [
+                    f"{outer.name} has the layers of {inner.name} under {long.removesuffix(short)!r}: they were "
+                    "trained in two classes of model; name the layers as the base model of the merge does"
+                ]
+    return []
+
+
+def _stems(adapter: Adapter) -> set[str]:
+    """Return what stands before the first number in the paths of its layers, or before the last name."""
+    parts = [module.split(".") for module in adapter.shapes]
+    numbers = [next((i for i, part in enumerate(path) if part.isdigit()), len(path) - 1) for path in parts]
+    return {".".join(path[:count]) for path, count in zip(parts, numbers, strict=True)} - {""}
+
+
+def _shape_problems(module: str, first: Adapter, other: Adapter) -> list[str]:
+    """Return how a layer differs between two adapters that both have it."""
+    (m, n, _), (other_m, other_n, _) = first.shapes[module], other.shapes[module]
+    if first.forms.get(module) != other.forms.get(module):
+        kinds = [one.forms[module].kind if module in one.forms else "linear layer" for one in (first, other)]
+        return [f"{module}: {first.name} has it as {kinds[0]}, {other.name} as {kinds[1]}"]
+    if (m, n) != (other_m, other_n):
+        return [f"{module}: {first.name} is {m} x {n}, {other.name} is {other_m} x {other_n}"]
+    return []
 
 
 def _bases_differ(one: Adapter, two: Adapter, base: str | None) -> bool:
-    """Compare the fingerprints of the bases where both are known, else their names, unless the caller gives one."""
+    """Compare the fingerprints of the bases where they can tell, else their names, unless the caller gives one."""
     if one.fingerprint and two.fingerprint:
-        return one.fingerprint != two.fingerprint
+        if one.fingerprint == two.fingerprint:
+            return False
+        if set(one.shapes) == set(two.shapes):  # it is of the adapted layers' weights, so it differs where they do
+            return True
     return base is None and same_base(one.base, two.base) is False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
@@ -15,6 +15,7 @@ from loraloom.cli.common import AsJson, Base, Output, Overwrite, Quiet, RecipeOp
 from loraloom.settings import AGREEMENT_TEXTS
 
 if TYPE_CHECKING:
+    from loraloom.adapters.together import Targets
     from loraloom.merging.facts import MergeFacts
     from loraloom.merging.options import Heads
     from loraloom.report.aggregate import Merged
@@ -114,6 +115,13 @@ def merge(
             help="Base model in place of the recipe's, and of adapters that name theirs in ways not known as one.",
         ),
     ] = None,
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="Layers of the result, of adapters of different ones: `union`, where one that lacks a layer leaves it "
+            "as it is; `intersection`; or `same`, which refuses them."
+        ),
+    ] = "union",
     fuse_into: Annotated[
         Path | None,
         typer.Option("--fuse-into", help="Checkpoint folder of the base model. It is written with the result in it."),
@@ -148,6 +156,7 @@ def merge(
         weight = former_weights(weights, weight)
         named = MergeOptions.rule if rule == AUTO else rule
         asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)
+        asked = replace(asked, targets=cast("Targets", targets))
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(
             paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look, choose=choose

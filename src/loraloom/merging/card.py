@@ -48,7 +48,7 @@ def merge_lines(facts: MergeFacts) -> Lines:
     elif isinstance(facts, ForecastFacts):
         lines += _forecast(facts)
     lines += agreement_lines(facts.agreement) if facts.agreement else []
-    lines += _heads(facts)
+    lines += _layers(facts) + _heads(facts)
     if facts.carried:
         lines.append(("brought along", ", ".join(facts.carried)))
     if facts.left_out:
@@ -181,6 +181,13 @@ def _forecast(facts: ForecastFacts) -> Lines:
         ("size", f"at most {bytes_in_words(facts.size)}, in {facts.dtype}"),
         ("time", spent),
     ]
+
+
+def _layers(facts: MergeFacts) -> Lines:
+    """Return how many layers each input adapts, where any lacks some."""
+    told = [f"{one.name} adapts {one.layers if one.lacks else 'all'} of them" for one in facts.inputs]
+    total = facts.inputs[0].layers + facts.inputs[0].lacks
+    return [("layers", f"{total}: {', '.join(told)}")] if any(one.lacks for one in facts.inputs) else []
 
 
 def _heads(facts: MergeFacts) -> Lines:

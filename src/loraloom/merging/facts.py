@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from loraloom.adapters.peft import PROVENANCE, read_provenance
+from loraloom.adapters.together import Targets
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import seen_sha256
@@ -35,6 +36,7 @@ class MemberFacts:
     sha256: of its config and weights; None in memory, and of a dry run, which reads little.
     rank: the largest of any layer. alpha: as its config has it.
     targets: the last parts of its layers' paths, each once.
+    layers, lacks: how many layers of the result it has, and how many it leaves as they are.
     energy_share: of sum_i |w_i dW_i|_F^2 over all layers, its part; None of a dry run.
     weight: w_i, in force.
     """
@@ -46,6 +48,8 @@ class MemberFacts:
     rank: int
     alpha: float | None
     targets: list[str]
+    layers: int
+    lacks: int
     energy_share: float | None
     weight: float
 
@@ -63,7 +67,8 @@ class LayerFacts:
 class MergeFacts:
     """How adapters are merged: all that is known before anything is computed.
 
-    scale_from: who chose the scale. rank: what was asked for. heads: the inputs whose heads are kept beside the result.
+    scale_from: who chose the scale. rank: what was asked for. targets: which of the inputs' layers are merged.
+    heads: the inputs whose heads are kept beside the result.
     carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
     agreement: every candidate that was tried where rule or scale were chosen without labels.
     """
@@ -80,6 +85,7 @@ class MergeFacts:
     scale_from: ScaleFrom
     rank: int | None
     seed: int
+    targets: Targets
     heads: list[str]
     heads_averaged: bool
     carried: list[str]
@@ -100,7 +106,7 @@ class MergeFacts:
             kind=kind,
             command=public_command(command),
             base=str(plan.config.get("base_model_name_or_path") or ""),
-            base_fingerprint=next((one.fingerprint for one in plan.members.values() if one.fingerprint), ""),
+            base_fingerprint=_fingerprint(plan),
             inputs=_members(plan, energies),
             rule=plan.rule.name,
             options=plan.options,
@@ -109,6 +115,7 @@ class MergeFacts:
             scale_from=plan.scale_from,
             rank=plan.rank,
             seed=plan.seed,
+            targets=plan.targets,
             heads=sorted(plan.task_heads),
             heads_averaged=plan.heads == "average",
             carried=sorted(plan.carried),
@@ -198,6 +205,12 @@ def _energy_lost(layers: Iterable[LayerFacts]) -> float:
     return 1 - kept / whole if whole else 0.0
 
 
+def _fingerprint(plan: Plan) -> str:
+    """Return the fingerprint of the base where the inputs know one: of other layers they have others."""
+    known = {one.fingerprint for one in plan.members.values() if one.fingerprint}
+    return known.pop() if len(known) == 1 else ""
+
+
 def _members(plan: Plan, energies: Iterable[Sequence[float]] | None) -> list[MemberFacts]:
     shares: dict[str, float | None] = dict.fromkeys(plan.members)
     if energies is not None:
@@ -213,6 +226,8 @@ def _members(plan: Plan, energies: Iterable[Sequence[float]] | None) -> list[Mem
             rank=member.rank,
             alpha=_alpha(member),
             targets=sorted({module.rpartition(".")[2] for module in member.shapes}),
+            layers=sum(module in member.shapes for module in plan.modules),
+            lacks=sum(module not in member.shapes for module in plan.modules),
             energy_share=shares[name],
             weight=plan.weights[name],
         )

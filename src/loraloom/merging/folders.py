@@ -82,7 +82,7 @@ def plan_folders(
         supplied: Supplied = (seen, None)
         if look is not None:
             rule = get_rule(asked.rule)
-            problems = compatibility_problems(members, asked.base) + rule.check(asked.options)[1]
+            problems = compatibility_problems(members, asked.base, asked.targets) + rule.check(asked.options)[1]
             # before a base is loaded
             raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
             supplied = look(rule, named, seen)
@@ -194,6 +194,8 @@ def estimate(plan: Plan) -> float | None:
 
     Work in factors grows with m + n, work on dense updates with m n.
     """
+    if plan.as_it_is:
+        return 0.0
     if plan.rule.whole or plan.statistics:
         return None
     shapes = plan.shapes

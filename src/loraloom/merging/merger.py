@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.peft import adapter_writer
+from loraloom.adapters.together import Targets
 from loraloom.adapters.update import Adapter
 from loraloom.merging.card import merged_card
 from loraloom.merging.choice import AgreementFacts
@@ -65,6 +66,7 @@ def merge(
     seed: int = 0,
     heads: Heads = "keep",
     base: str | None = None,
+    targets: Targets = "union",
     agreement: AgreementFacts | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
@@ -80,6 +82,7 @@ def merge(
     seed: for rules that draw at random; each layer draws its own from it.
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
     base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
+    targets: layers of the result: the "union" of the adapters', their "intersection", or the "same" of all.
     agreement: what chose the rule or the scale, for the record that `write_merged` keeps; see `agreement`.
     statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
     probe: base model and texts of each task, for rules that need them.
@@ -87,7 +90,7 @@ def merge(
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement)
+    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 

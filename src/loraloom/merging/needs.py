@@ -43,7 +43,8 @@ def supply(
     """
     load = functools.cache(evaluator)
     if "moments" in rule.supplied and not known:
-        targets = sorted(next(iter(adapters.values())).shapes)
+        # a task may read what only another's adapter changes
+        targets = sorted({module for adapter in adapters.values() for module in adapter.shapes})
         known = {
             name: collect(load(), tasks[name].sample("train", reading.texts), targets, reading) for name in adapters
         }

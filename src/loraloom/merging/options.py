@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loraloom.adapters.together import Targets
 from loraloom.merging.choice import AgreementFacts
 
 Heads = Literal["keep", "average"]
@@ -24,6 +25,8 @@ class MergeOptions:
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
     base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
     agreement: what chose the rule or the scale, for the record; see `analysis.agreement`.
+    targets: the layers of the result: the "union" of those that the adapters have, one that lacks a layer leaving it as
+      it is; their "intersection"; or "same", which refuses adapters of different layers.
     """
 
     rule: str = "tsv"
@@ -35,3 +38,4 @@ class MergeOptions:
     heads: Heads = "keep"
     base: str | None = None
     agreement: AgreementFacts | None = None
+    targets: Targets = "union"

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import functools
-import math
-import re
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraloom.adapters.beside import carry
 from loraloom.adapters.config import CONFIG, merged_config
-from loraloom.adapters.lowrank import Shared, truncate, truncate_dense
-from loraloom.adapters.together import common_copies, compatibility_problems, equal_adapters
+from loraloom.adapters.lowrank import Shared, no_update, truncate, truncate_dense
+from loraloom.adapters.together import Targets, common_copies, compatibility_problems, equal_adapters, layers_of_all
 from loraloom.adapters.update import Adapter, Form, Shape, Update
-from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.names import input_names
 from loraloom.merging.options import Heads, MergeOptions
+from loraloom.merging.problems import (
+    head_problems,
+    name_problems,
+    need_problems,
+    number_problems,
+    statistics_by_name,
+    twice_problems,
+)
 from loraloom.merging.registry import Probe, Result, Rule, get_rule
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import cover_problems
@@ -58,6 +65,8 @@ class Plan:
     heads: "keep" leaves each input's head to itself, "average" merges them.
     base: the base model's name, where the caller settled it.
     agreement: what chose the rule or the scale, where it was agreement with the single models.
+    targets: which of the inputs' layers the result has.
+    as_it_is: one input takes part and no option of the rule was asked for: it comes back as it is, without the rule.
     """
 
     members: dict[str, Adapter]
@@ -73,26 +82,33 @@ class Plan:
     heads: Heads
     base: str | None = None
     agreement: AgreementFacts | None = None
+    targets: Targets = "union"
+    as_it_is: bool = False
 
     @property
     def space(self) -> str:
         """Return the space in which the rule works."""
         return str(self.options.get("space", self.rule.spaces[0]))
 
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Return every layer's m and n, in which the inputs agree, with the first one's rank."""
-        return next(iter(self.members.values())).shapes
+    @cached_property
+    def _owners(self) -> dict[str, Adapter]:
+        """Return every merged layer, in order, with the first input that takes part and has it."""
+        return layers_of_all([self.members[name] for name in self.used], self.targets)
 
-    @property
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Return every merged layer's m and n, in which the inputs agree, with one input's rank."""
+        return {module: one.shapes[module] for module, one in self._owners.items()}
+
+    @cached_property
     def forms(self) -> Mapping[str, Form]:
-        """Return the forms of the layers that are not linear, in which the inputs agree."""
-        return next(iter(self.members.values())).forms
+        """Return the forms of the merged layers that are not linear, in which the inputs agree."""
+        return {module: one.forms[module] for module, one in self._owners.items() if module in one.forms}
 
     @cached_property
     def modules(self) -> list[str]:
-        """The module paths of all layers, in order."""
-        return sorted(self.shapes)
+        """The module paths of all merged layers, in order."""
+        return list(self._owners)
 
     @cached_property
     def used(self) -> list[str]:
@@ -110,8 +126,12 @@ class Plan:
 
     def bound(self, module: str) -> int:
         """Return the rank that a layer's result does not exceed where the caller asks for none."""
-        ranks = [self.members[name].shapes[module].r for name in self.used]
+        ranks = [self.members[name].shapes[module].r for name in self.having(module)]
         return max(ranks) if self.rule.output_rank == "max" else sum(ranks)
+
+    def having(self, module: str) -> list[str]:
+        """Return the inputs that take part and have this layer."""
+        return [name for name in self.used if module in self.members[name].shapes]
 
     def layer(self, module: str) -> Layer:
         """Return one merged layer as a low-rank update, truncated where it must be or was asked to be."""
@@ -133,10 +153,17 @@ class Plan:
         return _energies(self.updates(module))
 
     def _merged(self, module: str, updates: Sequence[Update]) -> Result:
-        if self.rule.whole:
+        result: Result
+        if self.as_it_is:
+            result = updates[0]
+        elif self.rule.whole:
             result = self._all[module]
         else:
-            moments = [self.statistics[name].moment(module) for name in self.used] if self.statistics else []
+            moments = []
+            if "moments" in self.rule.supplied:
+                seen = [module in self.statistics[name].layers for name in self.used]
+                moments = [self.statistics[name].moment(module) for name in itertools.compress(self.used, seen)]
+                updates = list(itertools.compress(updates, seen))
             seed = layer_seed(self.seed, module)
             result = self.rule.layer(updates, self.options, seed=seed, rank=self.rank, moments=moments)
         return _times(result, self.scale)
@@ -148,9 +175,16 @@ class Plan:
         return self.rule.model(layers, self.options, probe=self.probe, seed=self.seed, rank=self.rank)
 
     def updates(self, module: str) -> list[Update]:
-        """Return what the rule is given of one layer: the inputs' updates times their weights."""
-        updates = [(self.members[name].updates[module], self.weights[name]) for name in self.used]
-        return [Update(weight * update.B, update.A) for update, weight in updates]
+        """Return what the rule is given of one layer: the inputs' updates times their weights.
+
+        That of an input that lacks the layer is zero, of rank 0.
+        """
+        having, shape = self.having(module), self.shapes[module]
+        found = {name: self.members[name].updates[module] for name in having}
+        return [
+            Update(self.weights[name] * found[name].B, found[name].A) if name in found else no_update(shape)
+            for name in self.used
+        ]
 
     @property
     def head(self) -> dict[str, Tensor]:
@@ -175,9 +209,16 @@ class Plan:
 
     @cached_property
     def _config(self) -> tuple[dict[str, Any], list[str]]:
-        configs = [member.config for member in self.members.values()]
-        plain = [module for module in self.modules if module not in self.forms or not self.forms[module].count]
-        return merged_config(configs, plain, self.base, with_head=self.heads == "average")
+        members = [self.members[name] for name in self.used]
+        layers = [[module for module in one.shapes if not _is_expert(one.forms.get(module))] for one in members]
+        return merged_config(
+            [member.config for member in members],
+            layers,
+            [module for module in self.modules if not _is_expert(self.forms.get(module))],
+            self.base,
+            with_head=self.heads == "average",
+            with_experts=any(map(_is_expert, self.forms.values())),
+        )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -187,7 +228,9 @@ class Plan:
     @property
     def copies(self) -> Mapping[str, Tensor]:
         """Return the base's weights that the inputs bring, in which they agree: an embedding beside its update."""
-        return common_copies(self.members)[0]
+        members = {name: self.members[name] for name in self.used}
+        dropped = {module for one in members.values() for module in one.shapes} - set(self.shapes)
+        return common_copies(members, dropped)[0]
 
     @cached_property
     def _beside(self) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -206,10 +249,36 @@ class Plan:
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What may not be meant: an adapter given twice, under two names; one adapter alone."""
-        equal = [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
-        equal += self.agreement.warnings if self.agreement else []
-        return equal + (["one adapter takes part: there is nothing to merge"] if len(self.used) == 1 else [])
+        """What may not be meant: an adapter given twice, or alone, layers that are dropped or were not looked at."""
+        found = [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
+        found += self.agreement.warnings if self.agreement else []
+        if len(self.used) == 1:
+            found.append("one adapter takes part: there is nothing to merge")
+        if self.as_it_is:
+            found[-1] += f", and it stays as it is, without rule {self.rule.name!r}"
+        for name in self.used:
+            found += self._dropped(name) + self._unseen(name)
+        return found
+
+    def _dropped(self, name: str) -> list[str]:
+        """Tell how much of an input is lost where only the layers that all have are merged."""
+        member = self.members[name]
+        lost = [module for module in sorted(member.shapes) if module not in self.shapes]
+        if not lost:
+            return []
+        energies = {module: member.updates[module].energy() for module in member.shapes}
+        share = sum(energies[module] for module in lost) / (sum(energies.values()) or 1.0)
+        return [
+            f"{name}: {len(lost)} of its {len(energies)} layers are dropped, with {100 * share:.3g} % of its energy"
+        ]
+
+    def _unseen(self, name: str) -> list[str]:
+        """Tell the layers in which the rule cannot know what an input's task reads, which lacks them itself."""
+        if "moments" not in self.rule.supplied or self.as_it_is:
+            return []
+        unseen = [module for module in self.modules if module not in self.statistics[name].layers]
+        told = f"its statistics lack {len(unseen)} of the layers, which it does not adapt: there it has no say"
+        return [f"{name}: {told}"] if unseen else []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,21 +304,24 @@ def make_plan(
     options, weights that do not match, what the rule needs and was not given.
     """
     names, members = _named(adapters)
-    problems = _name_problems(names) + _twice_problems(members) + compatibility_problems(members, options.base)
+    problems = name_problems(names) + twice_problems(members)
+    problems += compatibility_problems(members, options.base, options.targets)
     if not problems:
         problems += common_copies(dict(zip(names, members, strict=True)))[1]
-    problems += _number_problems(len(members), options)
-    seen, wrong = _by_name(names, statistics)
+    problems += number_problems(len(members), options)
+    seen, wrong = statistics_by_name(names, statistics)
     problems += wrong
     for name, member in zip(names, members, strict=True):
         problems += cover_problems(name, member, seen[name]) if name in seen else []
-    problems += _head_problems(names, members, options)
+    problems += head_problems(names, members, options)
     found: Rule | None = None
     chosen: dict[str, Any] = {}
+    alone = sum(weight != 0 for weight in options.weights or [1.0] * len(members)) == 1
     try:
         found = get_rule(options.rule)
         chosen, wrong = found.check(options.options)
-        problems += wrong + _need_problems(found, options.weights, seen, probe)
+        as_it_is = alone and chosen == found.check({})[0]
+        problems += wrong + ([] if as_it_is else need_problems(found, options.weights, seen, probe))
     except LoraloomError as error:
         problems.append(f"{error.message}: {error.hint}")
     raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
@@ -257,7 +329,7 @@ def make_plan(
     weights = options.weights
     if weights is None:
         weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
-    scale, scale_from = _scale(found, options, weights)
+    scale, scale_from = _scale(found, options, alone)
     return Plan(
         members=dict(zip(names, members, strict=True)),
         rule=found,
@@ -272,15 +344,17 @@ def make_plan(
         heads=options.heads,
         base=options.base,
         agreement=options.agreement,
+        targets=options.targets,
+        as_it_is=as_it_is,
     )
 
 
-def _scale(rule: Rule, options: MergeOptions, weights: Sequence[float]) -> tuple[float, ScaleFrom]:
+def _scale(rule: Rule, options: MergeOptions, alone: bool) -> tuple[float, ScaleFrom]:
     """Return the scale in force and whose it is; the rules' own make room for several adapters, one stays as it is."""
     if options.scale is not None:
         chosen = options.agreement is not None and options.agreement.chose_scale
         return options.scale, "agreement" if chosen else "asked"
-    if sum(weight != 0 for weight in weights) == 1:
+    if alone:
         return 1.0, "single adapter"
     return rule.default_scale, "rule"
 
@@ -307,75 +381,5 @@ def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> tuple[list[st
     return names, list(adapters)
 
 
-def _twice_problems(members: Sequence[Adapter]) -> list[str]:
-    paths = [str(member.path.resolve()) for member in members if member.path]
-    twice = sorted({path for path in paths if paths.count(path) > 1})
-    return [f"{path} is given several times: give it once, with a larger weight" for path in twice]
-
-
-def _name_problems(names: Sequence[str]) -> list[str]:
-    if not names:
-        return ["no adapters: give at least one"]
-    problems = [f"input name {name!r} cannot name a file" for name in names if not re.fullmatch(r"\w[\w.+ -]*", name)]
-    folded = [name.casefold() for name in names]
-    twice = sorted({name for name in folded if folded.count(name) > 1})
-    return problems + [f"several inputs are called {name!r}: give each a name of its own" for name in twice]
-
-
-def _number_problems(count: int, options: MergeOptions) -> list[str]:
-    problems, weights = [], options.weights
-    if weights is not None and len(weights) != count:
-        problems.append(f"{len(weights)} weights for {count} adapters: give one for each")
-    for weight in weights or ():
-        if not math.isfinite(weight):
-            problems.append(f"weight {weight} is not finite")
-    if weights and not any(weights):
-        problems.append("every weight is 0")
-    if options.scale is not None and not math.isfinite(options.scale):
-        problems.append(f"scale {options.scale} is not finite")
-    if options.rank is not None and options.rank < 1:
-        problems.append(f"rank {options.rank} is below 1")
-    return problems
-
-
-def _by_name(
-    names: Sequence[str], statistics: Mapping[str, Statistics] | Sequence[Statistics]
-) -> tuple[dict[str, Statistics], list[str]]:
-    if not statistics:
-        return {}, []
-    if not isinstance(statistics, Mapping):
-        if len(statistics) != len(names):
-            return {}, [f"{len(statistics)} statistics for {len(names)} adapters: give one for each, in their order"]
-        statistics = dict(zip(names, statistics, strict=True))
-    return dict(statistics), [f"no statistics for {name!r}" for name in names if name not in statistics]
-
-
-def _head_problems(names: Sequence[str], members: Sequence[Adapter], options: MergeOptions) -> list[str]:
-    if options.heads not in get_args(Heads):
-        return [f"heads {options.heads!r} is unknown: {did_you_mean(options.heads, get_args(Heads))}"]
-    if options.heads == "keep":
-        return []
-    shapes = [{path: tuple(tensor.shape) for path, tensor in member.head.items()} for member in members]
-    problems = [
-        f"heads cannot be averaged: {name} has {shape or 'none'}, {names[0]} has {shapes[0] or 'none'}"
-        for name, shape in zip(names[1:], shapes[1:], strict=True)
-        if shape != shapes[0]
-    ]
-    if options.weights is not None and sum(options.weights) == 0:
-        problems.append("heads cannot be averaged: the weights add up to 0")
-    return problems
-
-
-def _need_problems(
-    rule: Rule, weights: Sequence[float] | None, statistics: Mapping[str, Statistics], probe: Probe | None
-) -> list[str]:
-    problems = []
-    if rule.whole and weights and 0 in weights:
-        problems.append(f"rule {rule.name!r} looks at the texts of every input: leave an adapter of weight 0 out")
-    if "moments" in rule.supplied and not statistics:
-        problems.append(f"rule {rule.name!r} needs statistics of each task's inputs: see `loraloom statistics`")
-    if rule.whole and probe is None:
-        problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --recipe")
-    if rule.labelled and probe is not None and not probe.labels:
-        problems.append(f"rule {rule.name!r} needs labelled texts")
-    return problems
+def _is_expert(form: Form | None) -> bool:
+    return form is not None and form.kind == "experts"

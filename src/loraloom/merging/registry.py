@@ -98,8 +98,9 @@ class Rule:
     """A registered function with its facts.
 
     `function(updates, *, options...)` merges ONE layer; the weights are folded into each B already and the scale is
-    applied afterwards. It returns an Update; or the dense (m, n) dW where the rule has no low-rank form, which `merge`
-    truncates to rank sum r_i and reports the energy lost; or a `Shared`, which also tells what each task reads of it.
+    applied afterwards. An adapter that lacks the layer gives an update of rank 0. It returns an Update; or the dense
+    (m, n) dW where the rule has no low-rank form, which `merge` truncates to rank sum r_i and reports the energy lost;
+    or a `Shared`, which also tells what each task reads of it.
     What else it wants it names in its signature, keyword-only and without a default: `generator: torch.Generator`;
     `moments: Sequence[Moment]`, of each task's inputs to the layer; `rank: int | None`, the one that the caller asked
     for; `probe: Probe`, the base model with each task's texts. With a probe the rule merges ALL layers:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraloom.adapters.lowrank import canonical, from_core, norm, shared_core
+from loraloom.adapters.lowrank import canonical, from_core, norm, shared_core, zero_like
 from loraloom.adapters.update import Update
 
 SPACES: tuple[Literal["full", "core", "knots"], ...] = ("full", "core", "knots")
@@ -89,7 +89,7 @@ def entries(updates: Sequence[Update], space: str) -> Entries:
     """Return the entries of `updates` in `space`; float64, but for large layers in full space: float32."""
     norms = [norm(update) for update in updates]
     order = sorted(range(len(updates)), key=lambda i: -norms[i])
-    used = [updates[i] for i in order if norms[i] > 0] or [updates[0]]
+    used = [updates[i] for i in order if norms[i] > 0] or [zero_like(updates[0])]
     if space == "full":
         small = used[0].B.shape[0] * used[0].A.shape[1] <= _SMALL
         dtype = torch.float64 if small else torch.float32

@@ -28,7 +28,9 @@ def cover_problems(name: str, adapter: Adapter, statistics: Statistics, *, partl
     With `partly`, layers that they do not cover are no fault so long as they cover one.
     """
     problems = []
-    if adapter.fingerprint and adapter.fingerprint != statistics.fingerprint:
+    # either is of the weights of its own layers, so it differs where these do
+    comparable = adapter.fingerprint and set(adapter.shapes) == set(statistics.layers)
+    if comparable and adapter.fingerprint != statistics.fingerprint:
         problems.append(f"{name!r}: the statistics are of another base model, {statistics.base}")
     missing = sorted(set(adapter.shapes) - set(statistics.layers))
     if partly and len(missing) == len(adapter.shapes):

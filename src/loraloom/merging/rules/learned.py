@@ -96,13 +96,14 @@ def nsc(
         ratios: dict[str, list[Tensor]] = {}
 
         def see(module: str, rows: Tensor) -> None:
-            if module in deep:
+            if module in deep and len(seen[module][task]):
                 inside = (rows @ seen[module][task].T).square().sum(dim=-1)
                 outside = 1 - inside / rows.square().sum(dim=-1).clamp_min(1e-8)
                 ratios.setdefault(module, []).append(outside.clamp_min(1e-12).sqrt().mean())
 
         probe.run(task, probe.batches[task][number], updates, see)
-        return torch.stack([torch.stack(values).mean() for values in ratios.values()]).mean()
+        means = [torch.stack(values).mean() for values in ratios.values()]
+        return torch.stack(means).mean() if means else torch.zeros(())
 
     tasks = range(len(probe.batches))
     scales = torch.full(_size(layers), init, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,97 @@
+"""What is wrong with what is asked of a merge, in words, found before anything is read whole or computed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from loraloom.adapters.together import Targets
+from loraloom.adapters.update import Adapter
+from loraloom.errors import did_you_mean
+from loraloom.merging.options import Heads, MergeOptions
+from loraloom.merging.registry import Probe, Rule
+from loraloom.statistics.file import Statistics
+
+
+def twice_problems(members: Sequence[Adapter]) -> list[str]:
+    """Tell the folders that are given twice."""
+    paths = [str(member.path.resolve()) for member in members if member.path]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    return [f"{path} is given several times: give it once, with a larger weight" for path in twice]
+
+
+def name_problems(names: Sequence[str]) -> list[str]:
+    """Tell what is wrong with the names of the inputs."""
+    if not names:
+        return ["no adapters: give at least one"]
+    problems = [f"input name {name!r} cannot name a file" for name in names if not re.fullmatch(r"\w[\w.+ -]*", name)]
+    folded = [name.casefold() for name in names]
+    twice = sorted({name for name in folded if folded.count(name) > 1})
+    return problems + [f"several inputs are called {name!r}: give each a name of its own" for name in twice]
+
+
+def number_problems(count: int, options: MergeOptions) -> list[str]:
+    """Tell what is wrong with the numbers, and the words, of `options` for so many inputs."""
+    problems, weights = [], options.weights
+    if weights is not None and len(weights) != count:
+        problems.append(f"{len(weights)} weights for {count} adapters: give one for each")
+    for weight in weights or ():
+        if not math.isfinite(weight):
+            problems.append(f"weight {weight} is not finite")
+    if weights and not any(weights):
+        problems.append("every weight is 0")
+    if options.scale is not None and not math.isfinite(options.scale):
+        problems.append(f"scale {options.scale} is not finite")
+    if options.rank is not None and options.rank < 1:
+        problems.append(f"rank {options.rank} is below 1")
+    if options.targets not in get_args(Targets):
+        problems.append(f"targets {options.targets!r} is unknown: {did_you_mean(options.targets, get_args(Targets))}")
+    return problems
+
+
+def statistics_by_name(
+    names: Sequence[str], statistics: Mapping[str, Statistics] | Sequence[Statistics]
+) -> tuple[dict[str, Statistics], list[str]]:
+    """Return statistics by the names of the inputs that they are of, and what is wrong with their number or names."""
+    if not statistics:
+        return {}, []
+    if not isinstance(statistics, Mapping):
+        if len(statistics) != len(names):
+            return {}, [f"{len(statistics)} statistics for {len(names)} adapters: give one for each, in their order"]
+        statistics = dict(zip(names, statistics, strict=True))
+    return dict(statistics), [f"no statistics for {name!r}" for name in names if name not in statistics]
+
+
+def head_problems(names: Sequence[str], members: Sequence[Adapter], options: MergeOptions) -> list[str]:
+    """Tell what is wrong with how the heads are asked for."""
+    if options.heads not in get_args(Heads):
+        return [f"heads {options.heads!r} is unknown: {did_you_mean(options.heads, get_args(Heads))}"]
+    if options.heads == "keep":
+        return []
+    shapes = [{path: tuple(tensor.shape) for path, tensor in member.head.items()} for member in members]
+    problems = [
+        f"heads cannot be averaged: {name} has {shape or 'none'}, {names[0]} has {shapes[0] or 'none'}"
+        for name, shape in zip(names[1:], shapes[1:], strict=True)
+        if shape != shapes[0]
+    ]
+    if options.weights is not None and sum(options.weights) == 0:
+        problems.append("heads cannot be averaged: the weights add up to 0")
+    return problems
+
+
+def need_problems(
+    rule: Rule, weights: Sequence[float] | None, statistics: Mapping[str, Statistics], probe: Probe | None
+) -> list[str]:
+    """Tell what the rule needs and was not given."""
+    problems = []
+    if rule.whole and weights and 0 in weights:
+        problems.append(f"rule {rule.name!r} looks at the texts of every input: leave an adapter of weight 0 out")
+    if "moments" in rule.supplied and not statistics:
+        problems.append(f"rule {rule.name!r} needs statistics of each task's inputs: see `loraloom statistics`")
+    if rule.whole and probe is None:
+        problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --recipe")
+    if rule.labelled and probe is not None and not probe.labels:
+        problems.append(f"rule {rule.name!r} needs labelled texts")
+    return problems
