@@ -9,7 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from loraloom.errors import raise_problems, reads_file
 from loraloom.files.atomic import write_text
@@ -34,10 +42,15 @@ class _Record(BaseModel):
 
 
 class Score(_Record):
-    """A metric with its standard error (bootstrap over rows)."""
+    """A metric with its standard error (bootstrap over rows), and the task's other metrics on the same rows."""
 
     value: _Figure
     stderr: _Figure
+    more: dict[str, Score] = Field({}, description="by metric, of tasks of answers; `loss` in nats a token")
+
+    @model_serializer(mode="wrap")
+    def _short(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in plain(self).items() if key != "more" or value}
 
 
 def average(scores: Iterable[Score]) -> Score:
@@ -59,6 +72,13 @@ class TaskFacts(_Record):
     majority: _Figure | None = Field(description="test metric of always naming the commonest training label")
     sha256: str
     example: str = Field(description="one training text, shortened")
+
+
+class BaseScore(_Record):
+    """What the base model alone scores on a task's test rows; of tasks of answers, for others need a head."""
+
+    task: str
+    score: Score
 
 
 class SingleScore(_Record):
@@ -83,7 +103,12 @@ class MergeScore(_Record):
     aligned: bool = Field(description="heads aligned to the merged features, in closed form, without labels")
     split: Literal["heldout", "test"]
     scale_chosen_with_labels: bool = Field(description="true where the held-out labels chose this scale")
-    scores: dict[str, Score] = Field(description="by task")
+    scores: dict[str, Score] = Field(
+        description="by task; of answers the task's metric on test rows, recovered loss on held-out ones"
+    )
+    recovered: dict[str, Score] = Field(
+        {}, description="by task of answers: (loss of base - loss) / (loss of base - loss of the single adapter)"
+    )
     average: Score
     resamples: _List[_Figure] = Field(
         default_factory=list,
@@ -138,6 +163,7 @@ class StudyResult(_Record):
     recipe: dict[str, Any]
     inits: _List[InitFacts]
     tasks: _List[TaskFacts]
+    bases: _List[BaseScore] = Field([], description="the base model alone")
     singles: _List[SingleScore]
     merges: _List[MergeScore]
     interference: _List[Interference]
@@ -176,7 +202,7 @@ def _misfits(result: StudyResult) -> list[str]:
     if problems:  # nothing below is for what has no bounds
         return problems
     problems += _twice("inits", inits) + _twice("tasks", tasks) + _twice("seeds", result.seeds)
-    for kind in ("singles", "merges", "interference"):
+    for kind in ("bases", "singles", "merges", "interference"):
         records = getattr(result, kind)
         problems += _twice(kind, map(_identity, records))
         problems += [
@@ -198,7 +224,19 @@ def _misfits(result: StudyResult) -> list[str]:
 
 def _identity(record: BaseModel) -> str:
     """Return what no other record of its kind may share, as text: what it is of, but for its figures."""
-    figures = {"score", "scores", "average", "resamples", "kept", "output_rank", "tasks", "layers", "values", "ratio"}
+    figures = {
+        "score",
+        "scores",
+        "recovered",
+        "average",
+        "resamples",
+        "kept",
+        "output_rank",
+        "tasks",
+        "layers",
+        "values",
+        "ratio",
+    }
     return json.dumps(record.model_dump(exclude=figures), sort_keys=True)
 
 

@@ -17,7 +17,6 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import Dataset
 from peft import (
     LoraConfig,
     PeftModel,
@@ -28,22 +27,20 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import loraloom
 from loraloom.adapters.bases import public_name
-from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems
 from loraloom.files.atomic import staged_folder, write_text
 from loraloom.files.hashing import write_json
 from loraloom.files.outputs import check_folder
-from loraloom.model.load import base_sha256, head_modules, load_classifier, load_tokenizer
+from loraloom.model.load import base_sha256
+from loraloom.model.objective import Objective, objective
 from loraloom.model.processes import by_first, check_training, on_cpu, raise_of_all, rank_and_size, started
-from loraloom.model.tokens import encode
 from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.keep import keep_callback
-from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import Task
 
 Progress = Callable[[int, int], None]
@@ -104,18 +101,19 @@ def train_adapter(
     with collecting(errors):
         check_trained(output, base, init, overwrite)
         check_training(settings.batch_size)
-        model = _peft_model(base, task, init, lora, seed)
-        tokenizer = load_tokenizer(base)
+        aim = objective(base, task, settings.max_length, seed)
+        model = _peft_model(aim, init, lora, seed)
+        rows = {split: aim.rows(getattr(task, split)) for split in ("train", "heldout")}
         call = _call(base, task, init, lora, settings, seed)
     raise_of_all(errors)
     checkpoint = by_first(lambda: _resumable(checkpoints, call))
     trainer = Trainer(
         model=model,
-        args=_arguments(settings, seed, checkpoints, _epochs(checkpoint) or settings.epochs),
-        train_dataset=_dataset(task, "train", tokenizer, settings),
-        eval_dataset=_dataset(task, "heldout", tokenizer, settings),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=_metrics(task),
+        args=_arguments(aim, settings, seed, checkpoints, _epochs(checkpoint) or settings.epochs),
+        train_dataset=rows["train"],
+        eval_dataset=rows["heldout"],
+        data_collator=aim.collator,
+        compute_metrics=aim.compute,
         preprocess_logits_for_metrics=_logits,
         callbacks=_callbacks(task, settings, init, progress),
     )
@@ -127,7 +125,7 @@ def train_adapter(
         raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", _NOT_FINITE)
     by_first(lambda: _save(model, base, output, task, init, settings, seed, trainer.state, overwrite))
     by_first(lambda: _clear(checkpoints))
-    return Trained(output, float(best), int(trainer.state.global_step), task.metric)
+    return Trained(output, float(best), int(trainer.state.global_step), _told_by(task))
 
 
 def check_trained(output: Path, base: str, init: str | Path | None, overwrite: bool) -> None:
@@ -136,19 +134,15 @@ def check_trained(output: Path, base: str, init: str | Path | None, overwrite: b
     check_folder(output, kind=TRAINED, overwrite=overwrite, inputs=inputs)
 
 
-def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettings, seed: int) -> PeftModel:
-    model = load_classifier(base, task.outputs, regression=task.kind.regression, seed=seed)
-    bias = task.kind.head_bias(task.train["label"])
-    if bias is not None:
-        _set_head_bias(model, bias)
+def _peft_model(aim: Objective, init: str | Path | None, lora: LoraSettings, seed: int) -> PeftModel:
     if init is None:
         torch.manual_seed(seed)
-        return _wrapped(model, lora_config(lora, head_modules(model)))
+        return _wrapped(aim.model, lora_config(lora, aim.head, aim.task_type))
     read_adapter(init)  # for its checks
     config = LoraConfig.from_pretrained(str(init))
-    config.modules_to_save, config.task_type, config.inference_mode = head_modules(model), TaskType.SEQ_CLS, False
+    config.modules_to_save, config.task_type, config.inference_mode = aim.head or None, aim.task_type, False
     config.base_model_name_or_path = None  # PEFT warns where this is another spelling of the same base
-    peft_model = _wrapped(model, config)
+    peft_model = _wrapped(aim.model, config)
     fresh, start = get_peft_model_state_dict(peft_model), load_peft_weights(str(init), device="cpu")
     problems = [f"the base model has no layer for {name}" for name in sorted(start.keys() - fresh.keys())]
     for name in sorted(fresh.keys() & start.keys()):
@@ -161,15 +155,6 @@ def _peft_model(base: str, task: Task, init: str | Path | None, lora: LoraSettin
     return peft_model
 
 
-def _set_head_bias(model: transformers.PreTrainedModel, value: float) -> None:
-    """Let the last layer of a fresh head start with this bias, where it has one."""
-    parameters = dict(model.named_parameters())
-    head = {path: p for path, p in parameters.items() if path.startswith(tuple(f"{n}." for n in head_modules(model)))}
-    bias = f"{Head.of(head).last}.bias"
-    if bias in head:
-        torch.nn.init.constant_(head[bias], value)
-
-
 def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT mends fan_in_fan_out for GPT-2 by itself, and asks transformers for a name it has deprecated
@@ -177,12 +162,14 @@ def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftMod
         return get_peft_model(model, config)
 
 
-def lora_config(lora: LoraSettings, head: list[str]) -> LoraConfig:
-    """Return PEFT's config for a sequence classifier with the given head modules saved whole."""
-    return LoraConfig(**lora.for_peft(), modules_to_save=head, task_type=TaskType.SEQ_CLS)
+def lora_config(lora: LoraSettings, head: list[str], task_type: TaskType = TaskType.SEQ_CLS) -> LoraConfig:
+    """Return PEFT's config for a model of `task_type` with the given `head` modules, if any, saved whole."""
+    return LoraConfig(**lora.for_peft(), modules_to_save=head or None, task_type=task_type)
 
 
-def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path, epochs: int) -> TrainingArguments:
+def _arguments(
+    aim: Objective, settings: TrainingSettings, seed: int, checkpoints: Path, epochs: int
+) -> TrainingArguments:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     known = {field.name for field in fields(TrainingArguments)}
     by_version: dict[str, Any] = {}  # options that transformers 5 renamed on its way
@@ -212,8 +199,9 @@ def _arguments(settings: TrainingSettings, seed: int, checkpoints: Path, epochs:
         save_total_limit=1,
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,  # early stopping counts on
-        metric_for_best_model="score",
-        greater_is_better=True,
+        metric_for_best_model=aim.metric,
+        greater_is_better=aim.greater,
+        prediction_loss_only=aim.compute is None,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
         data_seed=seed,
@@ -257,24 +245,14 @@ class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
             )
 
 
-def _dataset(task: Task, split: str, tokenizer: Any, settings: TrainingSettings) -> Dataset:
-    rows = getattr(task, split)
-    encoded = encode(rows, tokenizer, settings.max_length)
-    labels = task.label_tensor(rows).tolist()
-    return Dataset.from_list([{**row, "labels": label} for row, label in zip(encoded, labels, strict=True)])
+def _told_by(task: Task) -> str:
+    """Return the metric by which held-out rows pick a checkpoint; the loss where answers would have to be written."""
+    return "loss" if task.kind.generates else task.metric
 
 
 def _logits(outputs: Any, _: Any) -> Any:
     """Return the logits alone: T5 and decoders return further tensors beside them."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
-def _metrics(task: Task) -> Callable[[Any], dict[str, float]]:
-    def compute(prediction: Any) -> dict[str, float]:
-        logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-        return {"score": metric_value(task.metric, logits, labels)}
-
-    return compute
 
 
 def _call(
@@ -374,7 +352,7 @@ def _save(
         },
         "task": {"name": task.name, "sha256": task.digest(), "metric": task.metric, "labels": task.labels},
         "training": {**settings.model_dump(), "seed": seed},
-        "heldout": {"metric": task.metric, "best": state.best_metric, "step": state.best_global_step},
+        "heldout": {"metric": _told_by(task), "best": state.best_metric, "step": state.best_global_step},
     }
     with staged_folder(output, kind=TRAINED, overwrite=overwrite) as staged:
         # a folder means nothing on another machine

@@ -71,6 +71,6 @@ def probe_of(
         [Head.of(adapter.head, adapter.name) for adapter in adapters.values()],
         [evaluator.encode(found) for found in rows],
         [task.label_tensor(found) for task, found in zip(own, rows, strict=True)],
-        [task.kind.regression for task in own],
+        [task.headed.regression for task in own],
         progress=progress,
     )

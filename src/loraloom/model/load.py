@@ -1,4 +1,4 @@
-"""The base model: found by hub name or folder, loaded as a sequence classifier or without a head; its tokenizer.
+"""The base model: found by hub name or folder, loaded as what it is to be, with or without a head; its tokenizer.
 
 No code that comes with a model is ever run, nor is the person at the terminal asked whether it may.
 """
@@ -19,9 +19,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -73,6 +78,32 @@ def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: 
         config.num_labels = outputs
         config.problem_type = "regression" if regression else "single_label_classification"
         return _loaded(base, AutoModelForSequenceClassification, config)
+
+
+@reads_file
+def load_generator(base: str) -> PreTrainedModel:
+    """Return `base` as a language model, decoder alone or encoder-decoder, float32.
+
+    Raises LoraloomError where `base` is not a model that transformers can write with.
+    """
+    with _told(base, "cannot be loaded as a language model", _MODEL_HINT):
+        config = AutoConfig.from_pretrained(base_folder(base), trust_remote_code=False)
+        return _loaded(base, AutoModelForSeq2SeqLM if is_two_sided(base) else AutoModelForCausalLM, config)
+
+
+@reads_file
+def is_two_sided(base: str) -> bool:
+    """Tell whether `base` writes with an encoder beside its decoder. Raises LoraloomError where it writes no text."""
+    with _told(base, "cannot be loaded as a language model", _MODEL_HINT):
+        config = AutoConfig.from_pretrained(base_folder(base), trust_remote_code=False)
+    two_sided = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if not two_sided and (masked or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise LoraloomError(
+            f"{base}: a {config.model_type} model writes no text",
+            "name a causal or sequence-to-sequence base, or make the task one of classes",
+        )
+    return bool(two_sided)
 
 
 @reads_file

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datasets import Dataset
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.model.generator import Generator
 from loraloom.model.load import base_folder
 from loraloom.model.processes import rank_and_size
 from loraloom.model.runner import Evaluator
@@ -21,7 +22,7 @@ from loraloom.tasks.sources import read_table
 
 
 def collect(
-    evaluator: Evaluator,
+    model: Evaluator | Generator,
     rows: Dataset,
     targets: list[str] | str,
     reading: StatisticsSettings,
@@ -30,17 +31,21 @@ def collect(
     clip: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
-    """Return the statistics of all texts in `rows`, as the evaluator's base model reads them.
+    """Return the statistics of all texts in `rows`, as the base model reads them.
 
-    evaluator: holds the base model and its tokenizer.
-    rows: columns text_a, and text_b for pairs.
+    model: holds the base model and its tokenizer.
+    rows: columns text_a, and text_b for pairs; or, for a base that writes, what stands before a prompt as `history`.
     reading: what a row is, the length of a text, and the size of a batch.
     targets, directions, clip, progress: as for `collect_statistics`, which raises what is raised here.
     """
-    encoded = encode(rows, evaluator.tokenizer, reading.max_length)
-    fed = (batch for _, batch in batches(encoded, evaluator.tokenizer, reading.batch_size))
+    if isinstance(model, Generator):
+        asked = rows.select_columns([name for name in rows.column_names if name != "label"])
+        encoded = [{"input_ids": one.prompt} for one in model.encode(asked, reading.max_length)]
+    else:
+        encoded = encode(rows, model.tokenizer, reading.max_length)
+    fed = (batch for _, batch in batches(encoded, model.tokenizer, reading.batch_size))
     return collect_statistics(
-        evaluator.model, fed, targets, kind=reading.kind, directions=directions, clip=clip, progress=progress
+        model.model, fed, targets, kind=reading.kind, directions=directions, clip=clip, progress=progress
     )
 
 

@@ -11,11 +11,12 @@ from loraloom.adapters.heads import heads_by_task
 from loraloom.adapters.peft import task_of
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates, agreement
-from loraloom.errors import LoraloomError, collecting, raise_together
+from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
 from loraloom.merging import MergeOptions, Rule
 from loraloom.merging.folders import Planned, Supplied
 from loraloom.merging.needs import supply
+from loraloom.model.generator import Generator, answer_task
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator, evaluate
 from loraloom.progress import Reporter
@@ -121,8 +122,11 @@ def evaluate_folder(
     """Return (metric, score) by task of an adapter folder with its head, or of a merged one with its heads.
 
     Where several inputs of a merge share a task, each goes by its own name, in `names` too. Raises LoraloomError for
-    an unknown task, and a task without a head.
+    an unknown task, and a task without a head. Where answers are written there are no heads, and every task of the
+    recipe is measured where `names` has none.
     """
+    if recipe.generates:
+        return _written(recipe, folder, names, split, reporter or Reporter(quiet=True))
     heads = heads_by_task(folder)
     wanted = list(names) or [key for name in recipe.tasks for key, one in heads.items() if one.task == name]
     missing = [name for name in wanted if name not in heads]
@@ -138,6 +142,27 @@ def evaluate_folder(
         key: (task.metric, evaluate(evaluator, read[key].updates, heads[key].head, task, split=split))
         for key, task in shown.each("evaluation", tasks.items())
     }
+
+
+def _written(
+    recipe: Recipe, folder: Path, names: Sequence[str], split: str, reporter: Reporter
+) -> dict[str, tuple[str, Score]]:
+    """Return (metric, score) of an adapter that writes, on the tasks named, or on all of the recipe."""
+    wanted = list(names) or list(recipe.tasks)
+    settings = {name: recipe.task(name) for name in wanted}
+    read = merged_adapters(folder, 1.0, wanted)
+    raise_problems(str(folder), _has_head(read), "name an adapter of a language model")
+    tasks = {name: build_task(name, one) for name, one in settings.items()}
+    generator = generator_of(recipe)
+    return {
+        name: (task.metric, answer_task(generator, read[name].updates, task, getattr(task, split)).score)
+        for name, task in reporter.each("evaluation", tasks.items())
+    }
+
+
+def _has_head(adapters: Mapping[str, Adapter]) -> list[str]:
+    heads = any(adapter.head for adapter in adapters.values())
+    return ["has a head, so it gives classes or numbers; the recipe's answers are written"] if heads else []
 
 
 def tasks_of(recipe: Recipe, folders: Sequence[Path]) -> list[Task]:
@@ -159,3 +184,9 @@ def evaluator_of(recipe: Recipe) -> Evaluator:
     """Load the recipe's base model; it reads rows as a study evaluates them."""
     training = recipe.training
     return Evaluator(base_folder(recipe.base), max_length=training.max_length, batch_size=training.eval_batch_size)
+
+
+def generator_of(recipe: Recipe) -> Generator:
+    """Load the recipe's base model as one that writes; it reads rows as a study evaluates them."""
+    training = recipe.training
+    return Generator(base_folder(recipe.base), max_length=training.max_length, batch_size=training.eval_batch_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraloom.adapters.peft import read_adapter, task_of
 from loraloom.adapters.together import compatibility_problems
+from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.merging import get_rule, rule_names
 from loraloom.progress import Reporter
@@ -83,10 +84,21 @@ def _check(adapters: Mapping[str, Path], tasks: Recipe, rules: Sequence[str], sc
     if len(adapters) < 2:
         problems.append(f"{len(adapters)} adapters: there is nothing to merge")
     problems += compatibility_problems(members)
-    problems += [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
+    problems += _head_problems(members, tasks)
     with collecting(errors):
         raise_problems("these adapters cannot be compared", problems, "see `loraloom rules`, and the recipe's tasks")
     raise_together(errors)
+
+
+def _head_problems(members: Sequence[Adapter], tasks: Recipe) -> list[str]:
+    """Return which adapters are none of the recipe's kind of tasks."""
+    if tasks.generates:
+        return [
+            f"{member.name}: has a head, so it gives classes or numbers; the recipe's answers are written"
+            for member in members
+            if member.head
+        ]
+    return [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
 
 
 def _settings(rule: str, scales: Sequence[float] | None, tasks: Recipe) -> MergeSettings:

@@ -7,16 +7,18 @@ from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
+from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
 from loraloom.study.inputs import Base, Input, Local, Output
 from loraloom.study.store import Stage, Store
 
 P = ParamSpec("P")
+Model = TypeVar("Model", Evaluator, Generator)
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Context:
     """What a stage may use beside its inputs and options; none of it changes what the stage computes.
 
     scratch: a folder that outlives a kill, for work that can be resumed.
-    evaluator: gives a base model, which stays loaded from one stage to the next, reading rows as asked.
+    evaluator, generator: give a base model, which stays loaded from one stage to the next, reading rows as asked.
     progress: is told how many steps of all are done.
     """
 
     scratch: Path
     evaluator: Callable[[Base, Reading], Evaluator]
+    generator: Callable[[Base, Reading], Generator]
     progress: Callable[[int, int], None]
 
 
@@ -84,7 +87,7 @@ class Engine:
     def __init__(self, store: Store, reporter: Reporter) -> None:
         self.store = store
         self.reporter = reporter
-        self.loaded: Evaluator | None = None
+        self.loaded: Evaluator | Generator | None = None
 
     def expect(self, function: StageFunction[Any], count: int) -> None:
         """Announce `count` stages of one function, to show how far they are."""
@@ -99,7 +102,7 @@ class Engine:
         self.reporter.detail(function.kind, label)
 
         def make(folder: Path, scratch: Path) -> None:
-            context = Context(scratch, self.evaluator, partial(self._show, function.kind, label))
+            context = Context(scratch, self.evaluator, self.generator, partial(self._show, function.kind, label))
             function.write(folder, context, *args, **given)
             for one in (one for name, value in given.items() for one in _inputs(name, value).values()):
                 if isinstance(one, Local):
@@ -110,10 +113,17 @@ class Engine:
         return Output(stage, path)
 
     def evaluator(self, base: Base, reading: Reading) -> Evaluator:
-        """Return the base model, loaded where it is not, that reads rows as asked."""
-        if self.loaded is None or self.loaded.base != base.folder:
+        """Return the base model that gives features for heads, loaded where it is not, that reads rows as asked."""
+        return self._loaded(Evaluator, base, reading)
+
+    def generator(self, base: Base, reading: Reading) -> Generator:
+        """Return the base model that writes, loaded where it is not, that reads rows as asked."""
+        return self._loaded(Generator, base, reading)
+
+    def _loaded(self, of: type[Model], base: Base, reading: Reading) -> Model:
+        if not isinstance(self.loaded, of) or self.loaded.base != base.folder:
             self.loaded = None  # two large ones would not fit
-            self.loaded = Evaluator(base.folder)
+            self.loaded = of(base.folder)
         found = copy(self.loaded)
         found.max_length, found.batch_size = reading.max_length, reading.batch_size
         return found

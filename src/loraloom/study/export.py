@@ -6,13 +6,16 @@ import datetime
 import os
 import platform
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import adapter_sha256, read_adapter, read_provenance, write_adapter
 from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import text_sha256
@@ -28,19 +31,22 @@ from loraloom.report import write_report
 from loraloom.report.page import MARK as REPORT_MARK
 from loraloom.results import (
     MARK as RESULTS_MARK,
+    BaseScore,
     InitFacts,
     Interference,
     MergeScore,
+    Score,
     SingleScore,
     StudyResult,
     TaskFacts,
     average,
 )
-from loraloom.study import stages
+from loraloom.study import answers, stages
 from loraloom.study.inputs import Output
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import RECORD
 from loraloom.study.study import GIVEN, Evaluated, Study, Trained, merged_facts
+from loraloom.tasks.answers import answer_score
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import SPLITS, Task
 from loraloom.training import TRAINED
@@ -68,7 +74,7 @@ def run_study(
         study = Study(recipe, folder, shown)
         study.engine.store.tidy()
         evaluated = [(one, row) for one, rows in study.evaluations() for row in rows]
-        merges = [score for one, row in evaluated for score in _merge_scores(one, row)]
+        merges = [score for one, row in evaluated for score in _merge_scores(study, one, row)]
         responses = [table for one, found in study.interference() for table in _interference(one, found)]
         result = _result(study, merges, responses, command)
         # two runs of one study must not write their adapters over each other
@@ -76,7 +82,7 @@ def run_study(
             for one in study.trained if recipe.inits else ():
                 _export_adapters(study, one)
             for one, row in evaluated:
-                if row.chosen_aligned:
+                if row.chosen_as_trained if recipe.generates else row.chosen_aligned:
                     _export_merged(study, one, row)
             result.save(study.folder / "results.json", overwrite=True)
             write_report(result, study.folder / "report.html", overwrite=True)
@@ -106,8 +112,9 @@ def _result(study: Study, merges: list[MergeScore], responses: list[Interference
         recipe=public,
         inits=[_init_facts(study, name) for name in recipe.inits] or [_given_facts(study)],
         tasks=[_task_facts(task, study.rows[task.name].key) for task in tasks.values()],
+        bases=[BaseScore(task=task, score=study.alone(output)) for task, output in study.bases.items()],
         singles=[
-            SingleScore(init=one.init, seed=one.seed, task=task, score=stages.single_score(output, "test"))
+            SingleScore(init=one.init, seed=one.seed, task=task, score=study.alone(output))
             for one in study.trained
             for task, output in one.singles.items()
         ],
@@ -118,34 +125,62 @@ def _result(study: Study, merges: list[MergeScore], responses: list[Interference
     )
 
 
-def _merge_scores(one: Trained, row: Evaluated) -> list[MergeScore]:
+def _merge_scores(study: Study, one: Trained, row: Evaluated) -> list[MergeScore]:
     """Return the scores of a merged adapter at one scale: on held-out rows, and on test rows where they were chosen."""
-    found = [_merge_score(one, row, "heldout", row.heldout, aligned) for aligned in (False, True)]
+    found = [_heldout_score(study, one, row, aligned) for aligned in study.heads]
     for aligned, chosen in ((False, row.chosen_as_trained), (True, row.chosen_aligned)):
         if chosen and row.test is not None:
-            found.append(_merge_score(one, row, "test", row.test, aligned))
+            found.append(_test_score(study, one, row, row.test, aligned))
     return found
 
 
-def _merge_score(
-    one: Trained, row: Evaluated, split: Literal["heldout", "test"], output: Output, aligned: bool
-) -> MergeScore:
+def _heldout_score(study: Study, one: Trained, row: Evaluated, aligned: bool) -> MergeScore:
+    scores = study.judged(row.heldout, aligned)
+    together = average(scores.values())
+    if study.recipe.generates:  # recovered loss is a share of the single adapters' gain already
+        kept, recovered = together.value, scores
+    else:
+        kept, recovered = (
+            _kept(together, [stages.single_score(single, "heldout") for single in one.singles.values()]),
+            {},
+        )
+    return MergeScore(
+        init=one.init,
+        seed=one.seed,
+        scale=row.scale,
+        aligned=aligned,
+        split="heldout",
+        scale_chosen_with_labels=False,
+        scores=scores,
+        recovered=recovered,
+        average=together,
+        kept=kept,
+        **merged_facts(row.merged),
+    )
+
+
+def _test_score(study: Study, one: Trained, row: Evaluated, output: Output, aligned: bool) -> MergeScore:
     scores = stages.read_scores(output, aligned)
-    alone = average(stages.single_score(single, split) for single in one.singles.values())
     together = average(scores.values())
     return MergeScore(
         init=one.init,
         seed=one.seed,
         scale=row.scale,
         aligned=aligned,
-        split=split,
-        scale_chosen_with_labels=split == "test" and len(row.settings.scales) > 1,
+        split="test",
+        scale_chosen_with_labels=len(row.settings.scales) > 1,
         scores=scores,
+        recovered=answers.read_recovered(output) if study.recipe.generates else {},
         average=together,
-        resamples=stages.read_resamples(output, aligned) if split == "test" else [],
-        kept=together.value / alone.value if alone.value else 0.0,
+        resamples=stages.read_resamples(output, aligned),
+        kept=_kept(together, [study.alone(single) for single in one.singles.values()]),
         **merged_facts(row.merged),
     )
+
+
+def _kept(together: Score, alone: Iterable[Score]) -> float:
+    single = average(alone).value
+    return together.value / single if single else 0.0
 
 
 def _interference(one: Trained, found: dict[str, Any]) -> list[Interference]:
@@ -194,8 +229,13 @@ def _task_facts(task: Task, sha256: str) -> TaskFacts:
 
 
 def _majority(task: Task) -> float | None:
+    """Return what always naming the commonest training label scores; of answers, what writing the commonest does."""
+    if task.answering:
+        commonest = Counter(task.train["label"]).most_common(1)[0][0]
+        expected = list(task.test["label"])
+        return answer_score(task.metric, [commonest] * len(expected), expected, task.answering.tolerance).value
     true = labels(task, "test")
-    constant = task.kind.constant(labels(task, "train"), len(true))
+    constant = task.headed.constant(labels(task, "train"), len(true))
     return None if constant is None else metric_value(task.metric, constant, true)
 
 
@@ -204,7 +244,10 @@ def _notes(study: Study) -> list[str]:
     notes = ["Test rows chose nothing: they only report."]
     if any(len(settings.scales) > 1 for settings in recipe.merging):
         notes.append("Scales were chosen on held-out rows, with their labels.")
-    notes.append("Heads were aligned on unlabelled training texts.")
+    if recipe.generates:
+        notes.append("Held-out rows judge by recovered loss; on test rows answers were written greedily and compared.")
+    else:
+        notes.append("Heads were aligned on unlabelled training texts.")
     notes.append("Interference was measured on held-out texts, without labels.")
     if recipe.adapters:
         notes += _histories(study)
@@ -248,13 +291,16 @@ def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
     adapter = row.merged.path / stages.ADAPTER
     place = study.folder / "merged" / _place(study, one) / _rule_name(study.recipe, row.settings)
     chosen = "the best of several on held-out rows, with labels" if len(row.settings.scales) > 1 else "the recipe's own"
-    notes = [f"scale: {chosen}", "heads: aligned to the merged features on unlabelled training texts"]
+    notes = [f"scale: {chosen}"]
+    heads: dict[str, Head] = {}
+    if not study.recipe.generates:
+        notes.append("heads: aligned to the merged features on unlabelled training texts")
+        heads = stages.read_aligned(row.heldout, stages.read_heads(one.adapters))
     facts = MergedFacts.read(adapter).scaled(row.scale, notes)
     provenance = {**asdict(facts), "evaluation": row.heldout.stage.key}
     if place.is_dir() and read_provenance(place) == provenance:
         return
     merged = read_adapter(adapter).scaled(row.scale)
-    heads = stages.read_aligned(row.heldout, stages.read_heads(one.adapters))
     write_adapter(
         merged,
         place,

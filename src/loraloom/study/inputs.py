@@ -51,23 +51,28 @@ class Texts:
     @classmethod
     def of(cls, rows: Dataset) -> Texts:
         """Return the texts in `rows`."""
-        texts = rows.select_columns([name for name in ("text_a", "text_b") if name in rows.column_names])
+        texts = rows.select_columns([name for name in ("text_a", "text_b", "history") if name in rows.column_names])
         return cls(texts, json_sha256(texts.to_list()))
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model in `folder`. Adapters record its `name`, which like a label is no part of the key."""
+    """The base model in `folder`, as a language model where it `generates`.
+
+    Adapters record its `name`, which like a label is no part of the key.
+    """
 
     name: str
     folder: str
     key: str
+    generates: bool = False
 
     @classmethod
-    def of(cls, base: str) -> Base:
+    def of(cls, base: str, *, generates: bool = False) -> Base:
         """Return the base model of this name on the hub, or in this folder. Raises LoraloomError as `load` does."""
         folder = base_folder(base)
-        return cls(base, folder, base_sha256(folder))
+        sha256 = base_sha256(folder)
+        return cls(base, folder, json_sha256(["generates", sha256]) if generates else sha256, generates)
 
 
 @dataclass(frozen=True)

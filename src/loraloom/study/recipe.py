@@ -36,7 +36,9 @@ from loraloom.starts.options import DEFAULT, StartOptions
 from loraloom.tasks.builtin import BuiltinTask
 from loraloom.tasks.files import FileTask
 from loraloom.tasks.glue import GlueTask
+from loraloom.tasks.prompts import PromptTask
 from loraloom.tasks.sources import SUFFIXES
+from loraloom.tasks.splits import SplitTask
 from loraloom.tasks.task import Task, TaskOptions
 
 _PLACES = ("path", "train", "heldout", "test")  # options of tasks that name files
@@ -98,8 +100,13 @@ class MergeSettings(Settings):
         return get_rule(self.rule).check(self.options)[0]
 
 
-TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask, Field(discriminator="source")]
-_SOURCES: dict[str, type[TaskOptions]] = {"builtin": BuiltinTask, "glue": GlueTask, "files": FileTask}
+TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask | PromptTask, Field(discriminator="source")]
+_SOURCES: dict[str, type[TaskOptions]] = {
+    "builtin": BuiltinTask,
+    "glue": GlueTask,
+    "files": FileTask,
+    "prompts": PromptTask,
+}
 
 
 def slug(name: str) -> str:
@@ -155,6 +162,13 @@ class Recipe(Settings):
         if self.adapters and set(self.adapters) != set(self.tasks):
             odd = sorted(set(self.adapters) ^ set(self.tasks))
             problems.append(f"adapters: one for each task, no other; look at {', '.join(odd)}")
+        written = [name for name, task in self.tasks.items() if task.generates]
+        if 0 < len(written) < len(self.tasks):
+            rest = ", ".join(name for name in self.tasks if name not in written)
+            problems.append(
+                f"tasks: the answers of {', '.join(written)} are written, those of {rest} given by heads: one model "
+                "cannot do both, so write a recipe for each kind"
+            )
         rules = [(entry.rule, entry.filled()) for entry in self.merging]
         if any(one in rules[:index] for index, one in enumerate(rules)):
             problems.append("merging: the same rule with the same options twice: give one entry all scales")
@@ -188,6 +202,11 @@ class Recipe(Settings):
             raise_problems(origin, [_describe(cls, dict(fault)) for fault in error.errors()])
             raise
 
+    @property
+    def generates(self) -> bool:
+        """Tell whether the answers of its tasks are written, not given by heads."""
+        return any(task.generates for task in self.tasks.values())
+
     def check_complete(self) -> None:
         """Raise LoraloomError where this is no whole study: tasks and base alone are enough to look at texts."""
         problems = [] if self.inits or self.adapters else ["inits: none, and no adapters: there is nothing to merge"]
@@ -209,7 +228,9 @@ class Recipe(Settings):
 
     def sample_problems(self, task: Task) -> list[str]:
         """Return every sample of a task's training texts that this asks for and that is larger than what there is."""
-        asked = {"statistics.texts": self.statistics.texts, "alignment.texts": self.alignment.texts}
+        asked = {"statistics.texts": self.statistics.texts}
+        if not self.generates:
+            asked["alignment.texts"] = self.alignment.texts
         return [
             f"task {task.name!r}: {option} asks for {count} texts, {len(task.train)} training rows are left"
             for option, count in asked.items()
@@ -239,7 +260,7 @@ class Recipe(Settings):
             changes: dict[str, Any] = {}
             if isinstance(task, GlueTask) and task.path is not None:
                 changes["path"] = place(task.path)
-            if isinstance(task, FileTask):
+            if isinstance(task, SplitTask):
                 for split, source in task.sources.items():
                     if source.lower().endswith(SUFFIXES) or os.path.exists(folder / Path(source).expanduser()):
                         changes[split] = str(place(source))

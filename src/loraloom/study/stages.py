@@ -23,6 +23,7 @@ from loraloom.merging import MergeOptions, make_plan, read_readout, write_merged
 from loraloom.merging.needs import probe_of
 from loraloom.merging.readout import READOUTS
 from loraloom.merging.registry import Probe
+from loraloom.model.objective import task_type
 from loraloom.model.runner import labels, scored
 from loraloom.results import Score
 from loraloom.settings import Kind, LoraSettings, StatisticsSettings, TrainingSettings
@@ -49,7 +50,8 @@ def collect_statistics(
 ) -> None:
     """Collect what the base model's layers see of texts."""
     settings = StatisticsSettings(kind=kind, max_length=reading.max_length, batch_size=reading.batch_size)
-    collect(context.evaluator(base, reading), texts.rows, targets, settings).save(folder / STATISTICS)
+    model = context.generator(base, reading) if base.generates else context.evaluator(base, reading)
+    collect(model, texts.rows, targets, settings).save(folder / STATISTICS)
 
 
 def read_statistics(outputs: Mapping[str, Output]) -> dict[str, Statistics]:
@@ -70,7 +72,7 @@ def start_adapter(
     seed: int,
 ) -> None:
     """Write the adapter folder that training starts from, and its mean diagnostics."""
-    config = lora_config(lora, [])
+    config = lora_config(lora, [], task_type(base.folder, generates=base.generates))
     config.base_model_name_or_path = base.name
     seen = Statistics.load(own.path / STATISTICS)
     done = initialise(folder / ADAPTER, seen, read_statistics(off), config, options, seed=seed)

@@ -13,9 +13,9 @@ from loraloom.errors import LoraloomError, collecting, raise_problems, raise_tog
 from loraloom.files.hashing import task_seed
 from loraloom.merging import get_rule
 from loraloom.progress import Reporter
-from loraloom.results import average
+from loraloom.results import Score, average
 from loraloom.statistics.texts import generic_rows
-from loraloom.study import stages
+from loraloom.study import answers, stages
 from loraloom.study.engine import Engine, Reading, StageFunction
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
 from loraloom.study.recipe import MergeSettings, Recipe, slug
@@ -67,7 +67,7 @@ class Study:
         self.recipe = recipe
         self.folder = Path(folder)
         self.engine = Engine(Store(self.folder / "stages"), reporter)
-        self.base = Base.of(recipe.base)
+        self.base = Base.of(recipe.base, generates=recipe.generates)
         self.reading = Reading(recipe.training.max_length, recipe.training.eval_batch_size)
 
     @cached_property
@@ -84,6 +84,11 @@ class Study:
                 raise_problems("samples", asked, "lower it in the recipe, or give the task more training rows")
         raise_together(errors)
         return tasks
+
+    @property
+    def heads(self) -> tuple[bool, ...]:
+        """Tell of the heads that are evaluated whether they are aligned: both, but for answers, which have none."""
+        return (False,) if self.recipe.generates else (False, True)
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
@@ -125,7 +130,21 @@ class Study:
     def atlas(self) -> Output:
         """The statistics of generic text, for inits that stay off its loud directions."""
         self.engine.expect(stages.collect_statistics, 1)
-        return self._collect("atlas", Texts.of(generic_rows(self.recipe.statistics.atlas_texts)))
+        rows = generic_rows(self.recipe.statistics.atlas_texts)
+        if any("history" in task.train.column_names for task in self.tasks.values()):
+            rows = rows.add_column("history", [[]] * len(rows))  # by the chat template, as the tasks' prompts
+        return self._collect("atlas", Texts.of(rows))
+
+    @cached_property
+    def bases(self) -> dict[str, Output]:
+        """The base model alone, evaluated on every task; none for tasks that need a head."""
+        if not self.recipe.generates:
+            return {}
+        self.engine.expect(answers.evaluate_base, len(self.tasks))
+        return {
+            name: self.engine.do(answers.evaluate_base, name, rows=rows, base=self.base, reading=self.reading)
+            for name, rows in self.rows.items()
+        }
 
     @cached_property
     def trained(self) -> list[Trained]:
@@ -208,6 +227,16 @@ class Study:
         )
 
     def _single(self, one: Trained, name: str) -> None:
+        if self.recipe.generates:
+            one.singles[name] = self.engine.do(
+                answers.evaluate_single,
+                f"{one.label}.{name}",
+                adapter=one.adapters[name],
+                rows=self.rows[name],
+                base=self.base,
+                reading=self.reading,
+            )
+            return
         one.singles[name] = self.engine.do(
             stages.evaluate_single,
             f"{one.label}.{name}",
@@ -223,10 +252,10 @@ class Study:
         label = f"{one.label}.{settings.rule}"
         merged = self._merge(one, settings, label)
         heldout = {scale: self._heldout(one, merged, scale, label) for scale in settings.scales}
-        best = {aligned: _best_scale(heldout, aligned) for aligned in (False, True)}
+        best = {aligned: self._best_scale(heldout, aligned) for aligned in self.heads}
         tests = {scale: self._test(one, merged, scale, heldout[scale], label) for scale in best.values()}
         return [
-            Evaluated(merged, settings, scale, output, tests.get(scale), scale == best[False], scale == best[True])
+            Evaluated(merged, settings, scale, output, tests.get(scale), scale == best[False], scale == best.get(True))
             for scale, output in heldout.items()
         ]
 
@@ -259,6 +288,8 @@ class Study:
         )
 
     def _heldout(self, one: Trained, merged: Output, scale: float, label: str) -> Output:
+        if self.recipe.generates:
+            return self._answered(answers.evaluate_heldout, one, merged, scale, label)
         return self.engine.do(
             stages.evaluate_heldout,
             f"{label}.x{scale:g}",
@@ -274,6 +305,8 @@ class Study:
         )
 
     def _test(self, one: Trained, merged: Output, scale: float, heldout: Output, label: str) -> Output:
+        if self.recipe.generates:
+            return self._answered(answers.evaluate_test, one, merged, scale, label)
         return self.engine.do(
             stages.evaluate_test,
             f"{label}.x{scale:g}",
@@ -286,14 +319,34 @@ class Study:
             scale=scale,
         )
 
+    def _answered(self, function: StageFunction[Any], one: Trained, merged: Output, scale: float, label: str) -> Output:
+        return self.engine.do(
+            function,
+            f"{label}.x{scale:g}",
+            merged=merged,
+            bases=self.bases,
+            singles=one.singles,
+            rows=self.rows,
+            base=self.base,
+            reading=self.reading,
+            scale=scale,
+        )
+
+    def alone(self, single: Output) -> Score:
+        """Return the score on test rows of an adapter alone, or of the base model."""
+        return answers.alone_score(single) if self.recipe.generates else stages.single_score(single, "test")
+
+    def judged(self, heldout: Output, aligned: bool) -> dict[str, Score]:
+        """Return the scores by task by which held-out rows judge a scale: recovered loss where answers are written."""
+        return answers.read_recovered(heldout) if self.recipe.generates else stages.read_scores(heldout, aligned)
+
+    def _best_scale(self, heldout: Mapping[float, Output], aligned: bool) -> float:
+        """Return the scale of the best held-out average, the smallest of equals."""
+        averages = {scale: average(self.judged(output, aligned).values()).value for scale, output in heldout.items()}
+        return max(sorted(averages), key=lambda scale: averages[scale])
+
     def _seed(self, one: Trained, name: str) -> int:
         return one.seed if self.recipe.inits[one.init].seed == "shared" else task_seed(one.seed, name)
-
-
-def _best_scale(heldout: Mapping[float, Output], aligned: bool) -> float:
-    """Return the scale of the best held-out average, the smallest of equals."""
-    averages = {scale: average(stages.read_scores(output, aligned).values()).value for scale, output in heldout.items()}
-    return max(sorted(averages), key=lambda scale: averages[scale])
 
 
 def merged_facts(merged: Output) -> dict[str, Any]:

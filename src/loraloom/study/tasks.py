@@ -11,8 +11,10 @@ from loraloom.study.engine import Context, stage
 from loraloom.study.inputs import Local
 from loraloom.study.recipe import TaskSettings
 from loraloom.tasks.builtin import BuiltinTask, builtin_task, source_versions
-from loraloom.tasks.files import FileTask, file_task
+from loraloom.tasks.files import file_task
 from loraloom.tasks.glue import GlueTask, glue_task
+from loraloom.tasks.prompts import PromptTask, prompt_task
+from loraloom.tasks.splits import SplitTask
 from loraloom.tasks.task import Task
 
 ROWS = "rows"
@@ -39,7 +41,7 @@ def task_arguments(name: str, settings: TaskSettings) -> dict[str, Any]:
     files: dict[str, Local] = {}
     if isinstance(settings, GlueTask) and settings.path:
         files["path"] = Local.folder(settings.path, *(f"{name}/{file}" for file in _GLUE_FILES))
-    if isinstance(settings, FileTask):
+    if isinstance(settings, SplitTask):
         places = {split: Path(source).expanduser() for split, source in settings.sources.items()}
         files = {split: Local.file(path) for split, path in places.items() if os.path.isfile(path)}
     # the name of a file tells by its ending how it is read; epochs are of training
@@ -58,4 +60,6 @@ def build_task(name: str, settings: TaskSettings) -> Task:
         return builtin_task(name, settings)
     if isinstance(settings, GlueTask):
         return glue_task(name, settings)
+    if isinstance(settings, PromptTask):
+        return prompt_task(name, settings)
     return file_task(name, settings)

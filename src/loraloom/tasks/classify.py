@@ -30,6 +30,7 @@ class Classify:
     numbered: bool = False
 
     metrics: ClassVar[tuple[ClassMetric, ...]] = ("accuracy", "matthews", "accuracy_f1")  # the default first
+    generates: ClassVar[bool] = False
     regression: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.int64  # of labels as a tensor
     column: ClassVar[str] = "int64"  # of labels in a data set

@@ -20,6 +20,7 @@ class Regress:
     """What training, measuring and reading rows need to know of a task of numbers."""
 
     metrics: ClassVar[tuple[NumberMetric, ...]] = ("pearson_spearman",)
+    generates: ClassVar[bool] = False
     regression: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float32  # of labels as a tensor
     column: ClassVar[str] = "float64"  # of labels in a data set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ from torch import Tensor
 from loraloom.errors import LoraloomError
 from loraloom.files.atomic import staged_folder
 from loraloom.settings import Settings
+from loraloom.tasks.answers import AnswerMetric
 from loraloom.tasks.classify import Classify, ClassMetric
+from loraloom.tasks.generate import Generate
 from loraloom.tasks.regress import NumberMetric, Regress
 
-Metric = Literal[ClassMetric, NumberMetric]
-TaskKind = Classify | Regress
+Metric = Literal[ClassMetric, NumberMetric, AnswerMetric]
+TaskKind = Classify | Regress | Generate
 SPLITS = ("train", "heldout", "test")
 _DROPPED = {"empty": "without text", "overlap": "also in test", "repeats": "also in held-out"}  # of Task.source
 
@@ -33,14 +35,21 @@ class TaskOptions(Settings):
     test_rows: int | None = Field(None, ge=2)
     epochs: int | None = Field(None, ge=1, description="in place of training.epochs")
 
+    @property
+    def generates(self) -> bool:
+        """Tell whether the task's answers are written, not given by a head."""
+        return False
+
 
 @dataclass(frozen=True)
 class Task:
     """Rows, label names and metric of one task.
 
     Each split is a Dataset with the columns `text_a` (str), optionally `text_b` (str), and `label`: an index into
-    `labels`, or a float where `labels` is None (regression). `heldout` is cut from the training rows: it picks
-    checkpoints and scales; `test` is only ever reported.
+    `labels`, or a float where `labels` is None (regression). Where a task is `answering`, `text_a` is the prompt and
+    `label` the answer, a str, and `history`, a list of {role, content}, what stands before the prompt in a chat; it is
+    absent where no chat template is to be used. `heldout` is cut from the training rows: it picks checkpoints and
+    scales; `test` is only ever reported. `also` names metrics of answers beside the first.
     """
 
     name: str
@@ -51,20 +60,31 @@ class Task:
     test: datasets.Dataset
     description: str = ""
     source: dict[str, Any] = field(default_factory=dict)
+    also: tuple[AnswerMetric, ...] = ()
+    answering: Generate | None = None
 
     @property
     def kind(self) -> TaskKind:
         """Return what training and measuring need to know of this kind of task."""
+        return self.answering or self.headed
+
+    @property
+    def headed(self) -> Classify | Regress:
+        """Return the kind of a task with a head. Raises LoraloomError for a task of answers, which has none."""
+        if self.answering:
+            raise LoraloomError(
+                f"task {self.name!r}: its answers are written, not read off a head", "see docs/generation.md"
+            )
         return Classify(self.labels) if self.labels else Regress()
 
     @property
     def outputs(self) -> int:
         """Return the width of the task's head."""
-        return self.kind.outputs
+        return self.headed.outputs
 
     def label_tensor(self, rows: datasets.Dataset) -> Tensor:
         """Return the labels of some rows of the task: (k,) int64, or float32 for regression."""
-        return torch.tensor(rows["label"], dtype=self.kind.dtype)
+        return torch.tensor(rows["label"], dtype=self.headed.dtype)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -84,7 +104,10 @@ class Task:
 
     def digest(self) -> str:
         """Return the sha256 of name, labels, metric and every row of every split."""
-        sha = hashlib.sha256(json.dumps([self.name, self.labels, self.metric]).encode())
+        facts: list[Any] = [self.name, self.labels, self.metric]
+        if self.answering:
+            facts += [self.also, asdict(self.answering)]
+        sha = hashlib.sha256(json.dumps(facts).encode())
         for split in SPLITS:
             for row in getattr(self, split):
                 sha.update(json.dumps([split, row], sort_keys=True, ensure_ascii=False).encode())
@@ -103,6 +126,7 @@ class Task:
                 "name": self.name,
                 "labels": self.labels,
                 "metric": self.metric,
+                **({"also": self.also, "answering": asdict(self.answering)} if self.answering else {}),
                 "description": self.description,
                 "source": self.source,
                 "sha256": self.digest(),
@@ -118,6 +142,8 @@ class Task:
                 name=meta["name"],
                 labels=tuple(meta["labels"]) if meta["labels"] else None,
                 metric=meta["metric"],
+                also=tuple(meta.get("also", ())),
+                answering=Generate(**meta["answering"]) if meta.get("answering") else None,
                 description=meta["description"],
                 source=meta["source"],
                 **{split: _read_jsonl(folder / f"{split}.jsonl") for split in SPLITS},

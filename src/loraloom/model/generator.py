@@ -1,0 +1,186 @@
+"""One base model that writes: the loss of given answers and greedy answers, with updates switched in and out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import GenerationConfig
+
+from loraloom.adapters.update import Update
+from loraloom.model.load import is_two_sided, load_generator, load_tokenizer
+from loraloom.model.prompts import Asked, encode_prompts, end_token
+from loraloom.model.runner import device, switched_in
+from loraloom.model.tokens import IGNORED
+from loraloom.results import Score
+from loraloom.tasks.answers import answer_score, loss_score
+from loraloom.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model made of the prompts of some rows.
+
+    score: the task's first metric, the others in `more`; the loss is always among them. answers: as it wrote them, a
+    text a row. losses: (k, 2) float64, nats and tokens of the right answers, a row each.
+    """
+
+    score: Score
+    answers: list[str]
+    losses: Tensor
+
+
+def answer_task(generator: Generator, updates: Mapping[str, Update], task: Task, rows: Dataset) -> Answered:
+    """Return what the base model with `updates` makes of `rows` of a task of answers.
+
+    generator: the base model.
+    updates: dW = B A by module path; a module without one stays as the base has it.
+    rows: a split of the task or a part of it, with the right answers as `label`.
+
+    Raises LoraloomError where an update does not fit the base model, and where `max_length` would cut an answer.
+    """
+    kind = task.answering
+    assert kind is not None
+    encoded, expected = generator.encode(rows), list(rows["label"])
+    losses = generator.losses(updates, encoded)
+    answers = generator.answers(updates, encoded, kind.answer_tokens)
+    more: dict[str, Score] = {
+        metric: answer_score(metric, answers, expected, kind.tolerance)
+        for metric in (task.metric, *task.also)
+        if metric != "loss"
+    }
+    first = more.pop(task.metric)
+    more["loss"] = loss_score(losses[:, 0].tolist(), losses[:, 1].tolist())
+    return Answered(Score(value=first.value, stderr=first.stderr, more=more), answers, losses)
+
+
+class AnswerLogits(NamedTuple):
+    """What a language model says of the answers of a batch.
+
+    rows: (b,) which of the encoded ones they are. logits: (b, L, V) float32, of the answers' tokens, on the model's
+    device. tokens: (b, L) int64, the answers; -100 where there is none.
+    """
+
+    rows: Sequence[int]
+    logits: Tensor
+    tokens: Tensor
+
+
+class Generator:
+    """One base model that writes answers for any adapter. The model itself stays as it was loaded."""
+
+    def __init__(self, base: str, *, max_length: int = 128, batch_size: int = 64) -> None:
+        self.base = base
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.two_sided = is_two_sided(base)
+        self.tokenizer = load_tokenizer(base)
+        model: Any = load_generator(base)
+        self.model = model.to(device()).eval().requires_grad_(False)
+        self._options = inspect.signature(self.model.forward).parameters
+
+    def encode(self, rows: Dataset, max_length: int | None = None) -> list[Asked]:
+        """Return the token ids of prompts and answers; see `encode_prompts`. Without `label` they have no answers."""
+        return encode_prompts(rows, self.tokenizer, max_length or self.max_length, two_sided=self.two_sided)
+
+    @contextmanager
+    def running(self, updates: Mapping[str, Update]) -> Iterator[None]:
+        """Have `updates` in the model while the context lasts. Raises LoraloomError where one does not fit."""
+        with switched_in(self.model, updates):
+            yield
+
+    def logits(self, encoded: Sequence[Asked]) -> Iterator[AnswerLogits]:
+        """Yield what the model, as it is, says of the answers, batch by batch; differentiable."""
+        for rows, batch in self._batches(encoded):
+            longest = max(len(encoded[row].answer) for row in rows)
+            tokens = self._padded([encoded[row].answer for row in rows], IGNORED, left=not self.two_sided)
+            if self.two_sided:
+                yield AnswerLogits(rows, self.model(**batch, labels=tokens).logits.float(), tokens)
+                continue
+            # the answers stand at the right end, so that the logits of no other token are computed
+            kept = {"logits_to_keep": longest + 1} if "logits_to_keep" in self._options else {}
+            found = self.model(**batch, **kept).logits
+            yield AnswerLogits(rows, found[:, -longest - 1 : -1].float(), tokens)
+
+    def losses(self, updates: Mapping[str, Update], encoded: Sequence[Asked]) -> Tensor:
+        """Return (k, 2) float64: of every row the nats of its answer, end token included, and their number of tokens.
+
+        Raises LoraloomError where an update does not fit the base model.
+        """
+        found = torch.zeros(len(encoded), 2, dtype=torch.float64)
+        with torch.inference_mode(), self.running(updates):
+            for rows, logits, tokens in self.logits(encoded):
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="none"
+                )
+                nats = loss.view(tokens.shape).double().sum(dim=1).cpu()
+                found[list(rows)] = torch.stack([nats, (tokens != IGNORED).double().sum(dim=1).cpu()], dim=1)
+        return found
+
+    def answers(self, updates: Mapping[str, Update], encoded: Sequence[Asked], tokens: int) -> list[str]:
+        """Return every prompt's greedy answer of at most `tokens` tokens, special ones left out.
+
+        Raises LoraloomError where an update does not fit the base model.
+        """
+        written = self.written(updates, encoded, tokens)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+
+    def written(self, updates: Mapping[str, Update], encoded: Sequence[Asked], tokens: int) -> list[list[int]]:
+        """Return the token ids of `answers`, with the end token where the model wrote it."""
+        ends = self._end_tokens()
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # some bases ask for another by themselves, which is not greedy
+            eos_token_id=ends or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **self._starts(),
+        )
+        found: list[list[int]] = [[]] * len(encoded)
+        with torch.inference_mode(), self.running(updates):
+            for rows, batch in self._batches([Asked(one.prompt, []) for one in encoded]):
+                batch.pop("position_ids", None)  # it counts them itself
+                output = self.model.generate(**batch, generation_config=config)
+                new = output[:, 1:] if self.two_sided else output[:, batch["input_ids"].shape[1] :]
+                for row, ids in zip(rows, new.tolist(), strict=True):
+                    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
+                    found[row] = ids[: stop + 1]
+        return found
+
+    def _end_tokens(self) -> list[int]:
+        """Return what ends an answer: the tokenizer's, the chat template's, those of the generation config."""
+        named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = {end_token(self.tokenizer), *(named if isinstance(named, list) else [named])}
+        return sorted(int(end) for end in ends if end is not None)
+
+    def _starts(self) -> dict[str, Any]:
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        return {"decoder_start_token_id": start} if self.two_sided else {}
+
+    def _batches(self, encoded: Sequence[Asked]) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
+        """Yield (row indices, model inputs), longest first; a decoder's rows stand at the right end."""
+        whole = [one.prompt if self.two_sided else one.prompt + one.answer for one in encoded]
+        order = sorted(range(len(whole)), key=lambda row: -len(whole[row]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            chosen = [whole[row] for row in rows]
+            left = not self.two_sided
+            mask = self._padded([[1] * len(ids) for ids in chosen], 0, left=left)
+            batch = {"input_ids": self._padded(chosen, self.tokenizer.pad_token_id, left=left), "attention_mask": mask}
+            if left and "position_ids" in self._options:
+                batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            yield rows, batch
+
+    def _padded(self, lists: Sequence[Sequence[int]], pad: int, *, left: bool) -> Tensor:
+        longest = max(map(len, lists))
+        rows = [
+            [*[pad] * (longest - len(ids)), *ids] if left else [*ids, *[pad] * (longest - len(ids))] for ids in lists
+        ]
+        return torch.tensor(rows, dtype=torch.int64, device=device())

@@ -1,0 +1,125 @@
+"""Prompts and answers as token ids: by the base's chat template where it has one; and which tokens end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loraloom.errors import LoraloomError, first_few, first_line
+from loraloom.model.tokens import IGNORED
+
+if TYPE_CHECKING:
+    import datasets
+
+Turn = Mapping[str, str]  # role and content
+
+
+class Asked(NamedTuple):
+    """A prompt's token ids, and those of its answer with the end token; none where the answer is not known."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def row(self, *, two_sided: bool) -> dict[str, list[int]]:
+        """Return what a language model is trained on: the loss sees the answer's tokens alone."""
+        if two_sided:
+            return {"input_ids": self.prompt, "attention_mask": [1] * len(self.prompt), "labels": self.answer}
+        ids = self.prompt + self.answer
+        labels = [IGNORED] * len(self.prompt) + self.answer
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def encode_prompts(rows: datasets.Dataset, tokenizer: Any, max_length: int, *, two_sided: bool) -> list[Asked]:
+    """Return every row's prompt and answer as token ids.
+
+    rows: with a column `text_a`; `history`, turns before it, where the base's chat template is to be used; and
+      `label`, the answer, or without it the prompts alone.
+    tokenizer: of transformers; without a chat template prompt and answer stand as they are.
+    max_length: tokens kept of both together, or of each where the base is `two_sided`. What is too long loses the
+      beginning of its prompt.
+    two_sided: whether the base has an encoder for the prompt.
+
+    Raises LoraloomError for answers that leave no room for a prompt, and for turns before a prompt where the base has
+    no chat template, or one that refuses them.
+    """
+    asked = _whole(rows, tokenizer, two_sided)
+    long = [len(one.answer) for one in asked if len(one.answer) >= max_length]
+    if long:
+        raise LoraloomError(
+            f"{len(long)} of {len(asked)} answers have {max_length} tokens or more, all that is kept of a row",
+            f"raise max_length above {max(long)}, or leave these rows out",
+        )
+    room = [max_length - (0 if two_sided else len(one.answer)) for one in asked]
+    return [Asked(one.prompt[-left:], one.answer) for one, left in zip(asked, room, strict=True)]
+
+
+def cut_prompts(rows: datasets.Dataset, tokenizer: Any, max_length: int, *, two_sided: bool) -> int:
+    """Return how many prompts lose their beginning in `encode_prompts`."""
+    taken = [(len(one.prompt), 0 if two_sided else len(one.answer)) for one in _whole(rows, tokenizer, two_sided)]
+    return sum(prompt + answer > max_length for prompt, answer in taken)
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """Return the token that ends an answer: the chat template's where it has one of its own, else the end of text."""
+    if tokenizer.chat_template:
+        last = _answer(tokenizer, [{"role": "user", "content": "x"}], "x")[-1]
+        if last in tokenizer.all_special_ids:
+            return last
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
+def _whole(rows: datasets.Dataset, tokenizer: Any, two_sided: bool) -> list[Asked]:
+    """Return prompts and answers of any length."""
+    nothing = [None] * len(rows)
+    answers, histories = (rows[name] if name in rows.column_names else nothing for name in ("label", "history"))
+    chats = [str(number) for number, history in enumerate(histories, start=1) if history]
+    if chats and not tokenizer.chat_template:
+        raise LoraloomError(
+            f"the base has no chat template, and there are turns before the prompt (row {first_few(chats)})",
+            "name an instruct base; or give prompts alone, with `chat: off`",
+        )
+    return [
+        _plain(tokenizer, prompt, answer, two_sided)
+        if history is None or not tokenizer.chat_template
+        else _chat(tokenizer, [*history, {"role": "user", "content": prompt}], answer)
+        for prompt, answer, history in zip(rows["text_a"], answers, histories, strict=True)
+    ]
+
+
+def _plain(tokenizer: Any, prompt: str, answer: str | None, two_sided: bool) -> Asked:
+    asked = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    if not two_sided and asked and asked[-1] == tokenizer.eos_token_id:
+        asked = asked[:-1]  # the answer is to follow
+    return Asked(asked, [] if answer is None else _ended(tokenizer, _ids(tokenizer, answer)))
+
+
+def _chat(tokenizer: Any, turns: Sequence[Turn], answer: str | None) -> Asked:
+    asked = _ids(tokenizer, _templated(tokenizer, turns, add_generation_prompt=True))
+    return Asked(asked, [] if answer is None else _answer(tokenizer, turns, answer))
+
+
+def _answer(tokenizer: Any, turns: Sequence[Turn], answer: str) -> list[int]:
+    """Return an answer's tokens as the template writes them after the prompt, to its end token."""
+    before = _templated(tokenizer, turns, add_generation_prompt=True)
+    whole = _templated(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+    return _ended(tokenizer, _ids(tokenizer, whole[len(before) :].rstrip() if whole.startswith(before) else answer))
+
+
+def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
+    end = tokenizer.eos_token_id
+    if end is None or (tokens and tokens[-1] in tokenizer.all_special_ids):
+        return tokens
+    return [*tokens, int(end)]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _templated(tokenizer: Any, turns: Sequence[Turn], **options: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, **options))
+    except Exception as error:  # templates raise errors of their own, of jinja's classes and others
+        raise LoraloomError(
+            f"the base's chat template refuses these turns: {first_line(error)}", "leave the system prompt out, say"
+        ) from error
