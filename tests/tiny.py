@@ -24,6 +24,7 @@ from transformers import (
     T5Config,
 )
 
+from loraloom.tasks.generate import Generate
 from loraloom.tasks.task import Task
 
 GOOD = ["good", "great", "fine", "warm", "bright"]
@@ -55,6 +56,11 @@ TARGETS = {
     "gpt2": ["c_attn"],
     "t5": ["q", "v"],
 }
+
+CHAT = (
+    "{% for turn in messages %}<s> {{ turn.role }} {{ turn.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
 
 
 def tokenizer(kind: str, padding_side: str = "right") -> PreTrainedTokenizerFast:
@@ -108,3 +114,19 @@ def task(name: str = "mood", *, regression: bool = False, rows: int = 24, seed: 
     labels = None if regression else ("bad", "good")
     metric = "pearson_spearman" if regression else "accuracy"
     return Task(name, labels, metric, split(rows), split(rows // 2), split(rows // 2 + 1))
+
+
+def asked(name: str = "mood", *, rows: int = 24, chat: bool = True) -> Task:
+    """The same texts as prompts; the answer is the text's first good or bad word, and which of both it is."""
+    texts, moods = task(name, rows=rows), {**dict.fromkeys(GOOD, "good"), **dict.fromkeys(BAD, "bad")}
+
+    def answered(split: Dataset) -> Dataset:
+        found = []
+        for text in split["text_a"]:
+            word = next(word for word in text.split() if word in moods)
+            row: dict[str, Any] = {"text_a": text, "label": f"{word} {moods[word]}"}
+            found.append({**row, "history": []} if chat else row)
+        return Dataset.from_list(found)
+
+    splits = {split: answered(getattr(texts, split)) for split in ("train", "heldout", "test")}
+    return Task(name, None, "exact_match", **splits, also=("token_f1",), answering=Generate(answer_tokens=4))

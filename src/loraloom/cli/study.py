@@ -88,11 +88,15 @@ def evaluate(
         Literal["test", "heldout"],
         typer.Option(help="Rows to measure on. Choose on heldout, and report test."),
     ] = "test",
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", help="Folder for what is written, as JSONL, where the tasks are of answers."),
+    ] = None,
     base: Base = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an adapter on tasks of a recipe, each with its own head."""
+    """Measure an adapter on tasks of a recipe, each with its own head, or by the answers that it writes."""
     with command(quiet, as_json) as out:
         from loraloom.adapters.peft import read_provenance
         from loraloom.results import average
@@ -100,17 +104,17 @@ def evaluate(
 
         chosen = read_recipe(recipe, base)
         with out.progress() as shown:
-            scores = evaluate_folder(chosen, adapter, task or [], split, shown)
+            scores = evaluate_folder(chosen, adapter, task or [], split, shown, answers=answers)
         mean = average(score for _, score in scores.values())
         tasks = [{"task": name, "metric": metric, **score.model_dump()} for name, (metric, score) in scores.items()]
         out.result({"adapter": adapter, "split": split, "tasks": tasks, "average": mean.model_dump()}, "")
-        rows = [(name, metric, *_with_error(score)) for name, (metric, score) in scores.items()]
-        rows += [("average", "", *_with_error(mean))] if len(rows) > 1 else []
+        rows = [row for name, (metric, score) in scores.items() for row in _metrics(name, metric, score)]
+        rows += [("average", "", *_with_error(mean))] if len(scores) > 1 else []
         out.table(f"{adapter} on {split} rows, in points", ("task", "metric", "value", "standard error"), rows)
-        if read_provenance(adapter).get("inputs"):
-            out.next("fit its heads to it", "loraloom", "align", adapter, "ADAPTERS", "--recipe", recipe)
-        else:
+        if not read_provenance(adapter).get("inputs"):
             out.next("merge it with others", "loraloom", "merge", adapter, "ADAPTER", "-o", "merged")
+        elif not chosen.generates:
+            out.next("fit its heads to it", "loraloom", "align", adapter, "ADAPTERS", "--recipe", recipe)
 
 
 def report(
@@ -277,6 +281,15 @@ def _short(rule: str) -> str:
 
 def _points(score: Score | None) -> str:
     return "-" if score is None else f"{100 * score.value:.1f}"
+
+
+def _metrics(task: str, metric: str, score: Score) -> list[tuple[str, str, str, str]]:
+    """Return a row for the task's metric, and one for each further one; a loss is in nats, all else in points."""
+    rows = [(task, metric, *_with_error(score))]
+    for name, one in score.more.items():
+        figures = (f"{one.value:.3f}", f"{one.stderr:.3f}") if name == "loss" else _with_error(one)
+        rows.append(("", "loss (nats a token)" if name == "loss" else name, *figures))
+    return rows
 
 
 def _with_error(score: Score) -> tuple[str, str]:

@@ -7,11 +7,12 @@ writing; test rows by every metric.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Update
 from loraloom.files.hashing import task_seed, write_json
-from loraloom.model.generator import Answered, answer_task
+from loraloom.model.generator import answer_task
 from loraloom.results import Score
 from loraloom.study.engine import Context, Reading, stage
 from loraloom.study.inputs import Base, Output, Rows
@@ -88,7 +89,7 @@ def evaluate_test(
     generator, found = context.generator(base, reading), {}
     for name, adapter in merged_adapters(merged.path / ADAPTER, scale, rows).items():
         found[name] = answer_task(generator, adapter.updates, rows[name].task, rows[name].task.test)
-        _write_answers(folder / f"{name}.{ANSWERS}", rows[name], found[name])
+        write_answers(folder / f"{name}.{ANSWERS}", rows[name].task.test, found[name].answers)
     recovered = {
         name: _recovered(name, bases[name], singles[name], one.losses, "test").model_dump()
         for name, one in found.items()
@@ -137,14 +138,15 @@ def _write_alone(
     test = answer_task(generator, updates, task, task.test)
     heldout = generator.losses(updates, generator.encode(task.heldout))
     save_file({"heldout": heldout, "test": test.losses}, folder / LOSSES)
-    _write_answers(folder / ANSWERS, rows, test)
+    write_answers(folder / ANSWERS, task.test, test.answers)
     write_json(folder / SCORES, {"test": test.score.model_dump()})
 
 
-def _write_answers(path: Path, rows: Rows, found: Answered) -> None:
+def write_answers(path: Path, rows: Dataset, answers: Sequence[str]) -> None:
+    """Write JSONL with the prompt, the answer and the expected one of every row."""
     lines = (
         json.dumps({"prompt": row["text_a"], "answer": answer, "expected": row["label"]}, ensure_ascii=False) + "\n"
-        for row, answer in zip(rows.task.test, found.answers, strict=True)
+        for row, answer in zip(rows, answers, strict=True)
     )
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -12,6 +12,7 @@ from loraloom.adapters.peft import task_of
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates, agreement
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
+from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import task_seed
 from loraloom.merging import MergeOptions, Rule
 from loraloom.merging.folders import Planned, Supplied
@@ -22,6 +23,7 @@ from loraloom.model.runner import Evaluator, evaluate
 from loraloom.progress import Reporter
 from loraloom.results import Score
 from loraloom.statistics.file import Statistics
+from loraloom.study.answers import write_answers
 from loraloom.study.recipe import Recipe
 from loraloom.study.stages import merged_adapters
 from loraloom.study.tasks import build_task
@@ -117,16 +119,25 @@ class ByRecipe:
 
 
 def evaluate_folder(
-    recipe: Recipe, folder: Path, names: Sequence[str], split: str, reporter: Reporter | None = None
+    recipe: Recipe,
+    folder: Path,
+    names: Sequence[str],
+    split: str,
+    reporter: Reporter | None = None,
+    *,
+    answers: Path | None = None,
 ) -> dict[str, tuple[str, Score]]:
     """Return (metric, score) by task of an adapter folder with its head, or of a merged one with its heads.
+
+    answers: a folder for what is written, a file a task, where answers are written.
 
     Where several inputs of a merge share a task, each goes by its own name, in `names` too. Raises LoraloomError for
     an unknown task, and a task without a head. Where answers are written there are no heads, and every task of the
     recipe is measured where `names` has none.
     """
     if recipe.generates:
-        return _written(recipe, folder, names, split, reporter or Reporter(quiet=True))
+        return _written(recipe, folder, names, split, reporter or Reporter(quiet=True), answers)
+    raise_problems("--answers", ["the recipe's tasks are of heads, which write none"] if answers else [])
     heads = heads_by_task(folder)
     wanted = list(names) or [key for name in recipe.tasks for key, one in heads.items() if one.task == name]
     missing = [name for name in wanted if name not in heads]
@@ -145,7 +156,7 @@ def evaluate_folder(
 
 
 def _written(
-    recipe: Recipe, folder: Path, names: Sequence[str], split: str, reporter: Reporter
+    recipe: Recipe, folder: Path, names: Sequence[str], split: str, reporter: Reporter, answers: Path | None
 ) -> dict[str, tuple[str, Score]]:
     """Return (metric, score) of an adapter that writes, on the tasks named, or on all of the recipe."""
     wanted = list(names) or list(recipe.tasks)
@@ -154,10 +165,15 @@ def _written(
     raise_problems(str(folder), _has_head(read), "name an adapter of a language model")
     tasks = {name: build_task(name, one) for name, one in settings.items()}
     generator = generator_of(recipe)
-    return {
-        name: (task.metric, answer_task(generator, read[name].updates, task, getattr(task, split)).score)
+    found = {
+        name: answer_task(generator, read[name].updates, task, getattr(task, split))
         for name, task in reporter.each("evaluation", tasks.items())
     }
+    if answers is not None:
+        with staged_folder(answers, kind="answers", inputs=[folder]) as staged:
+            for name, one in found.items():
+                write_answers(staged / f"{name}.jsonl", getattr(tasks[name], split), one.answers)
+    return {name: (tasks[name].metric, one.score) for name, one in found.items()}
 
 
 def _has_head(adapters: Mapping[str, Adapter]) -> list[str]:

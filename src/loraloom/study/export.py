@@ -84,6 +84,7 @@ def run_study(
             for one, row in evaluated:
                 if row.chosen_as_trained if recipe.generates else row.chosen_aligned:
                     _export_merged(study, one, row)
+            _export_answers(study, evaluated)
             result.save(study.folder / "results.json", overwrite=True)
             write_report(result, study.folder / "report.html", overwrite=True)
     return result
@@ -310,6 +311,24 @@ def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
         | scaled_readouts(adapter, row.scale),
         overwrite=True,
     )
+
+
+def _export_answers(study: Study, evaluated: Iterable[tuple[Trained, Evaluated]]) -> None:
+    """Write what the base model, each adapter alone and each merged one wrote for the test rows, as JSONL."""
+    if not study.recipe.generates:
+        return
+    found = {f"base/{task}": output.path / answers.ANSWERS for task, output in study.bases.items()}
+    for one in study.trained:
+        place = f"{_place(study, one)}/single"
+        found |= {f"{place}/{task}": output.path / answers.ANSWERS for task, output in one.singles.items()}
+    for one, row in evaluated:
+        if row.test is not None:
+            place = f"{_place(study, one)}/{_rule_name(study.recipe, row.settings)}"
+            found |= {f"{place}/{task}": row.test.path / f"{task}.{answers.ANSWERS}" for task in study.tasks}
+    with staged_folder(study.folder / "answers", kind="answers", overwrite=True) as staged:
+        for name, path in found.items():
+            (staged / f"{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staged / f"{name}.jsonl")
 
 
 def _place(study: Study, one: Trained) -> str:

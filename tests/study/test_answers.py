@@ -1,0 +1,190 @@
+"""Tasks of answers through the whole path: training, a study, comparison, evaluation by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftConfig
+from torch import Tensor
+
+import tiny
+from commands import measured, refused
+from loraloom.adapters.peft import read_adapter
+from loraloom.files.hashing import task_seed
+from loraloom.model.generator import Generator
+from loraloom.results import StudyResult
+from loraloom.settings import LoraSettings, TrainingSettings
+from loraloom.study.answers import recovered
+from loraloom.study.compare import compare
+from loraloom.study.export import run_study
+from loraloom.study.recipe import Recipe
+from loraloom.study.tasks import build_task
+from loraloom.tasks.metrics import resampled_rows
+from loraloom.training import train_adapter
+
+TARGETS = {"llama": ["q_proj", "v_proj", "up_proj"], "t5": ["q", "v", "wi"]}
+
+
+def write_rows(path: Path, name: str, count: int) -> None:
+    rows = tiny.asked(name, rows=count).train
+    lines = [json.dumps({"prompt": row["text_a"], "answer": row["label"]}) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_study(folder: Path, kind: str = "llama", **changes: Any) -> Path:
+    """Write a base with a chat template, rows of two tasks and a recipe; the tasks differ in their prompts' words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = tiny.base_folder(kind, folder / "base")
+    if kind == "llama":
+        (base / "chat_template.jinja").write_text(tiny.CHAT, encoding="utf-8")
+    tasks = {}
+    for name in ("mood", "tone"):
+        for split, count in (("train", 40), ("test", 16)):
+            write_rows(folder / f"{name}.{split}.jsonl", f"{name}.{split}", count)
+        sources = {split: f"{name}.{split}.jsonl" for split in ("train", "test")}
+        tasks[name] = {"source": "prompts", **sources, "heldout_rows": 8, "answer_tokens": 4}
+        tasks[name]["metric"] = ["token_f1", "exact_match", "loss"]
+    recipe = {
+        "name": "written",
+        "base": "./base",
+        "tasks": tasks,
+        "lora": {"rank": 2, "alpha": 4, "targets": TARGETS[kind]},
+        "statistics": {"texts": 12, "max_length": 16, "atlas_texts": 12},
+        "training": {"epochs": 2, "learning_rate": 0.02, "batch_size": 8, "max_length": 32},
+        "inits": {"LoRA": {"rule": "default"}, "apart": {"rule": "apart"}},
+        "merging": [{"rule": "task_arithmetic", "scales": [0.5, 1.0]}, {"rule": "regmean", "scales": [1.0]}],
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe.yaml and what a run of it left in `study`."""
+    folder = tmp_path_factory.mktemp("written")
+    run_study(Recipe.load(write_study(folder)), folder / "study")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_training_learns_to_answer_and_leaves_an_ordinary_adapter(kind: str, tmp_path: Path) -> None:
+    base, task = str(tiny.base_folder(kind, tmp_path / "base")), tiny.asked(rows=48, chat=False)
+    lora = LoraSettings(rank=4, alpha=8, targets=TARGETS[kind])
+    settings = TrainingSettings(epochs=4, learning_rate=0.02, batch_size=8, max_length=32)
+    trained = train_adapter(base, task, tmp_path / "adapter", lora=lora, settings=settings)
+    adapter = read_adapter(tmp_path / "adapter")
+    assert not adapter.head
+    assert (
+        PeftConfig.from_pretrained(str(tmp_path / "adapter")).task_type
+        == {
+            "llama": "CAUSAL_LM",
+            "t5": "SEQ_2_SEQ_LM",
+        }[kind]
+    )
+    generator = Generator(base)
+    encoded = generator.encode(task.heldout)
+    before, after = (generator.losses(updates, encoded).sum(dim=0) for updates in ({}, adapter.updates))
+    assert trained.metric == "loss"
+    # the Trainer's own figure is the mean over batches, here one
+    assert trained.heldout == pytest.approx(float(after[0] / after[1]), rel=1e-3)
+    assert float(after[0]) < 0.95 * float(before[0])
+
+
+def test_a_study_tells_base_single_and_merged(written: Path) -> None:
+    result = StudyResult.load(written / "study" / "results.json")
+    assert [one.task for one in result.bases] == ["mood", "tone"]
+    assert all(one.score.more.keys() == {"exact_match", "loss"} for one in (*result.bases, *result.singles))
+    assert {one.aligned for one in result.merges} == {False}
+    tested = [one for one in result.merges if one.split == "test"]
+    assert len(tested) == 4
+    for one in tested:
+        for task, score in one.scores.items():
+            base = next(found.score for found in result.bases if found.task == task)
+            single = next(found.score for found in result.singles if (found.task, found.init) == (task, one.init))
+            loss = {name: found.more["loss"].value for name, found in zip("bsm", (base, single, score), strict=True)}
+            share = (loss["b"] - loss["m"]) / (loss["b"] - loss["s"])
+            assert one.recovered[task].value == pytest.approx(share, abs=1e-9)
+    heldout = [one for one in result.merges if one.split == "heldout"]
+    assert all(one.scores == one.recovered for one in heldout)
+    # the scale that is tested is the best by recovered loss
+    for one in tested:
+        rivals = [row for row in heldout if (row.init, row.rule) == (one.init, one.rule)]
+        assert one.scale == max(rivals, key=lambda row: row.average.value).scale
+
+
+def test_the_answers_are_kept_and_give_the_score(written: Path) -> None:
+    result = StudyResult.load(written / "study" / "results.json")
+    files = sorted((written / "study" / "answers").rglob("*.jsonl"))
+    assert len(files) == 2 + 2 * 2 + 2 * 4  # base, single and merged adapters
+    path = written / "study" / "answers" / "LoRA" / "regmean" / "mood.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    right = np.mean([row["answer"] == row["expected"] for row in rows])
+    found = next(one for one in result.merges if (one.init, one.rule, one.split) == ("LoRA", "regmean", "test")).scores[
+        "mood"
+    ]
+    assert found.more["exact_match"].value == pytest.approx(right)
+
+
+def test_given_adapters_are_compared_and_measured_by_hand_as_in_the_study(written: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(written / "recipe.yaml")
+    adapters = {task: written / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")}
+    found = compare(adapters, recipe, tmp_path / "table", rules=["task_arithmetic"], scales=[0.5])
+    before = StudyResult.load(written / "study" / "results.json")
+    singles = {one.task: one.score for one in before.singles if one.init == "LoRA"}
+    assert {one.task: one.score for one in found.singles} == singles
+    by_hand = measured(written / "recipe.yaml", adapters["mood"], "--task", "mood")
+    assert by_hand["mood"]["value"] == pytest.approx(singles["mood"].value)
+
+
+def test_recovered_loss_is_the_share_of_the_gain_and_its_error_is_over_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, single, merged = torch.rand(3, 50, 2, generator=generator, dtype=torch.float64)
+    base[:, 0] += 1
+    score = recovered(base, single, merged, seed=3)
+
+    def share(rows: Tensor) -> float:
+        b, s, m = (float(one[rows, 0].sum()) for one in (base, single, merged))
+        return (b - m) / (b - s)
+
+    assert score.value == pytest.approx(share(torch.arange(50)))
+    drawn = [share(torch.as_tensor(rows)) for rows in resampled_rows(50, 3)]
+    assert score.stderr == pytest.approx(float(np.std(drawn, ddof=1)))
+    assert recovered(base, base, merged, seed=0).value == 0  # nothing was gained, nothing can be kept
+
+
+def test_kinds_that_need_two_models_are_refused_together(written: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load((written / "recipe.yaml").read_text(encoding="utf-8"))
+    raw["tasks"]["tone"] = {"source": "files", "train": "a.jsonl", "test": "b.jsonl", "text": ["text"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    told = refused("run", tmp_path / "recipe.yaml")
+    assert "the answers of mood are written, those of tone given by heads" in " ".join(told.split())
+
+
+def test_a_classifier_is_no_part_of_a_comparison_of_answers(written: Path, finished: Path, tmp_path: Path) -> None:
+    heads = finished / "study" / "adapters" / "LoRA" / "mood"
+    told = refused(
+        "compare",
+        heads,
+        written / "study/adapters/LoRA/tone",
+        "--recipe",
+        written / "recipe.yaml",
+        "-o",
+        tmp_path / "o",
+    )
+    assert "has a head, so it gives classes or numbers" in " ".join(told.split())
+
+
+def test_a_task_is_read_back_as_it_was_saved(written: Path, tmp_path: Path) -> None:
+    task = build_task("mood", Recipe.load(written / "recipe.yaml").task("mood"))
+    task.save(tmp_path / "task")
+    again = type(task).load(tmp_path / "task")
+    assert (again.also, again.answering, again.digest()) == (task.also, task.answering, task.digest())
+    assert task_seed(0, "mood") != task_seed(0, "tone")
