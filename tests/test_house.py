@@ -29,7 +29,9 @@ ROOMS = (
 # who may import transformers and peft: others see a model, a tokenizer or a config that they are given
 TRANSFORMERS_ALLOWED = (
     "loraloom.model.architecture",
+    "loraloom.model.generator",
     "loraloom.model.load",
+    "loraloom.model.objective",
     "loraloom.starts.files",
     "loraloom.starts.initialise",
     "loraloom.starts.keep",

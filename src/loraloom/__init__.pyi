@@ -65,10 +65,16 @@ from .merging.fuse import fuse as fuse
 from .merging.placement import Changes as Changes
 from .merging.registry import Probe as Probe
 from .merging.rules.regression import reading_groups as reading_groups, rows_read as rows_read
+from .model.generator import Answered as Answered, Generator as Generator, answer_task as answer_task
 
 # the base model
 from .model.layers import LayerReader as LayerReader, base_running as base_running, target_layers as target_layers
-from .model.load import base_folder as base_folder, demo_base as demo_base, load_classifier as load_classifier
+from .model.load import (
+    base_folder as base_folder,
+    demo_base as demo_base,
+    load_classifier as load_classifier,
+    load_generator as load_generator,
+)
 from .model.probe import TaskProbe as TaskProbe
 from .model.runner import Evaluator as Evaluator, evaluate as evaluate, labels as labels, scored as scored
 from .model.tokens import (
@@ -139,6 +145,7 @@ from .tasks.builtin_text import STANDARD_LIBRARY as STANDARD_LIBRARY, docstrings
 from .tasks.files import file_task as file_task
 from .tasks.glue import GLUE as GLUE, glue_task as glue_task
 from .tasks.metrics import metric_value as metric_value
+from .tasks.prompts import prompt_task as prompt_task
 from .tasks.sources import read_table as read_table
 from .tasks.task import Task as Task
 from .training import lora_config as lora_config, train_adapter as train_adapter
