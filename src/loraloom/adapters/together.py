@@ -25,14 +25,12 @@ def compatibility_problems(
     base: a name that the caller gives for the base of all: their own are not compared then.
     targets: "same" wants all to adapt the same layers, "intersection" some that all of them adapt; see `layers_of_all`.
     """
-    pairs = list(itertools.combinations(adapters, 2))
-    differing = [pair for pair in pairs if _bases_differ(*pair, base)]
-    # against the first where it can tell; a folder's name may leave it to the others
-    problems = [
-        f"base model: {one.name} has {one.base!r:.200}, {two.name} has {two.base!r:.200}: if they are one, name it by "
-        "--base, or mend base_model_name_or_path"
-        for one, two in [pair for pair in differing if pair[0] is adapters[0]] or differing
-    ]
+    return _base_problems(adapters, base) + layer_problems(adapters, targets)
+
+
+def layer_problems(adapters: Sequence[Adapter], targets: Targets = "union") -> list[str]:
+    """Return what keeps the layers of `adapters` from one merge, whatever base each was trained on."""
+    problems = []
     for other in adapters[1:]:
         problems += _class_problems(adapters[0], other) or _target_problems(adapters[0], other, targets)
     if targets == "intersection" and len(adapters) > 1 and not problems and not layers_of_all(adapters, targets):
@@ -47,6 +45,12 @@ def compatibility_problems(
         if names != named[0]:
             problems.append(f"target_parameters: {experts[0].name} has {named[0]}, {one.name} {names}")
     return problems
+
+
+def one_base(one: Adapter, two: Adapter) -> bool | None:
+    """Tell whether two adapters were trained on one base, by fingerprints or else names; None where none can tell."""
+    told = _fingerprints_agree(one, two)
+    return same_base(one.base, two.base) if told is None else told
 
 
 def layers_of_all(adapters: Sequence[Adapter], targets: Targets) -> dict[str, Adapter]:
@@ -117,6 +121,18 @@ class Copies(Mapping[str, Tensor]):
         return len(self.owners)
 
 
+def _base_problems(adapters: Sequence[Adapter], base: str | None) -> list[str]:
+    """Return the adapters that were trained on other bases, unless the caller gives the name of one."""
+    pairs = list(itertools.combinations(adapters, 2))
+    differing = [pair for pair in pairs if _bases_differ(*pair, base)]
+    # against the first where it can tell; a folder's name may leave it to the others
+    return [
+        f"base model: {one.name} has {one.base!r:.200}, {two.name} has {two.base!r:.200}: if they are one, name it by "
+        "--base, or mend base_model_name_or_path"
+        for one, two in [pair for pair in differing if pair[0] is adapters[0]] or differing
+    ]
+
+
 def _target_problems(first: Adapter, other: Adapter, targets: Targets) -> list[str]:
     """Return the layers that only one of two adapters has, where all must have the same."""
     problems = []
@@ -160,10 +176,17 @@ def _shape_problems(module: str, first: Adapter, other: Adapter) -> list[str]:
 
 
 def _bases_differ(one: Adapter, two: Adapter, base: str | None) -> bool:
-    """Compare the fingerprints of the bases where they can tell, else their names, unless the caller gives one."""
-    if one.fingerprint and two.fingerprint:
-        if one.fingerprint == two.fingerprint:
-            return False
-        if set(one.shapes) == set(two.shapes):  # it is of the adapted layers' weights, so it differs where they do
-            return True
-    return base is None and same_base(one.base, two.base) is False
+    """Compare the bases by what can tell, by the names in the configs only where the caller gives none."""
+    told = _fingerprints_agree(one, two)
+    return told is False or (told is None and base is None and same_base(one.base, two.base) is False)
+
+
+def _fingerprints_agree(one: Adapter, two: Adapter) -> bool | None:
+    """Tell whether the fingerprints of two adapters' bases are one; None where they cannot tell.
+
+    A fingerprint is of the adapted layers' weights, so it differs where these do.
+    """
+    if one.fingerprint and one.fingerprint == two.fingerprint:
+        return True
+    comparable = one.fingerprint and two.fingerprint and set(one.shapes) == set(two.shapes)
+    return False if comparable else None

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from loraloom.cli.common import AsJson, Base, Output, Overwrite, Quiet, RecipeOption, command, read_recipe, typed
+from loraloom.errors import LoraloomError
 from loraloom.settings import AGREEMENT_TEXTS
 
 if TYPE_CHECKING:
@@ -122,6 +123,13 @@ def merge(
             "as it is; `intersection`; or `same`, which refuses them."
         ),
     ] = "union",
+    stack: Annotated[
+        bool,
+        typer.Option(
+            "--stack",
+            help="The adapters were trained one on top of the other, in this order (SFT, then DPO): sum them whole.",
+        ),
+    ] = False,
     fuse_into: Annotated[
         Path | None,
         typer.Option("--fuse-into", help="Checkpoint folder of the base model. It is written with the result in it."),
@@ -145,6 +153,8 @@ def merge(
         from loraloom.merging.facts import MERGED
         from loraloom.merging.fuse import FUSED
 
+        if stack:
+            _check_stack(context)
         paths, options = split_arguments(adapters, rule, _flags(context))
         candidates, look, choose = to_try(rule, scale, options, recipe), None, None
         if recipe:
@@ -156,7 +166,7 @@ def merge(
         weight = former_weights(weights, weight)
         named = MergeOptions.rule if rule == AUTO else rule
         asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)
-        asked = replace(asked, targets=cast("Targets", targets))
+        asked = replace(asked, targets=cast("Targets", targets), stack=stack)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(
             paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look, choose=choose
@@ -269,6 +279,16 @@ def _row(one: Merged) -> dict[str, Any]:
         "labels": one.scale_chosen_with_labels,
         "output_ranks": list(one.output_ranks),
     }
+
+
+def _check_stack(context: typer.Context) -> None:
+    """Raise LoraloomError where an option is given that has no place in a sum of whole adapters, `auto` too."""
+    names = ("rule", "scale", "weight", "weights")
+    # by its name: which click it is of depends on typer's version
+    sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names}
+    given = [f"--{name}" for name, source in sources.items() if source != "DEFAULT"]
+    if given:
+        raise LoraloomError(f"--stack sums the adapters whole: leave out {' and '.join(given)}", "or leave out --stack")
 
 
 def _flags(context: typer.Context) -> list[str]:

@@ -20,6 +20,7 @@ _SCALE_FROM = {
     "agreement": "the nearest to the single models, without labels",
     "rule": "the rule's own",
     "single adapter": "a single adapter stays what it is",
+    "stack": "a stack is summed whole",
 }
 
 
@@ -48,6 +49,8 @@ def merge_lines(facts: MergeFacts) -> Lines:
     elif isinstance(facts, ForecastFacts):
         lines += _forecast(facts)
     lines += agreement_lines(facts.agreement) if facts.agreement else []
+    if facts.stack is not None:
+        lines.append(("stack", "; ".join([", then ".join(one.name for one in facts.inputs), *facts.stack])))
     lines += _layers(facts) + _heads(facts)
     if facts.carried:
         lines.append(("brought along", ", ".join(facts.carried)))

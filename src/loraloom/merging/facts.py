@@ -68,6 +68,7 @@ class MergeFacts:
     """How adapters are merged: all that is known before anything is computed.
 
     scale_from: who chose the scale. rank: what was asked for. targets: which of the inputs' layers are merged.
+    stack: what is known of what each input but the first was trained on, where they are a stack; else None.
     heads: the inputs whose heads are kept beside the result.
     carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
     agreement: every candidate that was tried where rule or scale were chosen without labels.
@@ -86,6 +87,7 @@ class MergeFacts:
     rank: int | None
     seed: int
     targets: Targets
+    stack: list[str] | None
     heads: list[str]
     heads_averaged: bool
     carried: list[str]
@@ -116,6 +118,7 @@ class MergeFacts:
             rank=plan.rank,
             seed=plan.seed,
             targets=plan.targets,
+            stack=plan.stack.known if plan.stack else None,
             heads=sorted(plan.task_heads),
             heads_averaged=plan.heads == "average",
             carried=sorted(plan.carried),
@@ -207,7 +210,8 @@ def _energy_lost(layers: Iterable[LayerFacts]) -> float:
 
 def _fingerprint(plan: Plan) -> str:
     """Return the fingerprint of the base where the inputs know one: of other layers they have others."""
-    known = {one.fingerprint for one in plan.members.values() if one.fingerprint}
+    members = list(plan.members.values())[: 1 if plan.stack else None]  # of a stack, others are on what is made of it
+    known = {one.fingerprint for one in members if one.fingerprint}
     return known.pop() if len(known) == 1 else ""
 
 

@@ -12,7 +12,6 @@ import torch
 from loraloom.adapters.bases import public_name
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
-from loraloom.adapters.together import compatibility_problems
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import json_text
@@ -25,6 +24,7 @@ from loraloom.merging.names import input_names
 from loraloom.merging.options import MergeOptions
 from loraloom.merging.placement import Changes
 from loraloom.merging.plan import Plan, make_plan
+from loraloom.merging.problems import together_problems
 from loraloom.merging.registry import Probe, Rule, get_rule
 from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
@@ -82,7 +82,7 @@ def plan_folders(
         supplied: Supplied = (seen, None)
         if look is not None:
             rule = get_rule(asked.rule)
-            problems = compatibility_problems(members, asked.base, asked.targets) + rule.check(asked.options)[1]
+            problems = together_problems(members, asked) + rule.check(asked.options)[1]
             # before a base is loaded
             raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
             supplied = look(rule, named, seen)

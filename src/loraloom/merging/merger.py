@@ -67,12 +67,13 @@ def merge(
     heads: Heads = "keep",
     base: str | None = None,
     targets: Targets = "union",
+    stack: bool = False,
     agreement: AgreementFacts | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
     **options: Any,
 ) -> Merged:
-    """Merge `adapters` by `rule` into one, in memory; their order does not matter. No base model is loaded.
+    """Merge `adapters` by `rule` into one, in memory; but for a stack their order does not matter. No base is loaded.
 
     adapters: by name; those of a sequence are named by their folders.
     rule: name of the merging rule; `rule_names()` has all.
@@ -83,6 +84,7 @@ def merge(
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
     base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
     targets: layers of the result: the "union" of the adapters', their "intersection", or the "same" of all.
+    stack: whether they were trained one on top of the other, in this order: they are summed whole.
     agreement: what chose the rule or the scale, for the record that `write_merged` keeps; see `agreement`.
     statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
     probe: base model and texts of each task, for rules that need them.
@@ -90,7 +92,7 @@ def merge(
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets)
+    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 

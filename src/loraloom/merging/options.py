@@ -27,6 +27,7 @@ class MergeOptions:
     agreement: what chose the rule or the scale, for the record; see `analysis.agreement`.
     targets: the layers of the result: the "union" of those that the adapters have, one that lacks a layer leaving it as
       it is; their "intersection"; or "same", which refuses adapters of different layers.
+    stack: whether they were trained one on top of the other, in this order: their sum on the first one's base, whole.
     """
 
     rule: str = "tsv"
@@ -39,3 +40,4 @@ class MergeOptions:
     base: str | None = None
     agreement: AgreementFacts | None = None
     targets: Targets = "union"
+    stack: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor
 from loraloom.adapters.beside import carry
 from loraloom.adapters.config import CONFIG, merged_config
 from loraloom.adapters.lowrank import Shared, no_update, truncate, truncate_dense
-from loraloom.adapters.together import Targets, common_copies, compatibility_problems, equal_adapters, layers_of_all
+from loraloom.adapters.together import Targets, common_copies, equal_adapters, layers_of_all
 from loraloom.adapters.update import Adapter, Form, Shape, Update
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.hashing import layer_seed
@@ -24,18 +24,22 @@ from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.names import input_names
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.problems import (
+    dropped_layers,
     head_problems,
     name_problems,
     need_problems,
     number_problems,
     statistics_by_name,
+    together_problems,
     twice_problems,
+    unseen_layers,
 )
 from loraloom.merging.registry import Probe, Result, Rule, get_rule
+from loraloom.merging.stack import RULE as SUM, Stack, asked_problems, look_at
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.fit import cover_problems
 
-ScaleFrom = Literal["asked", "agreement", "rule", "single adapter"]
+ScaleFrom = Literal["asked", "agreement", "rule", "single adapter", "stack"]
 
 
 class Layer(NamedTuple):
@@ -67,6 +71,7 @@ class Plan:
     agreement: what chose the rule or the scale, where it was agreement with the single models.
     targets: which of the inputs' layers the result has.
     as_it_is: one input takes part and no option of the rule was asked for: it comes back as it is, without the rule.
+    stack: what is known of the inputs' bases, where they are summed as trained one on top of the other.
     """
 
     members: dict[str, Adapter]
@@ -84,6 +89,7 @@ class Plan:
     agreement: AgreementFacts | None = None
     targets: Targets = "union"
     as_it_is: bool = False
+    stack: Stack | None = None
 
     @property
     def space(self) -> str:
@@ -252,33 +258,16 @@ class Plan:
         """What may not be meant: an adapter given twice, or alone, layers that are dropped or were not looked at."""
         found = [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
         found += self.agreement.warnings if self.agreement else []
+        found += self.stack.warnings if self.stack else []
         if len(self.used) == 1:
             found.append("one adapter takes part: there is nothing to merge")
         if self.as_it_is:
             found[-1] += f", and it stays as it is, without rule {self.rule.name!r}"
         for name in self.used:
-            found += self._dropped(name) + self._unseen(name)
+            found += dropped_layers(name, self.members[name], self.shapes)
+            if "moments" in self.rule.supplied and not self.as_it_is:
+                found += unseen_layers(name, self.statistics[name], self.shapes)
         return found
-
-    def _dropped(self, name: str) -> list[str]:
-        """Tell how much of an input is lost where only the layers that all have are merged."""
-        member = self.members[name]
-        lost = [module for module in sorted(member.shapes) if module not in self.shapes]
-        if not lost:
-            return []
-        energies = {module: member.updates[module].energy() for module in member.shapes}
-        share = sum(energies[module] for module in lost) / (sum(energies.values()) or 1.0)
-        return [
-            f"{name}: {len(lost)} of its {len(energies)} layers are dropped, with {100 * share:.3g} % of its energy"
-        ]
-
-    def _unseen(self, name: str) -> list[str]:
-        """Tell the layers in which the rule cannot know what an input's task reads, which lacks them itself."""
-        if "moments" not in self.rule.supplied or self.as_it_is:
-            return []
-        unseen = [module for module in self.modules if module not in self.statistics[name].layers]
-        told = f"its statistics lack {len(unseen)} of the layers, which it does not adapt: there it has no say"
-        return [f"{name}: {told}"] if unseen else []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -304,8 +293,12 @@ def make_plan(
     options, weights that do not match, what the rule needs and was not given.
     """
     names, members = _named(adapters)
+    stack = look_at(dict(zip(names, members, strict=True))) if options.stack else None
     problems = name_problems(names) + twice_problems(members)
-    problems += compatibility_problems(members, options.base, options.targets)
+    problems += together_problems(members, options)
+    if stack:
+        problems += asked_problems(options) + stack.problems
+        options = replace(options, rule=SUM, options={}, weights=None, scale=None, base=options.base or members[0].base)
     if not problems:
         problems += common_copies(dict(zip(names, members, strict=True)))[1]
     problems += number_problems(len(members), options)
@@ -346,6 +339,7 @@ def make_plan(
         agreement=options.agreement,
         targets=options.targets,
         as_it_is=as_it_is,
+        stack=stack,
     )
 
 
@@ -354,6 +348,8 @@ def _scale(rule: Rule, options: MergeOptions, alone: bool) -> tuple[float, Scale
     if options.scale is not None:
         chosen = options.agreement is not None and options.agreement.chose_scale
         return options.scale, "agreement" if chosen else "asked"
+    if options.stack:
+        return 1.0, "stack"
     if alone:
         return 1.0, "single adapter"
     return rule.default_scale, "rule"

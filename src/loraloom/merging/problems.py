@@ -1,18 +1,25 @@
-"""What is wrong with what is asked of a merge, in words, found before anything is read whole or computed."""
+"""What is wrong with what is asked of a merge, or may not be meant, in words; found before anything is computed."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import get_args
 
-from loraloom.adapters.together import Targets
+from loraloom.adapters.together import Targets, compatibility_problems, layer_problems
 from loraloom.adapters.update import Adapter
 from loraloom.errors import did_you_mean
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.registry import Probe, Rule
 from loraloom.statistics.file import Statistics
+
+
+def together_problems(members: Sequence[Adapter], options: MergeOptions) -> list[str]:
+    """Tell what keeps adapters from one merge. Those of a stack may name other bases: see `stack.look_at`."""
+    if options.stack:
+        return layer_problems(members, options.targets)
+    return compatibility_problems(members, options.base, options.targets)
 
 
 def twice_problems(members: Sequence[Adapter]) -> list[str]:
@@ -95,3 +102,20 @@ def need_problems(
     if rule.labelled and probe is not None and not probe.labels:
         problems.append(f"rule {rule.name!r} needs labelled texts")
     return problems
+
+
+def dropped_layers(name: str, member: Adapter, layers: Collection[str]) -> list[str]:
+    """Tell how much of an input is lost where it has more than the `layers` of the merge."""
+    lost = [module for module in sorted(member.shapes) if module not in layers]
+    if not lost:
+        return []
+    energies = {module: member.updates[module].energy() for module in member.shapes}
+    share = 100 * sum(energies[module] for module in lost) / (sum(energies.values()) or 1.0)
+    return [f"{name}: {len(lost)} of its {len(energies)} layers are dropped, with {share:.3g} % of its energy"]
+
+
+def unseen_layers(name: str, statistics: Statistics, layers: Collection[str]) -> list[str]:
+    """Tell in how many `layers` of the merge a rule cannot know what an input's task reads: none that it has itself."""
+    count = sum(module not in statistics.layers for module in layers)
+    told = f"its statistics lack {count} of the layers, which it does not adapt: there it has no say"
+    return [f"{name}: {told}"] if count else []
