@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, RecipeOption, command, read_recipe, typed
+from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, command, read_recipe, typed
+from loraloom.cli.harness import LmEval, LmEvalChat, LmEvalOutput, LmEvalPath, run_lm_eval
 from loraloom.cli.words import counted, listed, number
+from loraloom.errors import LoraloomError
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
@@ -79,7 +81,7 @@ def _run(recipe: Recipe, folder: Path, out: Out) -> None:
 
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, of a single task or merged.")],
-    recipe: RecipeOption,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe in YAML that names the base model and the tasks.")] = None,
     task: Annotated[
         list[str] | None,
         typer.Option("--task", help="Task to measure. Give it once for each; without it all that have a head are."),
@@ -93,11 +95,23 @@ def evaluate(
         typer.Option("--answers", help="Folder for what is written, as JSONL, where the tasks are of answers."),
     ] = None,
     base: Base = None,
+    lm_eval: LmEval = None,
+    lm_eval_path: LmEvalPath = None,
+    lm_eval_chat: LmEvalChat = False,
+    lm_eval_output: LmEvalOutput = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an adapter on tasks of a recipe, each with its own head, or by the answers that it writes."""
+    """Measure an adapter on tasks of a recipe, by its heads or its answers, or on tasks of lm-evaluation-harness."""
     with command(quiet, as_json) as out:
+        if lm_eval is not None:
+            on = read_recipe(recipe, base).base if recipe else base
+            options = {"chat": lm_eval_chat, "overwrite": overwrite}
+            run_lm_eval(out, adapter, on, lm_eval, lm_eval_path, lm_eval_output, **options)
+            return
+        if recipe is None:
+            raise LoraloomError("no tasks are named", "add --recipe RECIPE, or --lm-eval TASK,TASK")
         from loraloom.adapters.peft import read_provenance
         from loraloom.results import average
         from loraloom.study.by_hand import evaluate_folder

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loraloom.adapters.config import read_config
 from loraloom.errors import LoraloomError, first_line, reads_file
 from loraloom.files.hashing import file_sha256, sampled_sha256
 from loraloom.files.reading import read_json_object
@@ -280,6 +281,14 @@ def _without_adapter(base: str, folder: str) -> str:
             "name the base that the adapter was trained on",
         )
     return folder
+
+
+def base_of(adapter: str | Path) -> str:
+    """Return the base model that an adapter's folder names. Raises LoraloomError where it names none."""
+    base = read_config(Path(adapter)).get("base_model_name_or_path")
+    if not base:
+        raise LoraloomError(f"{adapter}: names no base model", "name it by --base BASE")
+    return str(base)
 
 
 @reads_file
