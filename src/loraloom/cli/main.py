@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import loraloom
+from loraloom.cli.chat import chat
 from loraloom.cli.common import Commands, stop_at_signals
 from loraloom.cli.inspect import inspect
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
@@ -40,6 +41,7 @@ app.command(cls=RuleCommand, context_settings=RULE_OPTIONS, rich_help_panel=MERG
 app.command(rich_help_panel=MERGE)(rules)
 app.command(rich_help_panel=MERGE)(align)
 app.command(rich_help_panel=MEASURE)(evaluate)
+app.command(rich_help_panel=MEASURE)(chat)
 app.command(rich_help_panel=MEASURE)(compare)
 app.command(rich_help_panel=MEASURE)(run)
 app.command(rich_help_panel=MEASURE)(report)
