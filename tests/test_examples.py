@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from commands import said
 from loraloom.adapters.peft import read_adapter, write_adapter
 from loraloom.adapters.update import Adapter, Update
+from loraloom.results import StudyResult
+from tiny_writers import prompt_recipe, writer_base
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -84,3 +87,19 @@ def test_table_of_rules(finished: Path, tmp_path: Path, rules: tuple[str, ...]) 
     )
     assert all(f"| {rule} " in told for rule in rules)
     assert (out / "report.html").is_file()
+
+
+def test_trl_adapters(tmp_path: Path) -> None:
+    """Adapters that TRL trains on a recipe's rows learn them, and are compared by the same recipe."""
+    pytest.importorskip("trl")
+    writer_base(tmp_path / "base", chat=True)
+    recipe = prompt_recipe(tmp_path)
+    told = run("trl_adapters.py", recipe, tmp_path / "adapters")
+    folders = [tmp_path / "adapters" / name for name in ("first", "last")]
+    assert all(f"{folder}: loss " in told for folder in folders)
+    said("compare", *folders, "--recipe", recipe, "-o", tmp_path / "out", "--rule", "task_arithmetic", "--scale", 1)
+    result = StudyResult.load(tmp_path / "out" / "results.json")
+    single = {one.task: one.score for one in result.singles}
+    alone = {one.task: one.score for one in result.bases}
+    for name in ("first", "last"):
+        assert single[name].more["loss"].value < alone[name].more["loss"].value
