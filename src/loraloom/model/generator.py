@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from loraloom.adapters.update import Update
-from loraloom.model.load import is_two_sided, load_generator, load_tokenizer
+from loraloom.errors import LoraloomError
+from loraloom.model.load import context_of, is_two_sided, load_generator, load_tokenizer
 from loraloom.model.prompts import Asked, encode_prompts, end_token
 from loraloom.model.runner import device, switched_in
 from loraloom.model.tokens import IGNORED
@@ -83,11 +84,13 @@ class Generator:
         self.tokenizer = load_tokenizer(base)
         model: Any = load_generator(base)
         self.model = model.to(device()).eval().requires_grad_(False)
+        self.context = context_of(self.model.config)
         self._options = inspect.signature(self.model.forward).parameters
 
     def encode(self, rows: Dataset, max_length: int | None = None) -> list[Asked]:
         """Return the token ids of prompts and answers; see `encode_prompts`. Without `label` they have no answers."""
-        return encode_prompts(rows, self.tokenizer, max_length or self.max_length, two_sided=self.two_sided)
+        kept = max_length or self.max_length
+        return encode_prompts(rows, self.tokenizer, kept, two_sided=self.two_sided, context=self.context)
 
     @contextmanager
     def running(self, updates: Mapping[str, Update]) -> Iterator[None]:
@@ -126,14 +129,15 @@ class Generator:
     def answers(self, updates: Mapping[str, Update], encoded: Sequence[Asked], tokens: int) -> list[str]:
         """Return every prompt's greedy answer of at most `tokens` tokens, special ones left out.
 
-        Raises LoraloomError where an update does not fit the base model.
+        A prompt that leaves no room for them in the base's context loses its beginning. Raises LoraloomError where an
+        update does not fit the base model, and where no prompt would be left.
         """
         written = self.written(updates, encoded, tokens)
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
     def written(self, updates: Mapping[str, Update], encoded: Sequence[Asked], tokens: int) -> list[list[int]]:
         """Return the token ids of `answers`, with the end token where the model wrote it."""
-        ends = self._end_tokens()
+        ends, room = self._end_tokens(), self._room(tokens)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=tokens,
             do_sample=False,
@@ -145,7 +149,7 @@ class Generator:
         )
         found: list[list[int]] = [[]] * len(encoded)
         with torch.inference_mode(), self.running(updates):
-            for rows, batch in self._batches([Asked(one.prompt, []) for one in encoded]):
+            for rows, batch in self._batches([Asked(one.prompt[-room:], []) for one in encoded]):
                 batch.pop("position_ids", None)  # it counts them itself
                 output = self.model.generate(**batch, generation_config=config)
                 new = output[:, 1:] if self.two_sided else output[:, batch["input_ids"].shape[1] :]
@@ -159,6 +163,17 @@ class Generator:
         named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         ends = {end_token(self.tokenizer), *(named if isinstance(named, list) else [named])}
         return sorted(int(end) for end in ends if end is not None)
+
+    def _room(self, tokens: int) -> int:
+        """Return how many tokens of a prompt go before an answer of at most `tokens`; 0 for all of them."""
+        if self.context is None or (self.two_sided and tokens < self.context):
+            return 0
+        if tokens >= self.context:
+            raise LoraloomError(
+                f"{self.base}: the base takes {self.context} tokens, and answers may have {tokens}",
+                "lower answer_tokens in the recipe",
+            )
+        return self.context - tokens
 
     def _starts(self) -> dict[str, Any]:
         start = getattr(self.model.config, "decoder_start_token_id", None)

@@ -107,6 +107,12 @@ def is_two_sided(base: str) -> bool:
     return bool(two_sided)
 
 
+def context_of(config: Any) -> int | None:
+    """Return the most tokens that a model with this config takes; None where it says of no bound."""
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 @reads_file
 def load_backbone(base: str) -> nn.Module:
     """Return `base` to run texts through, float32: its layers have the paths that adapters of a model with a head use.

@@ -12,7 +12,7 @@ from peft import TaskType
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
 
 from loraloom.adapters.heads import Head
-from loraloom.model.load import head_modules, is_two_sided, load_classifier, load_generator, load_tokenizer
+from loraloom.model.load import context_of, head_modules, is_two_sided, load_classifier, load_generator, load_tokenizer
 from loraloom.model.prompts import encode_prompts
 from loraloom.model.tokens import encode
 from loraloom.tasks.metrics import metric_value
@@ -54,13 +54,12 @@ def task_type(base: str, *, generates: bool) -> TaskType:
 
 
 def _writing(base: str, max_length: int) -> Objective:
-    tokenizer, two_sided = load_tokenizer(base), is_two_sided(base)
+    model, tokenizer, two_sided = load_generator(base), load_tokenizer(base), is_two_sided(base)
 
     def rows(split: Dataset) -> Dataset:
-        asked = encode_prompts(split, tokenizer, max_length, two_sided=two_sided)
+        asked = encode_prompts(split, tokenizer, max_length, two_sided=two_sided, context=context_of(model.config))
         return Dataset.from_list([one.row(two_sided=two_sided) for one in asked])
 
-    model = load_generator(base)
     return Objective(
         model=model,
         head=[],

@@ -29,7 +29,9 @@ class Asked(NamedTuple):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-def encode_prompts(rows: datasets.Dataset, tokenizer: Any, max_length: int, *, two_sided: bool) -> list[Asked]:
+def encode_prompts(
+    rows: datasets.Dataset, tokenizer: Any, max_length: int, *, two_sided: bool, context: int | None = None
+) -> list[Asked]:
     """Return every row's prompt and answer as token ids.
 
     rows: with a column `text_a`; `history`, turns before it, where the base's chat template is to be used; and
@@ -38,18 +40,22 @@ def encode_prompts(rows: datasets.Dataset, tokenizer: Any, max_length: int, *, t
     max_length: tokens kept of both together, or of each where the base is `two_sided`. What is too long loses the
       beginning of its prompt.
     two_sided: whether the base has an encoder for the prompt.
+    context: the most tokens that the base takes, whatever `max_length` is; None where it has no bound.
 
     Raises LoraloomError for answers that leave no room for a prompt, and for turns before a prompt where the base has
     no chat template, or one that refuses them.
     """
     asked = _whole(rows, tokenizer, two_sided)
-    long = [len(one.answer) for one in asked if len(one.answer) >= max_length]
+    kept = min(max_length, context or max_length)
+    long = [len(one.answer) for one in asked if len(one.answer) >= kept]
     if long:
+        why = "the base takes no more" if kept == context else "all that is kept of a row"
+        possible = context is None or max(long) < context
         raise LoraloomError(
-            f"{len(long)} of {len(asked)} answers have {max_length} tokens or more, all that is kept of a row",
-            f"raise max_length above {max(long)}, or leave these rows out",
+            f"{len(long)} of {len(asked)} answers have {kept} tokens or more, {why}",
+            f"{f'raise max_length above {max(long)}, or ' if possible else ''}leave these rows out",
         )
-    room = [max_length - (0 if two_sided else len(one.answer)) for one in asked]
+    room = [kept - (0 if two_sided else len(one.answer)) for one in asked]
     return [Asked(one.prompt[-left:], one.answer) for one, left in zip(asked, room, strict=True)]
 
 

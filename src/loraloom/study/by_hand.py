@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from loraloom.adapters.heads import heads_by_task
-from loraloom.adapters.peft import task_of
+from loraloom.adapters.peft import read_adapter, task_of
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates, agreement
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
@@ -18,8 +18,9 @@ from loraloom.merging import MergeOptions, Rule
 from loraloom.merging.folders import Planned, Supplied
 from loraloom.merging.needs import supply
 from loraloom.model.generator import Generator, answer_task
-from loraloom.model.load import base_folder
+from loraloom.model.load import base_folder, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate
+from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
 from loraloom.results import Score
 from loraloom.statistics.file import Statistics
@@ -162,7 +163,8 @@ def _written(
     wanted = list(names) or list(recipe.tasks)
     settings = {name: recipe.task(name) for name in wanted}
     read = merged_adapters(folder, 1.0, wanted)
-    raise_problems(str(folder), _has_head(read), "name an adapter of a language model")
+    problems = writing_problems([read_adapter(folder)], load_tokenizer(recipe.base))
+    raise_problems("it cannot answer the recipe's prompts", problems, "name an adapter of the recipe's base model")
     tasks = {name: build_task(name, one) for name, one in settings.items()}
     generator = generator_of(recipe)
     found = {
@@ -174,11 +176,6 @@ def _written(
             for name, one in found.items():
                 write_answers(staged / f"{name}.jsonl", getattr(tasks[name], split), one.answers)
     return {name: (tasks[name].metric, one.score) for name, one in found.items()}
-
-
-def _has_head(adapters: Mapping[str, Adapter]) -> list[str]:
-    heads = any(adapter.head for adapter in adapters.values())
-    return ["has a head, so it gives classes or numbers; the recipe's answers are written"] if heads else []
 
 
 def tasks_of(recipe: Recipe, folders: Sequence[Path]) -> list[Task]:

@@ -11,6 +11,8 @@ from loraloom.adapters.together import compatibility_problems
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.merging import get_rule, rule_names
+from loraloom.model.load import load_tokenizer
+from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
 from loraloom.results import StudyResult
 from loraloom.study.export import run_study
@@ -84,7 +86,8 @@ def _check(adapters: Mapping[str, Path], tasks: Recipe, rules: Sequence[str], sc
     if len(adapters) < 2:
         problems.append(f"{len(adapters)} adapters: there is nothing to merge")
     problems += compatibility_problems(members)
-    problems += _head_problems(members, tasks)
+    with collecting(errors):
+        problems += _head_problems(members, tasks)
     with collecting(errors):
         raise_problems("these adapters cannot be compared", problems, "see `loraloom rules`, and the recipe's tasks")
     raise_together(errors)
@@ -93,11 +96,7 @@ def _check(adapters: Mapping[str, Path], tasks: Recipe, rules: Sequence[str], sc
 def _head_problems(members: Sequence[Adapter], tasks: Recipe) -> list[str]:
     """Return which adapters are none of the recipe's kind of tasks."""
     if tasks.generates:
-        return [
-            f"{member.name}: has a head, so it gives classes or numbers; the recipe's answers are written"
-            for member in members
-            if member.head
-        ]
+        return writing_problems(members, load_tokenizer(tasks.base))
     return [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
 
 

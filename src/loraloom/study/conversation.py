@@ -15,7 +15,9 @@ from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_probl
 from loraloom.merging.names import input_names
 from loraloom.merging.readout import READOUTS, read_readout
 from loraloom.model.generator import Generator
-from loraloom.model.load import base_folder
+from loraloom.model.load import base_folder, load_tokenizer
+from loraloom.model.prompts import encode_prompts
+from loraloom.model.vocabulary import writing_problems
 
 BASE = "base"  # the name of the base model alone
 _UNCUT = 1 << 30  # tokens of a prompt: what is too long is refused here, not cut
@@ -39,6 +41,8 @@ class Conversation:
         system: str | None = None,
         tokens: int = 128,
     ) -> None:
+        problems = writing_problems(adapters.values(), load_tokenizer(base))
+        raise_problems("no prompt can be answered", problems, f"name adapters of {base}")
         self.generator = Generator(base_folder(base), batch_size=1)
         self.adapters: dict[str, Mapping[str, Update]] = {BASE: {}}
         errors: list[LoraloomError] = []
@@ -74,21 +78,18 @@ class Conversation:
         row: dict[str, Any] = {"text_a": prompt}
         if self.chat:
             row["history"] = [{"role": "system", "content": self.system}] if self.system else []
-        encoded = self.generator.encode(datasets.Dataset.from_list([row]), _UNCUT)
-        taken, room = len(encoded[0].prompt), self._context
-        if room is not None and taken + self.tokens > room:
+        generator = self.generator
+        encoded = encode_prompts(
+            datasets.Dataset.from_list([row]), generator.tokenizer, _UNCUT, two_sided=generator.two_sided
+        )
+        taken = len(encoded[0].prompt) + (0 if generator.two_sided else self.tokens)
+        if generator.context is not None and taken > generator.context:
             raise LoraloomError(
-                f"the prompt has {taken} tokens; the base takes {room}, with {self.tokens} kept for the answer",
+                f"prompt and answer have {taken} tokens together; the base takes {generator.context}",
                 "shorten the prompt, or ask for fewer --tokens",
             )
-        (answer,) = self.generator.answers(self.adapters[self.speaker], encoded, self.tokens)
+        (answer,) = generator.answers(self.adapters[self.speaker], encoded, self.tokens)
         return answer
-
-    @property
-    def _context(self) -> int | None:
-        """The tokens that a decoder takes, prompt and answer together; None where its config sets no bound."""
-        found = getattr(self.generator.model.config, "max_position_embeddings", None)
-        return None if self.generator.two_sided or not isinstance(found, int) else found
 
 
 def read_speakers(folders: Sequence[Path]) -> dict[str, Adapter]:
@@ -101,8 +102,6 @@ def read_speakers(folders: Sequence[Path]) -> dict[str, Adapter]:
     for name, folder in zip(input_names(folders), folders, strict=True):
         with collecting(errors):
             adapter = read_adapter(folder)
-            heads = adapter.head or files_by_task(folder, "heads")
-            raise_problems(str(folder), ["has a head, so it writes nothing"] if heads else [], "name another adapter")
             found[name] = adapter
             tasks = files_by_task(folder, f"{READOUTS}/tasks")
             found |= {f"{name}/{task}": read_readout(folder, task) for task in tasks}

@@ -21,7 +21,8 @@ from loraloom.errors import LoraloomError, did_you_mean, first_line, raise_probl
 from loraloom.files.atomic import write_text
 from loraloom.merging.names import public_command
 from loraloom.model.generator import Generator
-from loraloom.model.load import base_folder, base_sha256
+from loraloom.model.load import base_folder, base_sha256, load_tokenizer
+from loraloom.model.vocabulary import writing_problems
 
 FORMAT = "loraloom-lm-eval-1"
 MARK = f'"{FORMAT}"'.encode()  # by which such a file is known
@@ -93,7 +94,8 @@ def run_harness(
     """
     check_harness()
     read = read_adapter(adapter)
-    raise_problems(str(adapter), ["has a head, so it writes nothing"] if read.head else [], "name another adapter")
+    problems = writing_problems([read], load_tokenizer(base))
+    raise_problems("it cannot answer the tasks' prompts", problems, "name an adapter of this base model")
     with _said_by(tasks, quiet):
         manager = _manager(tasks, folder)
     generator = Generator(base_folder(base), batch_size=batch_size)
