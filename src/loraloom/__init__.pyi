@@ -68,7 +68,6 @@ from .merging.rules.regression import reading_groups as reading_groups, rows_rea
 from .model.generator import Answered as Answered, Generator as Generator, answer_task as answer_task
 
 # the base model
-from .model.generator import Generator as Generator
 from .model.layers import LayerReader as LayerReader, base_running as base_running, target_layers as target_layers
 from .model.load import (
     base_folder as base_folder,

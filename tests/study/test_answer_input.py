@@ -156,4 +156,4 @@ def test_a_decoder_without_a_generation_config_works(place: Path) -> None:
     found = measured(place / "recipe.yaml", place / "first")
     config.unlink()
     assert measured(place / "recipe.yaml", place / "first") == found
-    assert call("chat", place / "first", "--base", place / "base", "--prompt", "tea").exit_code == 0
+    assert call("chat", place / "first", "--base", place / "base", "--prompt", "tea", "--tokens", 6).exit_code == 0
