@@ -190,7 +190,7 @@ def _arguments(
         lr_scheduler_type="linear",
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
-        use_cpu=on_cpu(),
+        use_cpu=on_cpu() or not torch.accelerator.is_available(),  # told, or it refuses bfloat16 there
         bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and bf16),
         eval_strategy="epoch",
         save_strategy="epoch",

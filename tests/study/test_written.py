@@ -74,6 +74,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_training_in_bfloat16_where_there_is_no_gpu(tmp_path: Path) -> None:
+    base, task = str(tiny.base_folder("llama", tmp_path / "base")), tiny.asked(rows=16, chat=False)
+    lora, settings = LoraSettings(targets=TARGETS["llama"]), TrainingSettings(batch_size=4, precision="bfloat16")
+    train_adapter(base, task, tmp_path / "adapter", lora=lora, settings=settings)
+    updates = read_adapter(tmp_path / "adapter").updates
+    assert all(torch.isfinite(update.dense()).all() for update in updates.values())
+    assert any(update.energy() > 0 for update in updates.values())
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_training_learns_to_answer_and_leaves_an_ordinary_adapter(kind: str, tmp_path: Path) -> None:
     base, task = str(tiny.base_folder(kind, tmp_path / "base")), tiny.asked(rows=48, chat=False)
