@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 import tiny
-from commands import measured, refused
+from commands import measured, refused, said
 from loraloom.adapters.peft import read_adapter
 from loraloom.files.hashing import task_seed
 from loraloom.model.generator import Generator
@@ -23,7 +23,7 @@ from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.study.answers import recovered
 from loraloom.study.compare import compare
 from loraloom.study.export import run_study
-from loraloom.study.recipe import Recipe
+from loraloom.study.recipe import MergeSettings, Recipe
 from loraloom.study.tasks import build_task
 from loraloom.tasks.metrics import resampled_rows
 from loraloom.training import train_adapter
@@ -151,6 +151,30 @@ def test_given_adapters_are_compared_and_measured_by_hand_as_in_the_study(writte
     assert {one.task: one.score for one in found.singles} == singles
     by_hand = measured(written / "recipe.yaml", adapters["mood"], "--task", "mood")
     assert by_hand["mood"]["value"] == pytest.approx(singles["mood"].value)
+
+
+def test_rules_that_look_at_prompts_merge_for_every_caller_alike(written: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(written / "recipe.yaml")
+    adapters = [written / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
+    asked = ["--rule", "soups", "--steps", 2, "--recipe", written / "recipe.yaml", "--probe-texts", 8]
+    said("merge", *adapters, *asked, "-o", tmp_path / "by-hand")
+    merging = [MergeSettings(rule="soups", scales=[1.0], options={"steps": 2}, texts=8)]
+    given = dict(zip(("mood", "tone"), adapters, strict=True))
+    changes = {"inits": {}, "adapters": given, "merging": merging}
+    run_study(recipe.model_copy(update=changes), tmp_path / "study")
+    by_hand = read_adapter(tmp_path / "by-hand").updates
+    (folder,) = (tmp_path / "study" / "merged").glob("*/soups")
+    for path, update in read_adapter(folder).updates.items():
+        torch.testing.assert_close(update.dense(), by_hand[path].dense())
+
+
+def test_a_rule_that_needs_heads_is_refused(written: Path, tmp_path: Path) -> None:
+    adapters = [written / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
+    asked = ["--recipe", written / "recipe.yaml", "-o", tmp_path / "out"]
+    told = refused("merge", *adapters, "--rule", "fisher", *asked)
+    assert "rule 'fisher' needs heads, and the answers of mood, tone are written" in told
+    told = refused("compare", *adapters, "--rule", "fisher", *asked)
+    assert "rule 'fisher' needs heads" in told
 
 
 def test_recovered_loss_is_the_share_of_the_gain_and_its_error_is_over_rows() -> None:

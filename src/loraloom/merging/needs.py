@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter
-from loraloom.merging.registry import Rule
-from loraloom.model.probe import TaskProbe
+from loraloom.errors import LoraloomError, first_few
+from loraloom.merging.registry import Probe, Rule
+from loraloom.model.generator import Generator
+from loraloom.model.probe import AnswerProbe, TaskProbe
 from loraloom.model.runner import Evaluator
 from loraloom.settings import StatisticsSettings
 from loraloom.statistics.file import Statistics
@@ -23,25 +25,32 @@ def supply(
     rule: Rule,
     adapters: Mapping[str, Adapter],
     tasks: Mapping[str, Task],
-    evaluator: Callable[[], Evaluator],
+    model: Callable[[], Evaluator | Generator],
     reading: StatisticsSettings,
     texts: int,
     *,
     known: Mapping[str, Statistics] | Sequence[Statistics] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Mapping[str, Statistics] | Sequence[Statistics], TaskProbe | None]:
+) -> tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]:
     """Return the statistics and the probe that `rule` needs to merge `adapters`; none, and None, where it needs none.
 
     adapters, tasks: by adapter's name.
-    evaluator: loads the base model; it is called once, or never where nothing is to be read.
+    model: loads the base model; it is called once, or never where nothing is to be read.
     reading: of which texts, and how, statistics are collected: of `reading.texts` training texts a task.
     texts: training texts a task, with their labels, that the probe has.
     known: statistics that are there already; they are returned as they are.
     progress: is told of the rule's steps, those done and all.
 
-    Raises LoraloomError for an adapter without a head where the rule needs a probe.
+    Raises LoraloomError for an adapter without a head where the rule needs a probe, and for tasks whose answers are
+    written where it needs heads.
     """
-    load = functools.cache(evaluator)
+    written = [name for name, task in tasks.items() if task.kind.generates]
+    if rule.heads and written:
+        raise LoraloomError(
+            f"rule {rule.name!r} needs heads, and the answers of {first_few(written)} are written",
+            "choose another rule: `loraloom rules` tells what each needs",
+        )
+    load = functools.cache(model)
     if "moments" in rule.supplied and not known:
         # a task may read what only another's adapter changes
         targets = sorted({module for adapter in adapters.values() for module in adapter.shapes})
@@ -52,13 +61,15 @@ def supply(
 
 
 def probe_of(
-    evaluator: Evaluator,
+    model: Evaluator | Generator,
     adapters: Mapping[str, Adapter],
     tasks: Mapping[str, Task],
     texts: int,
     progress: Callable[[int, int], None] | None = None,
-) -> TaskProbe:
+) -> Probe:
     """Return the probe of `texts` training texts a task, with their labels, each under the head of its adapter.
+
+    model: the base model; of tasks whose answers are written one that writes.
 
     adapters, tasks: by adapter's name.
 
@@ -66,10 +77,12 @@ def probe_of(
     """
     own = [tasks[name] for name in adapters]
     rows = [task.sample("train", texts) for task in own]
+    if isinstance(model, Generator):
+        return AnswerProbe(model, [model.encode(found) for found in rows], progress=progress)
     return TaskProbe(
-        evaluator,
+        model,
         [Head.of(adapter.head, adapter.name) for adapter in adapters.values()],
-        [evaluator.encode(found) for found in rows],
+        [model.encode(found) for found in rows],
         [task.label_tensor(found) for task, found in zip(own, rows, strict=True)],
         [task.headed.regression for task in own],
         progress=progress,

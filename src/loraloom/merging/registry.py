@@ -25,7 +25,7 @@ from loraloom.statistics.moments import Moment
 
 GROUP = "loraloom.rules"
 Space = Literal["full", "core", "knots"]
-Need = Literal["statistics", "base and texts", "labels", "seed"]
+Need = Literal["statistics", "base and texts", "labels", "heads", "seed"]
 Result = Update | Tensor | Shared  # of one layer
 Function = TypeVar("Function", bound=Callable[..., "Result | dict[str, Result]"])
 
@@ -115,6 +115,7 @@ class Rule:
     default_scale, default_weights: in force where the caller names none; weights of one, or of 1/T.
     output_rank: the rank that `merge` truncates to where the caller names none: sum r_i or max r_i.
     labelled: whether the probe must hold labels.
+    heads: whether it looks at every class of an output, so that there must be few: not the words of a language model.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Rule:
     default_weights: Literal["one", "mean"]
     output_rank: Literal["sum", "max"]
     labelled: bool
+    heads: bool
     supplied: frozenset[str]
     options: type[BaseModel]
 
@@ -142,6 +144,8 @@ class Rule:
             found.append("base and texts")
         if self.labelled:
             found.append("labels")
+        if self.heads:
+            found.append("heads")
         if "generator" in self.supplied:
             found.append("seed")
         return tuple(found)
@@ -237,6 +241,7 @@ def rule(
     default_weights: Literal["one", "mean"] = "one",
     output_rank: Literal["sum", "max"] = "sum",
     labelled: bool = False,
+    heads: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function as a merging rule and return it untouched; see `Rule` for the arguments.
 
@@ -263,6 +268,7 @@ def rule(
             default_weights=default_weights,
             output_rank=output_rank,
             labelled=labelled,
+            heads=heads,
             supplied=supplied,
             options=options,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from loraloom.errors import LoraloomError
 from loraloom.model.load import context_of, is_two_sided, load_generator, load_tokenizer
 from loraloom.model.prompts import Asked, encode_prompts, end_token
 from loraloom.model.runner import device, switched_in
-from loraloom.model.tokens import IGNORED
+from loraloom.model.tokens import IGNORED, Batch
 from loraloom.results import Score
 from loraloom.tasks.answers import answer_score, loss_score
 from loraloom.tasks.task import Task
@@ -73,6 +73,9 @@ class AnswerLogits(NamedTuple):
     tokens: Tensor
 
 
+ANSWERS = "answers"  # of a batch: (b, L) int64, the answers' tokens, -100 where there is none
+
+
 class Generator:
     """One base model that writes answers for any adapter. The model itself stays as it was loaded."""
 
@@ -98,18 +101,33 @@ class Generator:
         with switched_in(self.model, updates):
             yield
 
+    def batches(self, encoded: Sequence[Asked]) -> Iterator[tuple[Sequence[int], Batch]]:
+        """Yield (row indices, model inputs with the answers as `answers`), longest first."""
+        for rows, batch in self._batches(encoded):
+            answers = self._padded([encoded[row].answer for row in rows], IGNORED, left=not self.two_sided)
+            yield rows, {**batch, ANSWERS: answers}
+
+    def said(self, batch: Batch, run: Callable[..., Any] | None = None) -> Tensor:
+        """Return (b, L, V) float32: the logits of the answers of one of `batches`, differentiable.
+
+        `run` stands in for a call of the model.
+        """
+        inputs: dict[str, Any] = {name: tensor.to(device()) for name, tensor in batch.items()}
+        answers = inputs.pop(ANSWERS)
+        if self.two_sided:
+            whole: Tensor = (run or self.model)(**inputs, labels=answers).logits
+            return whole.float()
+        # the answers stand at the right end, so that the logits of no other token are computed
+        longest = answers.shape[1]
+        if "logits_to_keep" in self._options:
+            inputs["logits_to_keep"] = longest + 1
+        logits: Tensor = (run or self.model)(**inputs).logits
+        return logits[:, -longest - 1 : -1].float()
+
     def logits(self, encoded: Sequence[Asked]) -> Iterator[AnswerLogits]:
         """Yield what the model, as it is, says of the answers, batch by batch; differentiable."""
-        for rows, batch in self._batches(encoded):
-            longest = max(len(encoded[row].answer) for row in rows)
-            tokens = self._padded([encoded[row].answer for row in rows], IGNORED, left=not self.two_sided)
-            if self.two_sided:
-                yield AnswerLogits(rows, self.model(**batch, labels=tokens).logits.float(), tokens)
-                continue
-            # the answers stand at the right end, so that the logits of no other token are computed
-            kept = {"logits_to_keep": longest + 1} if "logits_to_keep" in self._options else {}
-            found = self.model(**batch, **kept).logits
-            yield AnswerLogits(rows, found[:, -longest - 1 : -1].float(), tokens)
+        for rows, batch in self.batches(encoded):
+            yield AnswerLogits(rows, self.said(batch), batch[ANSWERS])
 
     def losses(self, updates: Mapping[str, Update], encoded: Sequence[Asked]) -> Tensor:
         """Return (k, 2) float64: of every row the nats of its answer, end token included, and their number of tokens.

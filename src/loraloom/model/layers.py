@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,22 +131,27 @@ class LayerReader:
     """Runs a base model and hands over what its layers read, with the side of the batch that each input belongs to.
 
     `model` may be wrapped; where it is sharded the wrapper is run, for weights are whole inside its own calls alone.
+    Without `headed` the model's head is run only where it is one of the layers.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], *, headed: bool = False) -> None:
         base, sharded = unwrapped(model), is_sharded(model)
         self.layers = dict(layers)
         self.encoder = _encoder(base)
         self._in_encoder = set(self.encoder.modules()) if self.encoder else set()
         # a head costs time (and much memory over a large vocabulary) and shows nothing
-        headless = not sharded and self.encoder is None and set(layers.values()) <= set(backbone(base).modules())
+        inside = set(layers.values()) <= set(backbone(base).modules())
+        headless = not headed and not sharded and self.encoder is None and inside
         inner = backbone(base) if headless else base
         self._entry = model if sharded else inner
         self._options = inspect.signature(inner.forward).parameters
         self._encoded: Callable[[], Tensor | None] = lambda: None
 
-    def run(self, batch: Mapping[str, Tensor], see: Callable[[str, Tensor], None], names: Sequence[str]) -> None:
-        """Run `batch`; `see` is given the path and the input of the layers `names` at each of their calls."""
+    def run(self, batch: Mapping[str, Any], see: Callable[[str, Tensor], None], names: Sequence[str]) -> Any:
+        """Run `batch`; `see` is given the path and the input of the layers `names` at each of their calls.
+
+        Return what the model returns.
+        """
         given: dict[str, object] = {key: value for key, value in batch.items() if key in self._options}
         if self.encoder is None or token_labels(batch) is None or "decoder_input_ids" in batch:
             given.pop("labels", None)  # only a decoder's inputs are made of labels; a loss is of no use
@@ -158,7 +164,7 @@ class LayerReader:
         if self.encoder is not None:
             handles.append(self.encoder.register_forward_hook(self._keep_output))
         try:
-            self._entry(**given)
+            return self._entry(**given)
         finally:
             for handle in handles:
                 handle.remove()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Update
 from loraloom.errors import raise_problems
+from loraloom.model.generator import ANSWERS, Generator
+from loraloom.model.layers import LayerReader, linear_layers
+from loraloom.model.prompts import Asked
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import Batch, Encoded, batches
+from loraloom.model.tokens import IGNORED, Batch, Encoded, batch_sides, batches
 
 
 class TaskProbe:
@@ -63,6 +68,69 @@ class TaskProbe:
         head = self._heads[task]
         with self._evaluator.running(updates, head, see) as run:
             return head.logits(run(batch))
+
+    def step(self, done: int, total: int) -> None:
+        """Tell the user that `done` of `total` steps are behind."""
+        if self._progress is not None:
+            self._progress(done, total)
+
+
+class AnswerProbe:
+    """A language model that answers each task's prompts, with any updates inside; every token of an answer is a row.
+
+    encoded has one entry a task, in the order of the adapters: prompts with their answers, whose tokens are the labels.
+    What a task's "classes" are to a rule are here the words of the vocabulary, and there is no head of the task's own.
+    Rows are batched in the order given. `progress(done, total)` is called after every step of a rule.
+
+    Raises LoraloomError where a task has no rows.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        encoded: Sequence[Sequence[Asked]],
+        batch_size: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        empty = [f"task {task} has no texts" for task, rows in enumerate(encoded) if not rows]
+        raise_problems("cannot probe the base model", empty, "give all tasks")
+        self.regression = (False,) * len(encoded)
+        self._generator, self._progress = generator, progress
+        cut = [[rows[start : start + batch_size] for start in range(0, len(rows), batch_size)] for rows in encoded]
+        self.batches: list[list[Batch]] = [
+            [batch for part in parts for _, batch in generator.batches(part)] for parts in cut
+        ]
+        self.labels = [[batch[ANSWERS][batch[ANSWERS] != IGNORED].cpu() for batch in found] for found in self.batches]
+
+    def run(
+        self,
+        task: int,
+        batch: Batch,
+        updates: Mapping[str, Update],
+        see: Callable[[str, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return the logits (tokens of the answers, words) float32 on the CPU, differentiable in `updates`.
+
+        `see` as for `TaskProbe.run`. Raises LoraloomError where an update does not fit the base model.
+        """
+        generator = self._generator
+        with generator.running(updates):
+            run = None if see is None else partial(self._watched, updates, see)
+            logits = generator.said(batch, run)
+        return logits[batch[ANSWERS].to(logits.device) != IGNORED].cpu()
+
+    def _watched(self, updates: Mapping[str, Update], see: Callable[[str, Tensor], None], **inputs: Any) -> Any:
+        """Run the model and show what its updated layers read."""
+        generator = self._generator
+        layers = linear_layers(generator.model)
+        reader = LayerReader(generator.model, {path: layers[path] for path in updates}, headed=True)
+        encoder, decoder = batch_sides(inputs, two_sided=generator.two_sided, pad=generator.tokenizer.pad_token_id)
+
+        def hand_over(path: str, x: Tensor) -> None:
+            side = encoder if reader.in_encoder(path, x) else decoder
+            see(path, side.rows(x, "token").cpu())
+
+        return reader.run(inputs, hand_over, list(updates))
 
     def step(self, done: int, total: int) -> None:
         """Tell the user that `done` of `total` steps are behind."""

@@ -71,8 +71,13 @@ class ByRecipe:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """The base model."""
+        """The base model, for heads."""
         return evaluator_of(self.recipe)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The base model, to write."""
+        return generator_of(self.recipe)
 
     def tasks(self, members: Mapping[str, Adapter]) -> dict[str, Task]:
         """Return the tasks of adapters, by their names. Raises LoraloomError as `tasks_of` does."""
@@ -92,7 +97,7 @@ class ByRecipe:
             rule,
             members,
             self.tasks(members),
-            lambda: self.evaluator,
+            lambda: self.generator if self.recipe.generates else self.evaluator,
             self.recipe.statistics,
             texts,
             known=known,

@@ -52,7 +52,7 @@ def compare(
             "tasks": {name: tasks.task(name) for name in adapters},
             "inits": {},
             "adapters": dict(adapters),
-            "merging": [_settings(rule, scales, tasks) for rule in rules or rule_names()],
+            "merging": [_settings(rule, scales, tasks) for rule in rules or _fitting(tasks)],
         }
     )
     return run_study(recipe, folder, command=command, reporter=reporter)
@@ -81,6 +81,11 @@ def _check(adapters: Mapping[str, Path], tasks: Recipe, rules: Sequence[str], sc
     problems = [
         f"no merging rule is called {r!r}; {did_you_mean(r, rule_names())}" for r in rules if r not in rule_names()
     ]
+    problems += [
+        f"rule {rule!r} needs heads, and the recipe's answers are written"
+        for rule in rules
+        if tasks.generates and rule not in _fitting(tasks) and rule in rule_names()
+    ]
     problems += [f"rule {rule!r} is given twice" for rule in sorted({rule for rule in rules if rules.count(rule) > 1})]
     problems += [f"scale {scale} is not finite" for scale in scales or () if not math.isfinite(scale)]
     if len(adapters) < 2:
@@ -98,6 +103,11 @@ def _head_problems(members: Sequence[Adapter], tasks: Recipe) -> list[str]:
     if tasks.generates:
         return writing_problems(members, load_tokenizer(tasks.base))
     return [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
+
+
+def _fitting(tasks: Recipe) -> list[str]:
+    """Return the rules that can merge for these tasks: where answers are written there are no heads."""
+    return [name for name in rule_names() if not (tasks.generates and get_rule(name).heads)]
 
 
 def _settings(rule: str, scales: Sequence[float] | None, tasks: Recipe) -> MergeSettings:

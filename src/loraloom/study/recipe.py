@@ -169,6 +169,8 @@ class Recipe(Settings):
                 f"tasks: the answers of {', '.join(written)} are written, those of {rest} given by heads: one model "
                 "cannot do both, so write a recipe for each kind"
             )
+        headed = [entry.rule for entry in self.merging if self.generates and get_rule(entry.rule).heads]
+        problems += [f"merging: {rule} needs heads, and these tasks' answers are written" for rule in headed]
         rules = [(entry.rule, entry.filled()) for entry in self.merging]
         if any(one in rules[:index] for index, one in enumerate(rules)):
             problems.append("merging: the same rule with the same options twice: give one entry all scales")

@@ -187,7 +187,8 @@ def merge_by_texts(
     """Merge at scale 1 by a rule that runs the base model on `texts` training texts a task."""
     members = read_adapters(adapters)
     tasks = {name: one.task for name, one in rows.items()}
-    probe = probe_of(context.evaluator(base, reading), members, tasks, texts, context.progress)
+    model = context.generator(base, reading) if base.generates else context.evaluator(base, reading)
+    probe = probe_of(model, members, tasks, texts, context.progress)
     _write_merge(folder, members, statistics, MergeOptions(rule, options, scale=1.0, seed=seed), probe)
 
 

@@ -23,6 +23,7 @@ _FLOOR = 1e-6
     summary="average of the updates, entry by entry, weighted by how much each task's predictions depend on the entry",
     cost="a backward pass a text; four dense copies a layer",
     exact=False,
+    heads=True,
 )
 def fisher(
     layers: Mapping[str, Sequence[Update]],
