@@ -80,7 +80,8 @@ def test_adapters_of_other_layers(three: Path) -> None:
     write_adapter(adapter(5, {"encoder.0.query": (6, 8)}), three / "half", provenance={})
     statistics(1).save(three / "half.safetensors")
     found = inspect_paths([three / "mood", three / "half", files(three)[2], three / "half.safetensors"])
-    assert found.prediction is None
+    assert found.prediction is not None
+    assert found.prediction.layers == ["encoder.0.query", "encoder.1.query"]
     assert found.without_own() == []
     assert found.responses is not None
     assert found.responses.BA.isnan().sum() == 2

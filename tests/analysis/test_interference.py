@@ -79,8 +79,8 @@ def test_all_that_is_missing_is_told_at_once() -> None:
         interference(adapters, seen)
     for part in (
         "no statistics for task 'three'",
-        "'two' covers other layers",
         "'one': the statistics lack 1 of its layers",
+        "'three on the inputs of two': the statistics lack 1 of its layers",
     ):
         assert part in str(told.value)
 
@@ -108,3 +108,15 @@ def test_adapters_of_other_layers_have_no_response_there() -> None:
     against = found.against("whole", "x")
     assert against[:, 0].isnan().all()
     assert torch.equal(against[:, 1], found.BA[:, 1, 1] / found.BA[:, 1, 0])
+
+
+def test_a_layer_that_an_adapter_lacks_is_a_zero_update() -> None:
+    rows = {name: normal(i, 20, N) for i, name in enumerate(("one", "two"))}
+    seen = {name: statistics(h) for name, h in rows.items()}
+    members = {"one": adapter(0), "two": adapter(1, ["a.query"])}
+    found = interference(members, seen)
+    assert found.layers == LAYERS
+    assert not found.BA[1, 1].any()
+    zero = Update(torch.zeros(M, 1), torch.zeros(1, N))
+    padded = Adapter({**members["two"].updates, "a.value": zero}, {})
+    assert torch.equal(found.BA, interference({"one": members["one"], "two": padded}, seen).BA)

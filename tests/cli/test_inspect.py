@@ -108,12 +108,31 @@ def test_an_adapter_without_statistics_of_its_own_is_told(three: Path) -> None:
     assert list(sentences(found)) == []
 
 
-def test_adapters_of_other_layers_are_told(three: Path) -> None:
+def test_adapters_of_other_layers_are_foretold_and_told(three: Path) -> None:
     write_adapter(adapter(5, {"encoder.0.query": (6, 8)}), three / "half", provenance={})
     statistics(1).save(three / "half.safetensors")
     found = inspect_paths([three / "mood", three / "half", files(three)[2], three / "half.safetensors"])
-    assert any("cover different layers" in one for one in warnings(found))
+    assert found.prediction is not None
     assert json.dumps(plain(facts(found)), allow_nan=False)
+    assert len(list(tables(found))[-1][2]) == 12
+
+
+def test_a_task_that_the_others_drown_is_named(three: Path) -> None:
+    """At scale 1 and, where they are loud enough, at every scale."""
+    write_adapter(adapter(10).scaled(100.0), three / "tone", provenance={}, overwrite=True)
+    found = inspect_paths([*files(three), *(three / task for task in TASKS)])
+    assert found.prediction is not None
+    (_, columns, rows) = list(tables(found))[-1]
+    assert columns[-2:] == ("mean", "worst")
+    whole, best = (found.prediction.by_task(scale) for scale in (1.0, found.prediction.uniform()))
+    assert rows[7][-1] == f"{whole.max():.2f}"
+    told = list(warnings(found))
+    more = f"more to mood and news than their adapters do: predicted error up to {whole.max():.2f}"
+    assert f"at scale 1 a sum does {more}" in told
+    assert any(
+        one.startswith("no one scale keeps") and one.endswith(f"{best.max():.2f} at the scale suggested")
+        for one in told
+    )
 
 
 @pytest.mark.parametrize("names", [["a", "b"], [f"a task of quite some length {i}" for i in range(9)]])

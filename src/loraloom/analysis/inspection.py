@@ -48,7 +48,7 @@ class Inspection:
     own: the path of the statistics of an adapter's own task, by the adapter's, where a file is.
     shared: overlaps of two or more adapters. outlook: of two or more statistics, where there is no adapter.
     responses: of adapters to statistics. prediction: of the sum of two or more adapters; None too where an adapter has
-    no statistics of its own, or where they cover different layers.
+    no statistics of its own.
     """
 
     adapters: dict[str, AdapterFacts]
@@ -146,7 +146,6 @@ def _responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statist
 def _predicted(
     adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics], own: Mapping[str, str], reporter: Reporter
 ) -> Prediction | None:
-    alike = len({frozenset(adapter.shapes) for adapter in adapters.values()}) == 1
-    if len(adapters) < 2 or len(own) < len(adapters) or not alike:
+    if len(adapters) < 2 or len(own) < len(adapters):
         return None
     return predict(adapters, {name: statistics[own[name]] for name in adapters}, reporter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,13 +67,14 @@ def responses(
 def interference(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> Responses:
     """Return the responses of adapters to the inputs of all tasks, in one order, so that the diagonal is the own.
 
-    adapters: by task, all of the same layers.
+    adapters: by task. A layer that only some of them have is a zero update of the others, whose response is 0.
     statistics: by task, of the same names. Use those of held-out texts: those that chose a subspace flatter it.
 
     Raises LoraloomError naming the tasks or layers that are missing.
     """
     check_cover("interference cannot be measured", adapters, statistics)
-    return responses(adapters, {task: statistics[task] for task in adapters})
+    found = responses(adapters, {task: statistics[task] for task in adapters})
+    return replace(found, A=found.A.nan_to_num(), BA=found.BA.nan_to_num())
 
 
 def response(update: Update, moment: Moment) -> tuple[float, float]:
@@ -121,14 +122,10 @@ def ratios(values: Tensor) -> Tensor:
 
 
 def check_cover(what: str, adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> None:
-    """Raise LoraloomError, `what` first, where adapters cover unequal layers or statistics by their names lack any."""
-    layers = set(next(iter(adapters.values())).shapes)
+    """Raise LoraloomError, `what` first, where statistics by the adapters' names lack layers of any of the adapters."""
     problems = [f"no statistics for task {task!r}" for task in adapters if task not in statistics]
-    problems += [
-        f"the adapter of {task!r} covers other layers than the first"
-        for task, adapter in adapters.items()
-        if set(adapter.shapes) != layers
-    ]
-    for task, adapter in adapters.items():
-        problems += cover_problems(task, adapter, statistics[task]) if task in statistics else []
-    raise_problems(what, problems, "collect statistics on the adapters' target modules")
+    for task in adapters:
+        for other, adapter in adapters.items():
+            name = task if other == task else f"{other} on the inputs of {task}"
+            problems += cover_problems(name, adapter, statistics[task]) if task in statistics else []
+    raise_problems(what, problems, "collect statistics on the target modules of all adapters")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
 
 SCALES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)  # at which the sum's error is told
+LOST = 0.9  # predicted error from which a task is said to be lost
 
 
 def inspect(
@@ -111,6 +112,7 @@ def _of_outlook(found: Outlook) -> dict[str, Any]:
 def _of_prediction(found: Prediction) -> dict[str, Any]:
     return {
         "tasks": found.tasks,
+        "own_head": found.own_head,
         "layers": found.layers,
         "scale": found.uniform(),
         "scale_by_layer": found.by_layer()[:, 0],
@@ -163,9 +165,9 @@ def tables(found: Inspection) -> Iterator[Table]:
     if found.prediction:
         names = _labels(found.prediction.tasks)
         rows = [(choice.label, found.prediction.by_task(choice.scale)) for choice in _choices(found.prediction)]
-        cells = [(name, *(f"{value:.2f}" for value in row), f"{row.mean():.2f}") for name, row in rows]
-        title = "Predicted error of the sum in each task's own output directions, by scale; 0: what it has to lose"
-        yield title, ("scale", *names, "mean"), cells
+        cells = [(name, *(f"{value:.2f}" for value in (*row, row.mean(), row.max()))) for name, row in rows]
+        title = "Predicted error of the sum, by scale; 0: a task is as it is alone, 1: as without an adapter"
+        yield title, ("scale", *names, "mean", "worst"), cells
 
 
 def _adapters_table(found: Inspection) -> Table:
@@ -278,14 +280,28 @@ def warnings(found: Inspection) -> Iterator[str]:
     without = found.without_own()
     for name in without:
         yield f"{name}: no statistics are those of its own task: all count as others"
-    if len(found.adapters) > 1 and found.statistics and not found.prediction:
-        why = "name statistics files like the adapter folders" if without else "the adapters cover different layers"
-        yield f"no sum was predicted: {why}"
+    if len(found.adapters) > 1 and without:
+        yield "no sum was predicted: name statistics files like the adapter folders"
+    if found.prediction:
+        yield from _drowned(found.prediction)
     for one, other, value in found.shared.same_start() if found.shared else ():
         yield (
             f"{one} and {other} started from nearly the same A (overlap {value:.2f}) and merge worse than adapters of "
             "a seed each: train one again from `loraloom init` with another seed"
         )
+
+
+def _drowned(found: Prediction) -> Iterator[str]:
+    """Yield which tasks a sum at scale 1 loses, and which of them it loses at every scale."""
+    whole, best = found.by_task(1.0), found.by_task(found.uniform())
+    names = _labels(found.tasks)
+    if whole.max() > 1:
+        lost = listed([name for name, error in zip(names, whole, strict=True) if error > 1])
+        yield f"at scale 1 a sum does more to {lost} than their adapters do: predicted error up to {whole.max():.2f}"
+    if best.max() > LOST:
+        lost = listed([name for name, error in zip(names, best, strict=True) if error > LOST])
+        error = f"predicted error up to {best.max():.2f} at the scale suggested"
+        yield f"no one scale keeps {lost} beside the others: {error}"
 
 
 def _next(found: Inspection, rank: int, out: Out) -> None:
