@@ -117,5 +117,11 @@ def align_head(head: Head, own: Tensor, merged: Tensor, *, ridge: float = 1.0) -
 def align_heads(
     heads: Mapping[str, Head], own: Mapping[str, Tensor], merged: Mapping[str, Tensor], *, ridge: float = 1.0
 ) -> dict[str, Head]:
-    """Return every task's head aligned, by task: see `align_head`. Features come from `Evaluator.features`."""
+    """Return every task's head aligned, by task: see `align_head`.
+
+    heads: as trained.
+    own, merged: (k, d) float32 features of the same texts from each task's own adapter and from the merged one, by
+      task, as `Evaluator.features` gives them.
+    ridge: e as a share of the mean diagonal of C.
+    """
     return {task: align_head(head, own[task], merged[task], ridge=ridge) for task, head in heads.items()}

@@ -137,9 +137,15 @@ def adapter_writer(
 ) -> Iterator[AdapterWriter]:
     """Yield a writer of the updates of `modules`, and of a head of those parameter paths, as a PEFT folder.
 
-    `forms` tells of the modules that are not linear layers. Where `dtype` is float16, A and B are balanced. The folder
-    appears whole at the end, or not at all where something raises; for `kind`, `overwrite` and `inputs` see
-    `staged_folder`. Raises LoraloomError where a value does not fit `dtype`.
+    folder: appears whole at the end, or not at all where something raises.
+    config: PEFT's adapter_config.json; rank and alpha are filled in.
+    dtype: of the weights; where it is float16, A and B are balanced.
+    modules: paths of the layers whose updates will come.
+    head: paths of the head's parameters that will come.
+    forms: of the modules that are not linear layers.
+    kind, overwrite, inputs: see `staged_folder`.
+
+    Raises LoraloomError where a value does not fit `dtype`.
     """
     with staged_folder(Path(folder), kind=kind, overwrite=overwrite, inputs=inputs) as staged:
         weights = UpdateFile(staged, dtype, modules, head, forms or {})

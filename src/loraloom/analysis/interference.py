@@ -90,8 +90,12 @@ def response(update: Update, moment: Moment) -> tuple[float, float]:
 def products(updates: Sequence[Update], moment: Moment, *, onto: Update | None = None, centred: bool = False) -> Tensor:
     """Return tr(P dW_a S dW_b^T) for every two of p updates of one layer, (p, p) float64: their outputs' mean products.
 
-    S = H^T H / k is the mean second moment of the inputs in `moment`; `centred`, that of the inputs less their mean. P
-    projects onto the column space of `onto`, the directions in which that update writes; without it P = I. From
+    updates: of one layer.
+    moment: of the layer's k inputs H: S = H^T H / k is their mean second moment.
+    onto: an update; P projects onto its column space, the directions in which it writes. Without it P = I.
+    centred: takes S of the inputs less their mean.
+
+    From
     (sum r) x (sum r) matrices alone: the sum of the entries of (B_a^T P B_b) * (A_a S A_b^T). The mean squared error of
     an update m in place of j, |P (dW_m - dW_j) h|^2, is [m, m] - 2 [m, j] + [j, j].
     """

@@ -94,9 +94,13 @@ def plan_folders(
 def merge_folders(
     plan: Plan, output: Path, command: str, reporter: Reporter, *, overwrite: bool = False
 ) -> MergedFacts:
-    """Merge into the adapter folder `output`, whole or not at all, and return what was written.
+    """Merge into the adapter folder `output`, and return what was written.
 
+    plan: of the merge, as `plan_folders` returns it.
+    output: the folder; it appears whole or not at all.
     command: as it was typed, for loraloom.json.
+    reporter: is told how far the work is.
+    overwrite: replace a folder that holds an earlier merged adapter.
     """
     reporter.begin("merging", len(plan.modules))
     show = reporter.advance
@@ -109,8 +113,12 @@ def fuse_folders(
 ) -> FusionFacts:
     """Write the checkpoint `base` with the merge in its weights to `output`, and return what was written.
 
+    plan: of the merge, as `plan_folders` returns it.
     base: the checkpoint's folder; see `fuse`, also for what is refused.
+    output: the folder; it appears whole or not at all.
     command: as it was typed, for loraloom.json.
+    reporter: is told how far the work is.
+    overwrite: replace a folder that holds an earlier fused checkpoint.
 
     Dense results go in as they are, nothing is truncated unless a rank was asked for. Heads are written beside the
     weights, one a task; an averaged head, or that of a single adapter, goes into them.

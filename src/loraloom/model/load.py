@@ -67,7 +67,12 @@ def load_tokenizer(base: str) -> Any:
 
 @reads_file
 def load_classifier(base: str, outputs: int, *, regression: bool = False, seed: int = 0) -> PreTrainedModel:
-    """Return `base` as a sequence classifier with a fresh head of `outputs` logits drawn from `seed`, float32.
+    """Return `base` as a sequence classifier with a fresh head, float32.
+
+    base: hub name or folder.
+    outputs: logits of the head.
+    regression: whether the one output is a number, which transformers' loss must know.
+    seed: from which the head is drawn.
 
     Modules of the backbone that the weights lack (a pooler) are drawn too; `head_modules` counts them to the head.
 

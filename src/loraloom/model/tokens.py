@@ -95,7 +95,11 @@ def _picked(flat: Tensor, index: Tensor) -> Tensor:
 def batch_sides(batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None) -> tuple[Side, Side]:
     """Return which tokens of `batch` count on the encoder's and on the decoder's side: the same for a single stack.
 
-    `pad` is the padding token of decoder_input_ids. Raises ValueError telling what is missing or does not fit.
+    batch: model inputs by name.
+    two_sided: whether the model has an encoder beside its decoder.
+    pad: the padding token of decoder_input_ids; None where there is none.
+
+    Raises ValueError telling what is missing or does not fit.
     """
     inputs = batch.get("input_ids", batch.get("inputs_embeds"))
     if inputs is None:

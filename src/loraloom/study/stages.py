@@ -203,7 +203,10 @@ def _write_merge(
 
 
 def merged_adapters(folder: Path, scale: float, tasks: Iterable[str]) -> dict[str, Adapter]:
-    """Return what each task reads of the merged adapter in `folder`, times `scale`: mostly one adapter for all."""
+    """Return what each task reads of a merged adapter: mostly one adapter for all.
+
+    folder: of the merged adapter. scale: a factor on it. tasks: the names by which the result is asked.
+    """
     if (folder / READOUTS).is_dir():
         return {name: read_readout(folder, name).scaled(scale) for name in tasks}
     return dict.fromkeys(tasks, read_adapter(folder).scaled(scale))

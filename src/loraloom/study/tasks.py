@@ -55,7 +55,12 @@ def task_arguments(name: str, settings: TaskSettings) -> dict[str, Any]:
 
 
 def build_task(name: str, settings: TaskSettings) -> Task:
-    """Return the task that a recipe names. Raises LoraloomError that tells all that is wrong with its rows."""
+    """Return a task of a recipe, its rows read.
+
+    name: as the recipe has it. settings: one of `Recipe.tasks`.
+
+    Raises LoraloomError that tells all that is wrong with its rows.
+    """
     if isinstance(settings, BuiltinTask):
         return builtin_task(name, settings)
     if isinstance(settings, GlueTask):

@@ -50,6 +50,10 @@ class FileTask(SplitTask):
 def file_task(name: str, options: FileTask, *, seed: int = 0) -> Task:
     """Read a task from files or from the Hub.
 
+    name: of the task.
+    options: where its rows are, which columns, what metric, how many; see `FileTask`.
+    seed: of the shuffle that draws rows.
+
     Leak-free: a training (or given held-out) row whose texts are exactly those of a row of `test` is dropped and
     counted in `Task.source["overlap"]`. Without `heldout`, `heldout_rows` rows are cut from the training rows, spread
     evenly over the labels, never from `test`. A training row that repeats the texts of a held-out row is dropped and

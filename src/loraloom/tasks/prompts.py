@@ -79,6 +79,10 @@ class PromptTask(SplitTask):
 def prompt_task(name: str, options: PromptTask, *, seed: int = 0) -> Task:
     """Read a task of prompts and answers from files or from the Hub.
 
+    name: of the task.
+    options: where its rows are, which columns, what metrics, how many; see `PromptTask`.
+    seed: of the shuffle that draws rows.
+
     Each row has a prompt and an answer: from two columns, from a chat whose last turn is the assistant's, or from a
     template. Chats may be written as TRL, axolotl (role, content) or LLaMA-Factory (from, value) write them. What
     stands before the prompt goes to the column `history`, which is absent where `chat` is off. Splits and leaks as

@@ -56,7 +56,11 @@ def hub_name(source: str, split: str) -> HubName | None:
 
 @reads_file
 def read_table(source: str, split: str, wanted: Sequence[str]) -> Table:
-    """Read the `wanted` columns of a file or of a data set on the Hub.
+    """Read some columns of a file or of a data set on the Hub.
+
+    source: a file of a known suffix; or org/name, org/name:config#split.
+    split: train, heldout or test, which tells the Hub's split where the source does not.
+    wanted: the columns; one that is not there is left out.
 
     Raises ValueError saying why they cannot be read, with the line or row where there is one.
     """

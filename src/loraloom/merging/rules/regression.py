@@ -250,7 +250,13 @@ def _moment(layers: Layers, probe: Probe, done: Mapping[str, Update], task: int,
 
 
 def rows_read(probe: Probe, task: int, batch: Batch, inside: Mapping[str, Update], wanted: str) -> Tensor:
-    """Return the rows (k, n) that `wanted` reads of a batch with the updates `inside`, of all its calls."""
+    """Return the rows (k, n) that a layer reads of a batch, of all its calls.
+
+    probe: the base model with the tasks' texts.
+    task, batch: which task's texts, and one of its batches.
+    inside: the updates in the model, by module path.
+    wanted: the layer's module path.
+    """
     seen: list[Tensor] = []
 
     def see(module: str, rows: Tensor) -> None:
