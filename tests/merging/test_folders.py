@@ -7,13 +7,13 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
@@ -553,6 +553,45 @@ def test_one_adapter_goes_in_with_its_head(trained: Path) -> None:
     got = classifier(trained / "out")(TOKENS).logits
     assert (got - expected).norm() < 1e-5 * expected.norm()
     assert not (trained / "out" / "heads").exists()
+
+
+def test_nothing_is_looked_at_for_one_adapter_that_stays_as_it_is(trained: Path) -> None:
+    def look(*_: Any) -> Any:
+        raise AssertionError("the base would be loaded")
+
+    options = MergeOptions("regmean_pp")
+    plan = plan_folders([trained / "mood"], options, trained / "out", look=look)
+    assert plan.result(plan.modules[0]).B is not None
+    with pytest.raises(AssertionError):
+        plan_folders([trained / "mood"], replace(options, options={"shrink": 0.5}), trained / "out", look=look)
+    assert estimate(plan) == 0.0
+
+
+def test_a_union_of_targets_goes_into_the_weights(trained: Path) -> None:
+    """Of adapters of different layers: in the checkpoint what PEFT's own sum of them does to the base."""
+    for rank, (name, targets) in enumerate({"one": ["query", "value"], "other": ["key", "query"]}.items(), start=3):
+        model = get_peft_model(classifier(trained / "base"), LoraConfig(r=rank, target_modules=targets))
+        generator = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if "lora_B" in path:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(trained / name)
+    plan = planned(
+        folders(trained, "one", "other"), "task_arithmetic", trained / "out", {}, scale=1, weights=[0.5, 1.5]
+    )
+    told = fuse_folders(plan, trained / "base", trained / "out", "loraloom merge", QUIET)
+    assert len(told.checkpoint.tensors) == 6
+    assert [(one.layers, one.lacks) for one in told.inputs] == [(4, 2), (4, 2)]
+    peft = PeftModel.from_pretrained(classifier(trained / "base"), str(trained / "one"), "one")
+    peft.load_adapter(str(trained / "other"), "other")
+    peft.add_weighted_adapter(["one", "other"], [0.5, 1.5], "sum", combination_type="cat")
+    peft.set_adapter("sum")
+    base, expected, found = (
+        model(TOKENS).logits for model in (classifier(trained / "base"), peft, classifier(trained / "out"))
+    )
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (base - expected).norm() > 1e-2 * expected.norm()
 
 
 def test_averaged_heads_go_in(trained: Path) -> None:

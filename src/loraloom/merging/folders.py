@@ -24,7 +24,7 @@ from loraloom.merging.names import input_names
 from loraloom.merging.options import MergeOptions
 from loraloom.merging.placement import Changes
 from loraloom.merging.plan import Plan, make_plan
-from loraloom.merging.problems import together_problems
+from loraloom.merging.problems import leaves_as_it_is, together_problems
 from loraloom.merging.registry import Probe, Rule, get_rule
 from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
@@ -80,7 +80,7 @@ def plan_folders(
 
     def planned(asked: MergeOptions) -> Plan:
         supplied: Supplied = (seen, None)
-        if look is not None:
+        if look is not None and not leaves_as_it_is(get_rule(asked.rule), asked, len(members)):
             rule = get_rule(asked.rule)
             problems = together_problems(members, asked) + rule.check(asked.options)[1]
             # before a base is loaded

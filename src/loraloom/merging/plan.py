@@ -26,6 +26,8 @@ from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.problems import (
     dropped_layers,
     head_problems,
+    is_alone,
+    leaves_as_it_is,
     name_problems,
     need_problems,
     number_problems,
@@ -309,11 +311,10 @@ def make_plan(
     problems += head_problems(names, members, options)
     found: Rule | None = None
     chosen: dict[str, Any] = {}
-    alone = sum(weight != 0 for weight in options.weights or [1.0] * len(members)) == 1
     try:
         found = get_rule(options.rule)
         chosen, wrong = found.check(options.options)
-        as_it_is = alone and chosen == found.check({})[0]
+        as_it_is = leaves_as_it_is(found, options, len(members))
         problems += wrong + ([] if as_it_is else need_problems(found, options.weights, seen, probe))
     except LoraloomError as error:
         problems.append(f"{error.message}: {error.hint}")
@@ -322,7 +323,7 @@ def make_plan(
     weights = options.weights
     if weights is None:
         weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
-    scale, scale_from = _scale(found, options, alone)
+    scale, scale_from = _scale(found, options, is_alone(options, len(members)))
     return Plan(
         members=dict(zip(names, members, strict=True)),
         rule=found,

@@ -88,6 +88,16 @@ def head_problems(names: Sequence[str], members: Sequence[Adapter], options: Mer
     return problems
 
 
+def is_alone(options: MergeOptions, count: int) -> bool:
+    """Tell whether one input takes part, of `count`."""
+    return sum(weight != 0 for weight in options.weights or [1.0] * count) == 1
+
+
+def leaves_as_it_is(rule: Rule, options: MergeOptions, count: int) -> bool:
+    """Tell whether one input takes part, of `count`, and no option of the rule is asked for: it is left out."""
+    return is_alone(options, count) and rule.check(options.options)[0] == rule.check({})[0]
+
+
 def need_problems(
     rule: Rule, weights: Sequence[float] | None, statistics: Mapping[str, Statistics], probe: Probe | None
 ) -> list[str]:
