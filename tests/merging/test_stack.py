@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import tiny
 from commands import call, refused, said
 from loraloom.adapters.peft import CONFIG, read_adapter
+from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge, write_merged
 
@@ -170,6 +172,19 @@ def test_files_that_changed_since_are_told(place: Path) -> None:
     whole = fused(place, "whole", place / "sft")
     (warning,) = told(place, whole, first="org/renamed")[0]
     assert warning == "dpo: trained on whole, which holds an adapter called sft, of other files"
+
+
+def test_an_adapter_that_was_trained_on_from_the_other_is_told(place: Path) -> None:
+    sft, dpo = read_adapter(place / "sft"), read_adapter(rename(place / "dpo", "org/base"))
+    moved = {
+        name: Update(torch.cat([0.9 * update.B, 0.1 * update.B.flip(0)], 1), torch.cat([update.A, update.A.flip(1)]))
+        for name, update in sft.updates.items()
+    }
+    dense = [torch.cat([one[name].dense().double().flatten() for name in sft.updates]) for one in (sft.updates, moved)]
+    cosine = torch.nn.functional.cosine_similarity(*dense, dim=0)
+    (warning,) = merge({"sft": sft, "dpo": replace(sft, updates=moved, path=None)}, stack=True).plan.warnings
+    assert warning.startswith(f"dpo: its updates are like those of sft (cosine {cosine:.2f})")
+    assert merge({"sft": sft, "dpo": dpo}, stack=True).plan.warnings == []
 
 
 def test_a_stack_is_a_base_of_the_next(place: Path, made: Path) -> None:

@@ -6,6 +6,8 @@ name says is in it, and how loraloom trained the adapter.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from loraloom.merging.options import MergeOptions
 from loraloom.merging.registry import get_rule
 
 RULE = "task_arithmetic"  # the sum
+_ALIKE = 0.5  # cosine of two adapters' updates past which one may have been trained on from the other
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,25 @@ def look_at(members: Mapping[str, Adapter]) -> Stack:
     names = list(members)
     for index, name in enumerate(names):
         _look(name, members, names[:index], names[index + 1 :], found)
+    for one, two in () if found.problems else itertools.combinations(names, 2):
+        cosine = _cosine(members[one], members[two])
+        if cosine > _ALIKE:
+            found.warnings.append(
+                f"{two}: its updates are like those of {one} (cosine {cosine:.2f}): if it was trained on from that, "
+                "it holds it already and goes in alone"
+            )
     return found
+
+
+def _cosine(one: Adapter, two: Adapter) -> float:
+    """Return <dW, dW'> / (|dW| |dW'|) over all layers, from the factors; 0 where they do not fit."""
+    inner = 0.0
+    for module in one.shapes:
+        if module in two.shapes and one.shapes[module][:2] == two.shapes[module][:2]:
+            first, other = one.updates[module], two.updates[module]
+            inner += float(((first.B.T @ other.B).double() * (first.A @ other.A.T).double()).sum())
+    norms = [math.sqrt(sum(update.energy() for update in adapter.updates.values())) for adapter in (one, two)]
+    return inner / (math.prod(norms) or 1.0)
 
 
 def _look(name: str, members: Mapping[str, Adapter], below: Sequence[str], above: Sequence[str], found: Stack) -> None:
