@@ -25,7 +25,6 @@ from .adapters.update import Adapter as Adapter, Update as Update
 # what adapters and statistics foretell, and how near merged models are to the single ones
 from .analysis.agreement import (
     Candidates as Candidates,
-    SingleModels as SingleModels,
     agreement as agreement,
     candidates_of as candidates_of,
 )
@@ -39,6 +38,7 @@ from .analysis.interference import (
 from .analysis.outlook import outlook as outlook
 from .analysis.overlap import overlaps as overlaps
 from .analysis.prediction import predict as predict
+from .analysis.single import SingleModels as SingleModels
 
 # what everybody needs
 from .errors import LoraloomError as LoraloomError

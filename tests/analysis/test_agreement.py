@@ -12,26 +12,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import tiny
 from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import read_provenance
 from loraloom.adapters.update import Adapter, Update
-from loraloom.analysis.agreement import (
-    CANDIDATES,
-    FACTORS,
-    FARTHEST,
-    Candidates,
-    SingleModels,
-    agreement,
-    candidates_of,
-    distance,
-    merged_updates,
-)
+from loraloom.analysis.agreement import CANDIDATES, FACTORS, Candidates, agreement, candidates_of, merged_updates
+from loraloom.analysis.single import FARTHEST, SingleModels, Written, distance
 from loraloom.errors import LoraloomError
 from loraloom.merging import MergeOptions, make_plan, merge, rule_names, write_merged
 from loraloom.merging.choice import AgreementFacts, CandidateFacts, TextsFacts
 from loraloom.merging.facts import MergedFacts
+from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
 
 LAYERS = [f"bert.encoder.layer.{i}.attention.self.{part}" for i in (0, 1) for part in ("query", "value")]
@@ -226,3 +220,115 @@ def test_all_that_is_wrong_is_told_together(evaluator: Evaluator) -> None:
         assert part in str(told.value)
     with pytest.raises(LoraloomError, match="no merging rule is called 'tvs'"):
         agreement(adapters(), evaluator, texts(), (Candidates("tvs", (1.0,)),))
+
+
+# answers that are written
+
+
+def writers(kind: str, count: int = 2, size: float = 0.6) -> dict[str, Adapter]:
+    """Random adapters of rank 2 on a tiny base that writes."""
+    paths = {
+        "llama": [f"model.layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in "qv"],
+        "t5": [f"decoder.block.{i}.layer.0.SelfAttention.{part}" for i in (0, 1) for part in "qv"],
+    }[kind]
+    found = {}
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        updates = {
+            path: Update(
+                size * torch.randn(8 if path.endswith("v_proj") else 16, 2, generator=generator),
+                torch.randn(2, 16, generator=generator),
+            )
+            for path in paths
+        }
+        config = {"peft_type": "LORA", "base_model_name_or_path": "base", "target_modules": ["q_proj", "v_proj"]}
+        found[f"task{seed}"] = Adapter(updates, config)
+    return found
+
+
+def with_updates(base: str, kind: str, updates: Any) -> Any:
+    """The base model with dense updates in its weights: no hooks, no padding, no cache."""
+    of = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model = of.from_pretrained(base).eval().double()
+    with torch.no_grad():
+        for path, update in updates.items():
+            model.get_parameter(f"{path}.weight").add_(update.B.double() @ update.A.double())
+    return model
+
+
+def next_words(model: Any, kind: str, prompt: list[int], answer: list[int]) -> np.ndarray:
+    """Return log chances (answer + 1, words) of each next token of one row."""
+    with torch.no_grad():
+        if kind == "t5":
+            found = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *answer]])).logits[0]
+        else:
+            found = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :]
+    return found.log_softmax(dim=-1).numpy()
+
+
+def greedy(model: Any, kind: str, prompt: list[int], most: int) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < most and (not answer or answer[-1] != 2):
+        answer.append(int(next_words(model, kind, prompt, answer)[-1].argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_answers_are_compared_token_by_token_with_the_base_as_unit(kind: str, tmp_path: Path) -> None:
+    base = str(tiny.base_folder(kind, tmp_path / "base"))
+    generator, members = Generator(base, batch_size=3), writers(kind)
+    rows = {name: tiny.task(name, rows=5).train for name in members}
+    found = SingleModels(generator, members, rows, answer_tokens=4)
+    whole = merge(members, "task_arithmetic", scale=0.7).adapter.updates
+    told = found.distances(dict.fromkeys(members, whole))
+    models = {name: with_updates(base, kind, one.updates) for name, one in members.items()}
+    merged, alone = with_updates(base, kind, whole), with_updates(base, kind, {})
+    for name, model in models.items():
+        sums = np.zeros(2)
+        for text in rows[name]["text_a"]:
+            prompt = generator.tokenizer(text).input_ids
+            answer = greedy(model, kind, prompt, 4)
+            own, *others = (next_words(one, kind, prompt, answer)[:-1] for one in (model, merged, alone))
+            sums += [(np.exp(own) * (own - other)).sum() for other in others]
+        assert told[name] == pytest.approx(sums[0] / sums[1], rel=1e-3)
+    assert found.distances({name: one.updates for name, one in members.items()}) == {
+        name: pytest.approx(0, abs=1e-6) for name in members
+    }
+    assert found.distances({name: {} for name in members}) == {name: pytest.approx(1) for name in members}
+
+
+def test_words_beyond_the_likeliest_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, members = Generator(str(tiny.base_folder("llama", tmp_path / "base"))), writers("llama", 1)
+    rows, tried = {"task0": tiny.task(rows=6).train}, dict.fromkeys(members, members["task0"].scaled(0.5).updates)
+    whole = SingleModels(generator, members, rows, answer_tokens=3)
+    monkeypatch.setattr("loraloom.analysis.single._LIKELIEST", 5)
+    few = SingleModels(generator, members, rows, answer_tokens=3)
+    one, two = (each._single["task0"] for each in (whole, few))
+    assert 0 < two.distance(tried["task0"]) * two.unit <= one.distance(tried["task0"]) * one.unit
+    assert 0 < two.unit <= one.unit
+    assert few.distances(tried)["task0"] == pytest.approx(whole.distances(tried)["task0"], rel=0.2)
+
+
+def test_what_was_written_may_be_kept_in_a_file(tmp_path: Path) -> None:
+    generator, members = Generator(str(tiny.base_folder("llama", tmp_path / "base")), batch_size=4), writers("llama")
+    rows = tiny.task(rows=7).train
+    found = Written.by(generator, members["task0"].updates, rows, 5)
+    save_file(found.tensors(), tmp_path / "written.safetensors")
+    generator.batch_size = 2
+    again = Written.kept(generator, rows, load_file(tmp_path / "written.safetensors"))
+    assert [one.answer for one in again.asked] == [one.answer for one in found.asked]
+    assert again.distance(members["task1"].updates) == pytest.approx(found.distance(members["task1"].updates), rel=1e-5)
+    assert again.distance(members["task0"].updates) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_adapter_that_changes_nothing_and_one_with_a_head_are_told(tmp_path: Path) -> None:
+    generator, members = Generator(str(tiny.base_folder("llama", tmp_path / "base"))), writers("llama")
+    rows = {name: tiny.task(rows=4).train for name in members}
+    members["task1"] = members["task1"].scaled(0.0)
+    found = agreement(members, generator, rows, (Candidates("task_arithmetic", (0.5, 1.0)),), answer_tokens=3)
+    assert found.left_out == ["task1"]
+    assert found.best.scale == 1.0
+    assert found.best.mean == pytest.approx(0, abs=1e-6)
+    headed = {**members, "task1": replace(members["task0"], head={"score.weight": torch.ones(2, 16)})}
+    with pytest.raises(LoraloomError, match="has a head, so it gives classes or numbers"):
+        SingleModels(generator, headed, rows)

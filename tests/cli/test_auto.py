@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import tiny
 from commands import call, refused, said
-from loraloom.adapters.peft import read_adapter, read_provenance
+from loraloom.adapters.peft import read_adapter, read_provenance, write_adapter
+from loraloom.adapters.update import Adapter, Update
 from loraloom.analysis.agreement import CANDIDATES, agreement
 from loraloom.study.by_hand import evaluator_of, tasks_of
 from loraloom.study.recipe import Recipe
@@ -49,6 +53,39 @@ def test_the_scale_of_a_given_rule_and_the_rule_at_a_given_scale(finished: Path,
     assert told["scale_from"] == "asked"
 
 
+def test_files_of_texts_are_enough(finished: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(finished / "recipe.yaml")
+    words: list[Any] = []
+    for task in tasks_of(recipe, adapters(finished)):
+        rows = [{"note": text, "unread": 1} for text in task.sample("train", 9)["text_a"]]
+        path = tmp_path / f"{task.name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words += ["--unlabelled", path]
+    words += ["--column", "note", "--base", finished / "base", "--rule", "auto"]
+    told = said("merge", *adapters(finished), *words, "-o", tmp_path / "out")
+    expected = auto(finished, tmp_path / "recipe", "--rule", "auto")["agreement"]
+    assert told["agreement"]["texts"] == expected["texts"]
+    for one, two in zip(told["agreement"]["candidates"], expected["candidates"], strict=True):
+        assert one["distances"] == pytest.approx(two["distances"], rel=1e-4)
+
+
+def test_adapters_that_write_are_chosen_for_by_what_they_write(tmp_path: Path) -> None:
+    base = tiny.base_folder("llama", tmp_path / "base")
+    words: list[Any] = []
+    for seed, name in enumerate(("one", "two")):
+        generator = torch.Generator().manual_seed(seed)
+        path = "model.layers.0.self_attn.q_proj"
+        update = Update(torch.randn(16, 2, generator=generator), torch.randn(2, 16, generator=generator))
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
+        write_adapter(Adapter({path: update}, config), tmp_path / name, provenance={})
+        (tmp_path / f"{name}.csv").write_text("text\n" + "\n".join(tiny.task(name, rows=4).train["text_a"]) + "\n")
+        words += [tmp_path / name, "--unlabelled", tmp_path / f"{name}.csv"]
+    told = said("merge", *words, "--scale", "auto", "--rule", "task_arithmetic", "-o", tmp_path / "out")
+    tried = told["agreement"]["candidates"]
+    assert told["scale"] == min(tried, key=lambda one: sum(one["distances"].values()))["scale"]
+    assert all(one["distances"][name] > 0 for one in tried for name in ("one", "two"))
+
+
 def test_a_rule_that_needs_statistics_takes_them_from_the_recipe(finished: Path, tmp_path: Path) -> None:
     told = auto(finished, tmp_path / "out", "--rule", "regmean", "--scale", "auto", "--dry-run")
     assert told["rule"] == "regmean"
@@ -69,7 +106,10 @@ def test_the_page_tells_what_was_seen(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--rule", "auto"), "name a recipe by --recipe"),
+        (("--rule", "auto"), "name a recipe by --recipe, or a file for each by --unlabelled"),
+        (("--unlabelled", "texts.jsonl"), "--unlabelled: chooses for --rule auto or --scale auto"),
+        (("--scale", "auto", "--unlabelled", "texts.jsonl"), "1 files of texts for 2 adapters"),
+        (("--scale", "auto", "--unlabelled", "a.jsonl", "--unlabelled", "b.jsonl"), "a.jsonl"),
         (("--scale", "auto", "--density", "0.3", "--rule", "auto"), "density: options of a rule"),
         (("--scale", "half"), "--scale 'half': neither a number nor `auto`"),
         (("--scale", "auto", "--rule", "tvs"), "did you mean 'tsv'"),

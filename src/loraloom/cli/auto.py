@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,19 @@ def given_scale(text: str | None) -> float | None:
         raise LoraloomError(f"--scale {text!r}: neither a number nor `auto`", "write it as --scale 0.5") from error
 
 
-def to_try(rule: str, scale: str | None, options: Mapping[str, Any], recipe: Path | None) -> tuple[Candidates, ...]:
+def to_try(
+    rule: str, scale: str | None, options: Mapping[str, Any], recipe: Path | None, unlabelled: Sequence[str] | None
+) -> tuple[Candidates, ...]:
     """Return the candidates where rule or scale are `auto`, and none where both are settled.
 
     Raises LoraloomError where there are no texts to choose by, for options of a rule that is not named, and for
     options that the rule does not take.
     """
     if AUTO not in (rule, scale):
+        raise_problems("--unlabelled", ["chooses for --rule auto or --scale auto"] if unlabelled else [])
         return ()
-    problems = [] if recipe else ["it needs the base model and texts of each task: name a recipe by --recipe"]
+    texts = "it needs texts of each adapter's task: name a recipe by --recipe, or a file for each by --unlabelled"
+    problems = [] if recipe or unlabelled else [texts]
     if rule == AUTO:
         problems += [f"{', '.join(options)}: options of a rule, which --rule auto leaves open"] if options else []
     else:

@@ -71,7 +71,7 @@ def merge(
         typer.Option(
             metavar="NUMBER|auto",
             help="Factor on the result. Without it the rule's own, or 1 for a single adapter. `auto` tries several and "
-            "takes the one that agrees best with the single adapters on unlabelled texts of --recipe.",
+            "takes the one that agrees best with the single adapters on texts, which --recipe or --unlabelled names.",
         ),
     ] = None,
     weight: Annotated[
@@ -107,6 +107,20 @@ def merge(
             min=1,
             help="Texts a task for a rule that looks at texts, and for `auto`. Without it as the recipe has them, and "
             f"{AGREEMENT_TEXTS} for `auto`.",
+        ),
+    ] = None,
+    unlabelled: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unlabelled",
+            help="Texts of an adapter's task for `auto`, in place of a recipe: JSONL, CSV, TSV or Parquet, or org/name "
+            "on the hub. Give it once for each, in order. Labels are not read.",
+        ),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column", help="Column of a text in --unlabelled, `text` without it; twice for a pair of texts."
         ),
     ] = None,
     base: Annotated[
@@ -156,13 +170,18 @@ def merge(
         if stack:
             _check_stack(context)
         paths, options = split_arguments(adapters, rule, _flags(context))
-        candidates, look, choose = to_try(rule, scale, options, recipe), None, None
+        candidates = to_try(rule, scale, options, recipe, unlabelled)
+        look, choose, count = None, None, probe_texts or AGREEMENT_TEXTS
         if recipe:
             from loraloom.study.by_hand import ByRecipe
 
             read = ByRecipe(read_recipe(recipe, base), shown)
             look = partial(read.look, probe_texts or read.recipe.probe_texts(rule, options))
-            choose = partial(read.choose, probe_texts or AGREEMENT_TEXTS, candidates) if candidates else None
+            choose = partial(read.choose, count, candidates) if candidates else None
+        if unlabelled:
+            from loraloom.study.unlabelled import choose_by_files
+
+            choose = partial(choose_by_files, base, unlabelled, column or ["text"], count, candidates, shown)
         weight = former_weights(weights, weight)
         named = MergeOptions.rule if rule == AUTO else rule
         asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)

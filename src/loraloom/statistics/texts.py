@@ -79,14 +79,21 @@ def collect_from_file(
     Each process of a group reads its part of the texts, and all return the statistics of all. Raises LoraloomError for
     a file or column that is not there, fewer texts than asked for, and what `collect_statistics` raises.
     """
-    rows = _rows(texts, columns, reading.texts)
+    rows = read_texts(texts, columns, reading.texts)
     if noise:
         return _collected(base, rows, targets, reading, None, reporter, noise.clip)
     return _collected(base, rows, targets, reading, directions, reporter)
 
 
-def _rows(texts: str, columns: Sequence[str], count: int) -> Dataset:
-    """Return the first `count` rows of a file as text_a, and text_b for a pair."""
+def read_texts(texts: str, columns: Sequence[str], count: int, fewest: int | None = None) -> Dataset:
+    """Return the first `count` rows of a file as text_a, and text_b for a pair; labels are not read.
+
+    texts: JSONL, CSV, TSV or Parquet, or org/name on the hub.
+    columns: of a text, or of a pair of texts.
+    fewest: rows that are enough, where there are no more; `count` without.
+
+    Raises LoraloomError for a file or column that is not there, and for rows without a text.
+    """
     try:
         table = read_table(texts, "train", columns)
     except ValueError as error:
@@ -97,7 +104,7 @@ def _rows(texts: str, columns: Sequence[str], count: int) -> Dataset:
         for column in columns
         if column not in table.columns
     ]
-    if len(table.rows) < count:
+    if len(table.rows) < (count if fewest is None else fewest):
         problems.append(f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts")
     if not problems:
         faulty = [
@@ -153,7 +160,7 @@ def make_atlas(
     """
     raise_problems("atlas", ["--column names a column of no file"] if columns and not texts else [], "give a file too")
     count = reading.atlas_texts
-    rows = _rows(texts, columns or ["text"], count) if texts else generic_rows(count)
+    rows = read_texts(texts, columns or ["text"], count) if texts else generic_rows(count)
     return _collected(base, rows, targets, reading.model_copy(update={"kind": "token"}), directions, reporter)
 
 

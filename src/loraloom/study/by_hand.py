@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from loraloom.adapters.heads import heads_by_task
 from loraloom.adapters.peft import read_adapter, task_of
 from loraloom.adapters.update import Adapter
-from loraloom.analysis.agreement import Candidates, agreement
+from loraloom.analysis.agreement import Candidates, choose
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import task_seed
@@ -70,14 +69,9 @@ class ByRecipe:
         self._tasks: dict[str, Task] = {}
 
     @cached_property
-    def evaluator(self) -> Evaluator:
-        """The base model, for heads."""
-        return evaluator_of(self.recipe)
-
-    @cached_property
-    def generator(self) -> Generator:
-        """The base model, to write."""
-        return generator_of(self.recipe)
+    def model(self) -> Evaluator | Generator:
+        """The base model: one that writes, where the recipe's answers are written."""
+        return generator_of(self.recipe) if self.recipe.generates else evaluator_of(self.recipe)
 
     def tasks(self, members: Mapping[str, Adapter]) -> dict[str, Task]:
         """Return the tasks of adapters, by their names. Raises LoraloomError as `tasks_of` does."""
@@ -97,7 +91,7 @@ class ByRecipe:
             rule,
             members,
             self.tasks(members),
-            lambda: self.generator if self.recipe.generates else self.evaluator,
+            lambda: self.model,
             self.recipe.statistics,
             texts,
             known=known,
@@ -116,12 +110,18 @@ class ByRecipe:
 
         Raises LoraloomError as `agreement` does.
         """
-        rows = {name: task.sample("train", texts) for name, task in self.tasks(members).items()}
-        found = agreement(
-            members, self.evaluator, rows, candidates, options=options, plan=plan, reporter=self._reporter
+        tasks = self.tasks(members)
+        rows = {name: task.sample("train", texts) for name, task in tasks.items()}
+        return choose(
+            members,
+            self.model,
+            rows,
+            candidates,
+            options=options,
+            plan=plan,
+            answer_tokens=max((task.answering.answer_tokens for task in tasks.values() if task.answering), default=1),
+            reporter=self._reporter,
         )
-        best = found.best
-        return replace(options, rule=best.rule, options=best.options, scale=best.scale, agreement=found)
 
 
 def evaluate_folder(

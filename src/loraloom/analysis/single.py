@@ -1,0 +1,254 @@
+"""How far a model is from each single model on a few texts, without labels.
+
+A task's own adapter is the teacher. For every text, `merged` are the outputs of the merged model and `own` those of the
+task's own; how far they are apart is told in the task's own unit, so that tasks can be averaged:
+
+    classes:  mean KL(p_own || p_merged) / mean KL(p_own || mean p_own)
+    numbers:  mean (own - merged)^2 / variance of own
+    answers:  KL(p_own || p_merged) / KL(p_own || p_base), a token of the single models' own greedy answers
+
+0 is the single model itself. 1 is a model that gives every text the mean of the own outputs: it knows the task's
+answers, and nothing of the texts; of answers that are written, the base model, which knows nothing of the task.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from loraloom.adapters.heads import Head
+from loraloom.adapters.update import Adapter, Update
+from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
+from loraloom.files.hashing import json_sha256
+from loraloom.merging.choice import TextsFacts
+from loraloom.model.generator import Generator
+from loraloom.model.prompts import Asked
+from loraloom.model.runner import Evaluator
+from loraloom.model.tokens import IGNORED
+from loraloom.progress import Reporter
+from loraloom.tasks.generate import ANSWER_TOKENS
+
+FARTHEST = 1e12  # what a distance is told as where it is larger, or where outputs are not finite
+FEWEST = 2  # texts: a single one has nothing to differ from
+_ROUNDING = 1e-12  # outputs that vary by less, squared and relative, are alike
+_SILENT = 1e-6  # nats a token by which an adapter changes its base, below which it changes nothing
+_FLOOR = 1e-12  # a chance below which float32 logits tell nothing
+_LIKELIEST = 64  # words of a vocabulary that are told apart; the others count together
+
+Updates = Mapping[str, Update]  # by module path
+
+
+class SingleModels:
+    """What the single models answer to a few unlabelled texts, run once, to measure any number of merged models by.
+
+    model: the base model: an Evaluator where heads answer, a Generator where answers are written.
+    adapters: by name; for an Evaluator each with its task's head as trained.
+    texts: by the adapters' names, rows with text_a, and text_b for pairs, or history for prompts; labels are not read.
+    answer_tokens: the most that a single model writes.
+
+    Raises LoraloomError that tells all that is wrong: an adapter without texts or without a head, too few texts.
+    """
+
+    def __init__(
+        self,
+        model: Evaluator | Generator,
+        adapters: Mapping[str, Adapter],
+        texts: Mapping[str, Dataset],
+        *,
+        answer_tokens: int = ANSWER_TOKENS,
+        reporter: Reporter | None = None,
+    ) -> None:
+        _check(adapters, texts, heads=isinstance(model, Evaluator))
+        self.texts = {name: _facts(rows) for name, rows in texts.items()}
+        self._single: dict[str, Answers] = {}
+        for name, adapter in (reporter or Reporter(quiet=True)).each("single models", adapters.items()):
+            if isinstance(model, Evaluator):
+                self._single[name] = OfHead(model, adapter, texts[name])
+            else:
+                self._single[name] = Written.by(model, adapter.updates, texts[name], answer_tokens)
+        if all(one.alike for one in self._single.values()):
+            raise LoraloomError("every adapter answers all its texts alike", "give more texts, and others")
+
+    def distances(self, updates: Mapping[str, Updates]) -> dict[str, float | None]:
+        """Return how far the model with `updates` is from each single model, by adapter: see the module.
+
+        updates: what each adapter's task reads of a merged adapter; mostly the same for all.
+        """
+        return {name: one.distance(updates[name]) for name, one in self._single.items()}
+
+
+class Answers(Protocol):
+    """What a single model answers to its texts."""
+
+    @property
+    def alike(self) -> bool:
+        """Tell whether it has nothing to lose: it answers every text alike, or as the base does."""
+
+    def distance(self, updates: Updates) -> float | None:
+        """Return how far the model with `updates` is from it; None where it has nothing to lose."""
+
+
+class OfHead:
+    """What a single model's head returns for its texts."""
+
+    def __init__(self, evaluator: Evaluator, adapter: Adapter, rows: Dataset) -> None:
+        self._evaluator, self._head, self._encoded = evaluator, Head.of(adapter.head), evaluator.encode(rows)
+        self._own = self._outputs(adapter.updates)
+
+    @property
+    def alike(self) -> bool:
+        """Tell whether the head returns the same for every text."""
+        return distance(self._own, self._own) is None
+
+    def distance(self, updates: Updates) -> float | None:
+        """Return `distance` of what the head returns with `updates` in the model."""
+        return distance(self._own, self._outputs(updates))
+
+    def _outputs(self, updates: Updates) -> Tensor:
+        return self._head.logits(self._evaluator.features(updates, self._head, self._encoded))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a single model writes to its prompts, greedily, and how likely it finds every word of a vocabulary there.
+
+    Of each token's distribution the 64 likeliest words of the single model are kept, and the rest as one: no divergence
+    grows by that, and what it loses is bounded by the rest's share, which is small where a model is sure.
+
+    asked: prompts with these answers. words: (tokens, words) int64, the kept ones of all answers' tokens, in order.
+    own: (tokens, words + 1) float64, their chances and that of the rest. unit: nats a token from the base.
+    """
+
+    generator: Generator
+    asked: Sequence[Asked]
+    words: Tensor
+    own: Tensor
+    unit: float
+
+    @classmethod
+    def by(cls, generator: Generator, updates: Updates, rows: Dataset, answer_tokens: int) -> Written:
+        """Let the model with `updates` write answers of at most so many tokens to the prompts in `rows`."""
+        prompts = generator.encode(_unlabelled(rows))
+        answers = generator.written(updates, prompts, answer_tokens)
+        asked = [Asked(one.prompt, ids) for one, ids in zip(prompts, answers, strict=True)]
+        words, own = _chances(generator, updates, asked)
+        return cls(generator, asked, words, own, _divergence(own, _chances(generator, {}, asked, words)[1]))
+
+    @classmethod
+    def kept(cls, generator: Generator, rows: Dataset, tensors: Mapping[str, Tensor]) -> Written:
+        """Return what `tensors` were made of, with the same rows."""
+        answers = torch.split(tensors["answers"], tensors["lengths"].tolist())
+        prompts = generator.encode(_unlabelled(rows))
+        asked = [Asked(one.prompt, ids.tolist()) for one, ids in zip(prompts, answers, strict=True)]
+        return cls(generator, asked, tensors["words"], tensors["own"], float(tensors["unit"]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is to be kept in a file, but for the prompts."""
+        answers = [torch.tensor(one.answer) for one in self.asked]
+        lengths = torch.tensor([len(ids) for ids in answers])
+        unit = torch.tensor(self.unit, dtype=torch.float64)
+        return {"answers": torch.cat(answers), "lengths": lengths, "words": self.words, "own": self.own, "unit": unit}
+
+    @property
+    def alike(self) -> bool:
+        """Tell whether the adapter changes nothing of what the base would write."""
+        return self.unit <= _SILENT
+
+    def distance(self, updates: Updates) -> float | None:
+        """Return the divergence a token from the model with `updates`, in units of that from the base."""
+        if self.alike:
+            return None
+        return _told(_divergence(self.own, _chances(self.generator, updates, self.asked, self.words)[1]) / self.unit)
+
+
+def _divergence(own: Tensor, other: Tensor) -> float:
+    """Return the mean KL a token, nats."""
+    return float((own * (own.log() - other.log())).sum(dim=1).mean())
+
+
+def _chances(
+    generator: Generator, updates: Updates, asked: Sequence[Asked], words: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return words and chances, as `Written` has them, of the model with `updates`; its likeliest words without any."""
+    lengths = [len(one.answer) for one in asked]
+    starts, places = [0, *itertools.accumulate(lengths)], list[Tensor]()
+    chosen, found = list[Tensor](), list[Tensor]()
+    with torch.inference_mode(), generator.running(updates):
+        for rows, logits, tokens in generator.logits(asked):
+            place = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
+            chances = logits[tokens != IGNORED].log_softmax(dim=-1)
+            if words is None:
+                picked = chances.topk(min(_LIKELIEST, chances.shape[-1]), dim=-1).indices
+            else:
+                picked = words[place].to(chances.device)
+            kept = chances.gather(-1, picked).double().exp().cpu()
+            rest = (1 - kept.sum(dim=1, keepdim=True)).clamp_min(0)
+            found.append(torch.cat([kept, rest], dim=1).clamp_min(_FLOOR))
+            chosen.append(picked.cpu())
+            places.append(place)
+    order = torch.cat(places).argsort()
+    return torch.cat(chosen)[order], torch.cat(found)[order]
+
+
+def distance(own: Tensor, merged: Tensor) -> float | None:
+    """Return how far a head's outputs `merged` are from `own` of the same texts, in the unit of `own`: see the module.
+
+    own, merged: (k, classes) logits, or (k, 1) numbers.
+
+    None where `own` are alike for all texts: such a model has nothing to lose. At most FARTHEST.
+    """
+    own, merged = own.double(), merged.double()
+    if own.shape[1] == 1:
+        far, unit = (own - merged).square().mean(), (own - own.mean()).square().mean()
+        alike = _ROUNDING * float(own.square().mean())
+    else:
+        log_own = own.log_softmax(dim=1)
+        p_own = log_own.exp()
+        mean = p_own.mean(dim=0).clamp_min(1e-300).log()
+        far = (p_own * (log_own - merged.log_softmax(dim=1))).sum(dim=1).mean()
+        unit, alike = (p_own * (log_own - mean)).sum(dim=1).mean(), _ROUNDING
+    if float(unit) <= alike:
+        return None
+    return _told(float(far / unit))
+
+
+def _told(found: float) -> float:
+    # where the two models are one, rounding may leave it below 0
+    return min(max(found, 0.0), FARTHEST) if math.isfinite(found) else FARTHEST
+
+
+def _check(adapters: Mapping[str, Adapter], texts: Mapping[str, Dataset], *, heads: bool) -> None:
+    """Raise LoraloomError that tells all adapters that lack a head, or have one where none answers, or lack texts."""
+    errors: list[LoraloomError] = []
+    for adapter in adapters.values() if heads else ():
+        with collecting(errors):
+            Head.of(adapter.head, adapter.name)
+    problems = [f"no texts for {name!r}" for name in adapters if name not in texts]
+    problems += [
+        f"{name}: {len(texts[name])} texts, {FEWEST} are the fewest that can differ"
+        for name in adapters
+        if name in texts and len(texts[name]) < FEWEST
+    ]
+    problems += [
+        f"{adapter.name}: has a head, so it gives classes or numbers; answers are written here"
+        for adapter in adapters.values()
+        if adapter.head and not heads
+    ]
+    with collecting(errors):
+        raise_problems("agreement cannot be measured", problems, "give each adapter texts of its task")
+    raise_together(errors)
+
+
+def _facts(rows: Dataset) -> TextsFacts:
+    return TextsFacts(len(rows), json_sha256(_unlabelled(rows).to_list()))
+
+
+def _unlabelled(rows: Dataset) -> Dataset:
+    return rows.select_columns([name for name in rows.column_names if name != "label"])
