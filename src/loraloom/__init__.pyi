@@ -71,10 +71,10 @@ from .model.generator import Answered as Answered, Generator as Generator, answe
 from .model.layers import LayerReader as LayerReader, base_running as base_running, target_layers as target_layers
 from .model.load import (
     base_folder as base_folder,
-    demo_base as demo_base,
     load_classifier as load_classifier,
     load_generator as load_generator,
 )
+from .model.packaged import demo_base as demo_base, smollm2_base as smollm2_base
 from .model.probe import TaskProbe as TaskProbe
 from .model.runner import Evaluator as Evaluator, evaluate as evaluate, labels as labels, scored as scored
 from .model.tokens import (

