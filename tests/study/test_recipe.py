@@ -250,7 +250,12 @@ def test_paths_start_at_the_recipes_folder_and_hub_names_stay(tmp_path: Path, mo
 def test_shipped_recipes_parse_and_say_how_to_run_them(path: Path) -> None:
     recipe = Recipe.load(path)
     assert recipe.name == path.stem
-    assert len(recipe.tasks) == {"rules-glue6": 6, "subspaces-smollm2": 3, "subspaces-builtin": 4}.get(path.stem, 8)
+    assert len(recipe.tasks) == {
+        "rules-glue6": 6,
+        "gen6-smollm2": 6,
+        "subspaces-smollm2": 3,
+        "subspaces-builtin": 4,
+    }.get(path.stem, 8)
     comment = path.read_text(encoding="utf-8").split("\nname:")[0]
     assert f"loraloom run recipes/{path.name}" in comment
     assert "Differs" in comment

@@ -16,21 +16,21 @@ import pytest
 
 from loraloom.errors import LoraloomError
 from loraloom.tasks import builtin, builtin_text
-from loraloom.tasks.builtin import BUILTIN_NAMES, BuiltinTask, builtin_task
+from loraloom.tasks.builtin import LABELLED_NAMES, BuiltinTask, builtin_task
 from loraloom.tasks.builtin_text import Part, first_sentence, parts
 from loraloom.tasks.task import SPLITS, Task
 
 ROWS = BuiltinTask(train_rows=800, heldout_rows=200, test_rows=300)
 COUNTS = {"train": 800, "heldout": 200, "test": 300}
 _DIGESTS = f"""
-from loraloom.tasks.builtin import BUILTIN_NAMES, BuiltinTask, builtin_task
-print(",".join(builtin_task(name, {ROWS!r}).digest() for name in BUILTIN_NAMES))
+from loraloom.tasks.builtin import LABELLED_NAMES, BuiltinTask, builtin_task
+print(",".join(builtin_task(name, {ROWS!r}).digest() for name in LABELLED_NAMES))
 """
 
 
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Task]:
-    return {name: builtin_task(name, ROWS) for name in BUILTIN_NAMES}
+    return {name: builtin_task(name, ROWS) for name in LABELLED_NAMES}
 
 
 def _texts(task: Task, split: str) -> list[str]:
@@ -57,7 +57,7 @@ def test_another_seed_draws_other_rows_of_the_same_files(tasks: dict[str, Task])
         assert not {row.file for row in train} & {row.file for row in test}
 
 
-@pytest.mark.parametrize("name", BUILTIN_NAMES)
+@pytest.mark.parametrize("name", LABELLED_NAMES)
 def test_counts_and_label_shares_are_as_asked(tasks: dict[str, Task], name: str) -> None:
     task = tasks[name]
     assert task.labels is not None
@@ -68,7 +68,7 @@ def test_counts_and_label_shares_are_as_asked(tasks: dict[str, Task], name: str)
         assert max(shares.values()) - min(shares.values()) <= 1
 
 
-@pytest.mark.parametrize("name", BUILTIN_NAMES)
+@pytest.mark.parametrize("name", LABELLED_NAMES)
 def test_no_text_and_no_source_file_is_in_two_splits(tasks: dict[str, Task], name: str) -> None:
     texts = [_bag(text) for split in SPLITS for text in _texts(tasks[name], split)]
     assert len(texts) == len(set(texts))
@@ -80,7 +80,7 @@ def test_no_text_and_no_source_file_is_in_two_splits(tasks: dict[str, Task], nam
         assert [row.texts[0] for row in drawn[split]] == getattr(tasks[name], split)["text_a"]
 
 
-@pytest.mark.parametrize("name", BUILTIN_NAMES)
+@pytest.mark.parametrize("name", LABELLED_NAMES)
 def test_texts_are_short_and_plain(tasks: dict[str, Task], name: str) -> None:
     for split in SPLITS:
         for text in _texts(tasks[name], split):
@@ -223,7 +223,7 @@ def test_generic_texts_are_paragraphs_without_parameters(monkeypatch: pytest.Mon
         builtin_text.generic_texts(3)
 
 
-@pytest.mark.parametrize("name", BUILTIN_NAMES)
+@pytest.mark.parametrize("name", LABELLED_NAMES)
 def test_too_many_rows_are_told_of_every_split_at_once(name: str) -> None:
     with pytest.raises(LoraloomError) as told:
         builtin_task(name, BuiltinTask(train_rows=10**6, heldout_rows=200, test_rows=10**5))

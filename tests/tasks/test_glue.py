@@ -130,3 +130,56 @@ def test_folder_faults(tmp_path: Path) -> None:
     (place / "meta.json").write_text("{")
     with pytest.raises(LoraloomError, match=r"rte/meta\.json: cannot be read"):
         glue_task("rte", GlueTask(path=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "metric", "words"),
+    [
+        ("qnli", ["entailment", "not_entailment"], "exact_match", ["yes", "no"]),
+        ("rte", ["not_entailment", "entailment"], "exact_match", ["no", "yes"]),  # the folder's order
+        ("mnli", ["entailment", "neutral", "contradiction"], "exact_match", ["yes", "maybe", "no"]),
+        ("stsb", None, "pearson", ["0.0", "1.0", "2.0"]),
+    ],
+)
+def test_asked_and_answered_in_words(
+    name: str, labels: list[str] | None, metric: str, words: list[str], tmp_path: Path
+) -> None:
+    folder(tmp_path, name, labels)
+    options = GlueTask(path=tmp_path, answers=True, train_rows=20, heldout_rows=10, test_rows=30)
+    task = glue_task(name, options)
+    assert task.kind.generates
+    assert task.metric == metric
+    assert [len(getattr(task, split)) for split in SPLITS] == [20, 10, 30]
+    for split in SPLITS:
+        for row in getattr(task, split):
+            question, text, other = row["text_a"].split("\n")
+            assert (question, other) == (GLUE[name].asked, "b")
+            assert row["label"] == words[int(text.split()[1]) % len(words)]
+            assert text.split()[0] == ("dev" if split == "test" else "train")
+    prompts = [row["text_a"] for split in SPLITS for row in getattr(task, split)]
+    assert len(set(prompts)) == len(prompts)
+    assert task.digest() == glue_task(name, options).digest()
+
+
+def test_a_score_in_words_is_the_nearest_fifth(tmp_path: Path) -> None:
+    place = folder(tmp_path, "stsb", None)
+    rows = [{"text_a": f"train {i}", "text_b": "b", "label": i / 8} for i in range(41)]
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = glue_task("stsb", GlueTask(path=tmp_path, answers=True, heldout_rows=5))
+    for row in task.train:
+        exact = int(row["text_a"].split("\n")[1].split()[1]) / 8
+        assert abs(float(row["label"]) - exact) <= 0.1 + 1e-9
+        assert round(float(row["label"]) * 5, 6).is_integer()
+
+
+def test_long_texts_are_left_out_before_any_are_drawn(tmp_path: Path) -> None:
+    folder(tmp_path, "qnli", ["entailment", "not_entailment"])  # texts of 8 characters up to row 9, of 9 above
+    options = GlueTask(path=tmp_path, answers=True, characters=8, train_rows=4, heldout_rows=4, test_rows=10)
+    task = glue_task("qnli", options)
+    assert [len(getattr(task, split)) for split in SPLITS] == [4, 4, 10]
+    assert task.dropped["with longer texts"] == 30
+    with pytest.raises(LoraloomError, match="train_rows: 20 asked for, 6 left of 10") as told:
+        glue_task("qnli", options.model_copy(update={"train_rows": 20}))
+    assert "30 rows have more than 8 characters" in told.value.hint
+    with pytest.raises(ValueError, match="without `answers: true`"):
+        GlueTask(characters=8)

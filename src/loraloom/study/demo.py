@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loraloom.study.recipe import Recipe
-from loraloom.tasks.builtin import BUILTIN_NAMES
+from loraloom.tasks.builtin import LABELLED_NAMES
 
 # the learning rate was chosen on held-out rows, never on the test rows: docs/demo.md
 _INITS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ _INITS: dict[str, dict[str, Any]] = {
 
 # tasks, rows of each, epochs, scales a rule, and texts that heads are aligned on: both sizes run the same stages
 _FULL: dict[str, Any] = {
-    "tasks": BUILTIN_NAMES,
+    "tasks": LABELLED_NAMES,
     "rows": {"train_rows": 500, "heldout_rows": 120, "test_rows": 240},
     "epochs": 3,
     "scales": {"task_arithmetic": [0.3, 0.5, 1.0], "ties": [0.5, 1.0], "tsv": [0.5, 1.0]},

@@ -162,7 +162,7 @@ class Recipe(Settings):
         if self.adapters and set(self.adapters) != set(self.tasks):
             odd = sorted(set(self.adapters) ^ set(self.tasks))
             problems.append(f"adapters: one for each task, no other; look at {', '.join(odd)}")
-        written = [name for name, task in self.tasks.items() if task.generates]
+        written = [name for name, task in self.tasks.items() if task.generates(name)]
         if 0 < len(written) < len(self.tasks):
             rest = ", ".join(name for name in self.tasks if name not in written)
             problems.append(
@@ -207,7 +207,7 @@ class Recipe(Settings):
     @property
     def generates(self) -> bool:
         """Tell whether the answers of its tasks are written, not given by heads."""
-        return any(task.generates for task in self.tasks.values())
+        return any(task.generates(name) for name, task in self.tasks.items())
 
     def check_complete(self) -> None:
         """Raise LoraloomError where this is no whole study: tasks and base alone are enough to look at texts."""

@@ -1,4 +1,5 @@
-"""Four English text tasks without a download: sentences of installed docstrings, labelled by where they stand.
+"""English tasks without a download: four of sentences of installed docstrings, labelled by where they stand, and those
+of `builtin_answers`.
 
 Rows depend on the versions of Python and of the packages, on the counts and on the seed, and on nothing else. Whole
 source files are given to splits (`builtin_text.split_of`); no sentence stands twice in a task, in whatever split.
@@ -21,6 +22,7 @@ import datasets
 from pydantic import Field
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
+from loraloom.tasks.builtin_answers import ANSWER_PLANS, ANSWER_TOKENS, answer_rows
 from loraloom.tasks.builtin_text import (
     FOLDERS,
     STANDARD_LIBRARY,
@@ -32,6 +34,8 @@ from loraloom.tasks.builtin_text import (
     place,
     split_of,
 )
+from loraloom.tasks.generate import Generate
+from loraloom.tasks.prompts import prompt_rows
 from loraloom.tasks.task import SPLITS, Metric, Task, TaskOptions
 
 
@@ -181,7 +185,8 @@ _PLANS = {
         _match_rows,
     ),
 }
-BUILTIN_NAMES = tuple(_PLANS)
+LABELLED_NAMES = tuple(_PLANS)
+BUILTIN_NAMES = (*_PLANS, *ANSWER_PLANS)
 
 
 class BuiltinTask(TaskOptions):
@@ -192,15 +197,21 @@ class BuiltinTask(TaskOptions):
     heldout_rows: int = Field(150, ge=2)
     test_rows: int = Field(300, ge=2)
 
+    def generates(self, name: str) -> bool:
+        """Tell whether the answers of the task of this name are written."""
+        return name in ANSWER_PLANS
+
 
 def builtin_task(name: str, options: BuiltinTask, *, seed: int = 0) -> Task:
-    """Return one built-in task with the asked numbers of rows, the labels in equal shares.
+    """Return one built-in task with the asked numbers of rows, labels in equal shares.
 
     Raises LoraloomError for an unknown name and, naming every label, where this installation has too few rows.
     """
-    if name not in _PLANS:
+    if name not in BUILTIN_NAMES:
         raise LoraloomError(f"no built-in task is called {name!r}", did_you_mean(name, BUILTIN_NAMES))
     counts = dict(zip(SPLITS, (options.train_rows, options.heldout_rows, options.test_rows), strict=True))
+    if name in ANSWER_PLANS:
+        return _answer_task(name, counts, seed)
     _check_counts(name, counts, seed)
     plan = _PLANS[name]
     drawn = _drawn(name, counts, seed)
@@ -214,6 +225,33 @@ def builtin_task(name: str, options: BuiltinTask, *, seed: int = 0) -> Task:
     }
     splits = {split: datasets.Dataset.from_list([_record(row) for row in drawn[split]]) for split in SPLITS}
     return Task(name, plan.labels, plan.metric, description=plan.description, source=source, **splits)
+
+
+def _answer_task(name: str, counts: dict[str, int], seed: int) -> Task:
+    plan, rows = (
+        ANSWER_PLANS[name],
+        {split: answer_rows(name, split, asked, seed=seed) for split, asked in counts.items()},
+    )
+    problems = [
+        f"{asked} {split} rows asked, this installation has {len(rows[split])}"
+        for split, asked in counts.items()
+        if len(rows[split]) < asked
+    ]
+    raise_problems(f"built-in task {name!r}", problems, "ask for fewer rows; " + _installed_hint())
+    return Task(
+        name,
+        None,
+        plan.metrics[0],
+        description=plan.description,
+        source={
+            "origin": "docstrings of installed packages, and templates",
+            "seed": seed,
+            "versions": source_versions(),
+        },
+        also=plan.metrics[1:],
+        answering=Generate(ANSWER_TOKENS),
+        **{split: prompt_rows(part) for split, part in rows.items()},
+    )
 
 
 def _record(row: _Row) -> dict[str, Any]:

@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from loraloom.tasks.answers import AnswerMetric
 from loraloom.tasks.builtin_text import docstrings, first_sentence, parts, place, split_of
 
 Row = tuple[str, str]  # prompt and answer
 T = TypeVar("T")
+ANSWER_TOKENS = 16  # that the longest answer has, its end token included
 
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """What makes a task: metric, a sentence for the report, and (split, seed) -> all rows there are, in drawn order."""
+    """What makes a task: metrics, a sentence for the report, and (split, seed) -> all its rows, in drawn order."""
 
-    metric: str
+    metrics: tuple[AnswerMetric, ...]
     description: str
     rows: Callable[[str, int], Iterator[Row]]
 
@@ -169,19 +171,19 @@ def _mixed(values: Iterable[T], seed: int) -> list[T]:
 
 ANSWER_PLANS = {
     "name": AnswerPlan(
-        "exact_match",
+        ("exact_match", "token_f1"),
         "How would its author name this function? Summaries of functions of Python's library and of loraloom's "
         "dependencies whose names are made of words of the summary.",
         _name_rows,
     ),
     "slots": AnswerPlan(
-        "exact_match",
+        ("exact_match", "json_f1", "parse_rate"),
         "Which city, day and number of people does this booking name? Made from templates, those of the test rows "
         "other ones than those of the training rows; the answer is JSON.",
         _slot_rows,
     ),
     "date": AnswerPlan(
-        "exact_match",
+        ("exact_match",),
         "Which date is this, in digits? Dates in words from templates, those of the test rows other ones than those "
         "of the training rows.",
         _date_rows,

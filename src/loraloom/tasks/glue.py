@@ -7,21 +7,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.tasks.files import FileTask, file_task
+from loraloom.tasks.generate import Generate
+from loraloom.tasks.prompts import prompt_rows
+from loraloom.tasks.splits import Row, leak_free
 from loraloom.tasks.task import Metric, Task, TaskOptions
+
+_ANSWER_TOKENS = 8  # a word or a number
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """Columns on the Hub, labels in the order of their integers (None: a score), metric as GLUE reports it."""
+    """Columns on the Hub, labels in the order of their integers (None: a score), metric as GLUE reports it.
+
+    asked: the question of a prompt, before the texts. words: the labels as answers to it, in the same order.
+    """
 
     text: tuple[str, ...]
     labels: tuple[str, ...] | None
     metric: Metric
     description: str
+    asked: str
+    words: tuple[str, ...] = ("no", "yes")
     dev: str = "validation"
 
 
@@ -29,35 +39,66 @@ _ENTAILMENT = ("entailment", "not_entailment")
 
 GLUE = {
     "cola": _Facts(
-        ("sentence",), ("unacceptable", "acceptable"), "matthews", "CoLA: is the sentence acceptable English?"
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        "matthews",
+        "CoLA: is the sentence acceptable English?",
+        "Is this sentence acceptable English, yes or no?",
     ),
-    "sst2": _Facts(("sentence",), ("negative", "positive"), "accuracy", "SST-2: does the review like the film?"),
+    "sst2": _Facts(
+        ("sentence",),
+        ("negative", "positive"),
+        "accuracy",
+        "SST-2: does the review like the film?",
+        "Is this review positive or negative?",
+        ("negative", "positive"),
+    ),
     "mrpc": _Facts(
         ("sentence1", "sentence2"),
         ("not_equivalent", "equivalent"),
         "accuracy_f1",
         "MRPC: do two sentences from the news say the same?",
+        "Do these sentences say the same, yes or no?",
     ),
     "qqp": _Facts(
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
         "accuracy_f1",
         "QQP: do two questions on Quora ask the same?",
+        "Do these questions ask the same, yes or no?",
     ),
     "stsb": _Facts(
-        ("sentence1", "sentence2"), None, "pearson_spearman", "STS-B: how alike are two sentences, from 0 to 5?"
+        ("sentence1", "sentence2"),
+        None,
+        "pearson_spearman",
+        "STS-B: how alike are two sentences, from 0 to 5?",
+        "How alike are these sentences, from 0 to 5?",
     ),
     "mnli": _Facts(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
         "accuracy",
         "MNLI: does the premise entail the hypothesis, contradict it, or neither?",
+        "Does the second text follow from the first: yes, maybe or no?",
+        ("yes", "maybe", "no"),
         dev="validation_matched",
     ),
     "qnli": _Facts(
-        ("question", "sentence"), _ENTAILMENT, "accuracy", "QNLI: does the sentence hold the answer to the question?"
+        ("question", "sentence"),
+        _ENTAILMENT,
+        "accuracy",
+        "QNLI: does the sentence hold the answer to the question?",
+        "Does the text answer the question, yes or no?",
+        ("yes", "no"),
     ),
-    "rte": _Facts(("sentence1", "sentence2"), _ENTAILMENT, "accuracy", "RTE: does the first text entail the second?"),
+    "rte": _Facts(
+        ("sentence1", "sentence2"),
+        _ENTAILMENT,
+        "accuracy",
+        "RTE: does the first text entail the second?",
+        "Does the second text follow from the first, yes or no?",
+        ("yes", "no"),
+    ),
 }
 
 
@@ -66,6 +107,18 @@ class GlueTask(TaskOptions):
 
     source: Literal["glue"] = "glue"
     path: Path | None = Field(None, description="folder with <task>/{train,dev}.jsonl; the hub's nyu-mll/glue without")
+    answers: bool = Field(False, description="asked and answered in words, by a model that writes")
+    characters: int | None = Field(None, ge=1, description="with answers: leave out rows whose texts have more")
+
+    @model_validator(mode="after")
+    def _fit(self) -> GlueTask:
+        if self.characters is not None and not self.answers:
+            raise ValueError("characters: longer texts are cut, not left out, without `answers: true`")
+        return self
+
+    def generates(self, name: str) -> bool:
+        """Tell whether the task's answers are written."""
+        return self.answers
 
 
 def glue_task(name: str, options: GlueTask, *, seed: int = 0) -> Task:
@@ -75,6 +128,10 @@ def glue_task(name: str, options: GlueTask, *, seed: int = 0) -> Task:
     `labels` say what the integers stand for where they are names; its `note` and `licence` are kept in `Task.source`.
     Without it the rows come from nyu-mll/glue on the Hub. Held-out rows are cut from the training rows; sampling and
     leak rules are those of `file_task`.
+
+    With `answers` a row is a prompt, a question and the texts below it or behind it, and an answer: a word for a label,
+    a score to the nearest fifth as Raffel et al. 2020 (arXiv:1910.10683) write it. Rows of longer texts than
+    `characters` are left out before any are drawn, and counted in `Task.source["long"]`.
 
     Raises LoraloomError for an unknown name, and for what `file_task` finds wrong.
     """
@@ -99,8 +156,50 @@ def glue_task(name: str, options: GlueTask, *, seed: int = 0) -> Task:
         description=glue.description,
         **options.model_dump(include=set(TaskOptions.model_fields)),
     )
-    task = file_task(name, rows, seed=seed)
+    if options.answers:
+        task = _in_words(file_task(name, _all_rows(rows), seed=seed), rows, options.characters, seed)
+    else:
+        task = file_task(name, rows, seed=seed)
     return replace(task, source={**task.source, **facts})
+
+
+def _all_rows(rows: FileTask) -> FileTask:
+    return rows.model_copy(update={"train_rows": None, "heldout_rows": 2, "test_rows": None})
+
+
+def _in_words(task: Task, rows: FileTask, characters: int | None, seed: int) -> Task:
+    """Return of all rows of a task, as prompts and answers, as many as `rows` asks for."""
+    given = {"train": [*task.heldout, *task.train], "test": list(task.test)}
+    asked = {split: [_asked(task, row) for row in found if _fits(row, characters)] for split, found in given.items()}
+    parts, dropped, problems = leak_free(asked, rows, seed)
+    long = sum(map(len, given.values())) - sum(map(len, asked.values()))
+    hint = f"{long} rows have more than {characters} characters" if long else "ask for fewer rows"
+    raise_problems(f"task {task.name!r}", problems, hint)
+    numbers = task.labels is None
+    return Task(
+        name=task.name,
+        labels=None,
+        metric="pearson" if numbers else "exact_match",
+        also=("parse_rate",) if numbers else (),
+        answering=Generate(_ANSWER_TOKENS),
+        description=task.description,
+        source={**task.source, **{why: count + task.source[why] for why, count in dropped.items()}, "long": long},
+        **{split: prompt_rows(part) for split, part in parts.items()},
+    )
+
+
+def _fits(row: Row, characters: int | None) -> bool:
+    return characters is None or len(row["text_a"]) + len(row.get("text_b", "")) <= characters
+
+
+def _asked(task: Task, row: Row) -> Row:
+    """Return prompt and answer. One text stands behind the question, two below it."""
+    glue = GLUE[task.name]
+    texts = [row[column].strip() for column in task.text_columns]
+    prompt = f"{glue.asked} {texts[0]}" if len(texts) == 1 else "\n".join([glue.asked, *texts])
+    if task.labels is None or glue.labels is None:
+        return {"text_a": prompt, "label": f"{round(row['label'] * 5) / 5:.1f}"}
+    return {"text_a": prompt, "label": glue.words[glue.labels.index(task.labels[row["label"]])]}
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

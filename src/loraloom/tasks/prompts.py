@@ -65,8 +65,7 @@ class PromptTask(SplitTask):
             raise ValueError("; ".join(problems))
         return self
 
-    @property
-    def generates(self) -> bool:
+    def generates(self, name: str) -> bool:
         """Tell that the task's answers are written."""
         return True
 
@@ -103,8 +102,6 @@ def prompt_task(name: str, options: PromptTask, *, seed: int = 0) -> Task:
     without_text = any(": empty " in problem or ": null " in problem for problem in problems)
     hint = "`empty: drop` in the recipe leaves rows without prompt or answer out" if without_text else ""
     raise_problems(f"task {name!r}", problems, hint)
-    columns = {"text_a": datasets.Value("string"), "label": datasets.Value("string")}
-    features = datasets.Features(columns if options.chat == "off" else {**columns, "history": [HISTORY]})
     return Task(
         name=name,
         labels=None,
@@ -119,8 +116,17 @@ def prompt_task(name: str, options: PromptTask, *, seed: int = 0) -> Task:
             "empty": sum(one.empty for one in checked.values()),
             **dropped,
         },
-        **{split: datasets.Dataset.from_list(part, features=features) for split, part in parts.items()},
+        **{split: prompt_rows(part, chat=options.chat != "off") for split, part in parts.items()},
     )
+
+
+def prompt_rows(rows: Sequence[Row], *, chat: bool = True) -> datasets.Dataset:
+    """Return rows of prompts and answers as a data set, with what stands before a prompt where it is a `chat`'s."""
+    columns = {"text_a": datasets.Value("string"), "label": datasets.Value("string")}
+    if not chat:
+        return datasets.Dataset.from_list(list(rows), features=datasets.Features(columns))
+    features = datasets.Features({**columns, "history": [HISTORY]})
+    return datasets.Dataset.from_list([{"history": [], **row} for row in rows], features=features)
 
 
 def _unmeasured(parts: Mapping[str, list[Row]], options: PromptTask) -> list[str]:

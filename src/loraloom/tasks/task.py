@@ -24,7 +24,12 @@ from loraloom.tasks.regress import NumberMetric, Regress
 Metric = Literal[ClassMetric, NumberMetric, AnswerMetric]
 TaskKind = Classify | Regress | Generate
 SPLITS = ("train", "heldout", "test")
-_DROPPED = {"empty": "without text", "overlap": "also in test", "repeats": "also in held-out"}  # of Task.source
+_DROPPED = {
+    "empty": "without text",
+    "long": "with longer texts",
+    "overlap": "also in test",
+    "repeats": "also in held-out",
+}  # of Task.source
 
 
 class TaskOptions(Settings):
@@ -35,9 +40,8 @@ class TaskOptions(Settings):
     test_rows: int | None = Field(None, ge=2)
     epochs: int | None = Field(None, ge=1, description="in place of training.epochs")
 
-    @property
-    def generates(self) -> bool:
-        """Tell whether the task's answers are written, not given by a head."""
+    def generates(self, name: str) -> bool:
+        """Tell whether the answers of the task of this name are written, not given by a head."""
         return False
 
 
