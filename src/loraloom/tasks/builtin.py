@@ -1,5 +1,4 @@
-"""English tasks without a download: four of sentences of installed docstrings, labelled by where they stand, and those
-of `builtin_answers`.
+"""English tasks without a download: four of labelled sentences of installed docstrings, and those of `builtin_answers`.
 
 Rows depend on the versions of Python and of the packages, on the counts and on the seed, and on nothing else. Whole
 source files are given to splits (`builtin_text.split_of`); no sentence stands twice in a task, in whatever split.
