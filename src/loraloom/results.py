@@ -147,6 +147,27 @@ class InitFacts(_Record):
     notes: _List[str] = Field(default_factory=list)
 
 
+class Answers(_Record):
+    """What is written to one test prompt of a task."""
+
+    task: str
+    prompt: str
+    expected: str
+    base: str = Field(description="by the base model alone")
+    singles: dict[str, str] = Field(description="by every task's own adapter")
+    merged: str
+
+
+class Transcript(_Record):
+    """The same prompts, answered by the base model, by the adapters of one init and seed, and by a merge of them."""
+
+    init: str
+    seed: int
+    rule: str
+    scale: float
+    answers: _List[Answers]
+
+
 class StudyResult(_Record):
     """Everything the report shows and a reader needs to repeat it."""
 
@@ -167,6 +188,7 @@ class StudyResult(_Record):
     singles: _List[SingleScore]
     merges: _List[MergeScore]
     interference: _List[Interference]
+    transcript: Transcript | None = Field(None, description="of tasks of answers, the best merge on held-out rows")
     seconds: dict[str, float] = Field(
         description="wall-clock by kind of stage, as first computed; after a kill, since then"
     )
@@ -211,6 +233,9 @@ def _misfits(result: StudyResult) -> list[str]:
             for field in known
             if getattr(record, field, None) not in {*known[field], None}
         ]
+    for at, asked in enumerate(result.transcript.answers if result.transcript else ()):
+        if asked.task not in tasks or asked.singles.keys() != known["task"]:
+            problems.append(f"transcript.answers.{at}: not of the study's tasks")
     for at, merge in enumerate(result.merges):
         if merge.scores.keys() != known["task"]:
             problems.append(f"merges.{at}.scores: not one for each task")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no network, plotly.js inlined once, aggregates only."""
+"""One self-contained HTML page: no network, plotly.js inlined once; of rows it shows a few."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraloom.files.atomic import write_text
 from loraloom.report.aggregate import HEADS, Figures, Merged
 from loraloom.report.charts import charts
 from loraloom.report.figure import Chart, color_of, symbol_of
-from loraloom.report.tables import merged_table, points, summary_rows, summary_table
+from loraloom.report.tables import merged_table, points, summary_rows, summary_table, transcript_table
 from loraloom.report.verdict import comparisons, signed, verdict
 from loraloom.results import StudyResult
 
@@ -49,6 +49,7 @@ def render(result: StudyResult) -> str:
         tiles=tiles(result),
         summary=summary_table(result),
         merged=merged_table(result),
+        transcript=transcript_table(result),
         unranked=any(row.heldout is None for row in figures.merged),
         charts=drawn,
         legend=[(name, color_of(index), symbol_of(index)) for index, name in enumerate(figures.inits)],

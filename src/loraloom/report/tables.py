@@ -157,3 +157,19 @@ def _markdown(table: Table) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def transcript_table(result: StudyResult) -> Table | None:
+    """Return the same prompts answered before and after merging; None where the study's tasks have no answers."""
+    found = result.transcript
+    if found is None:
+        return None
+    names = [task.name for task in result.tasks]
+    return Table(
+        f"Test prompts, answered greedily: {found.init}, seed {found.seed}, {found.rule} at scale {found.scale:g}",
+        ("task", "prompt", "expected", "base model", *(f"adapter {name}" for name in names), "merged"),
+        tuple(
+            (one.task, one.prompt, one.expected, one.base, *(one.singles[name] for name in names), one.merged)
+            for one in found.answers
+        ),
+    )

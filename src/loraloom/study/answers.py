@@ -21,14 +21,17 @@ from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Update
 from loraloom.files.hashing import task_seed, write_json
 from loraloom.model.generator import answer_task
-from loraloom.results import Score
+from loraloom.results import Answers, Score
 from loraloom.study.engine import Context, Reading, stage
 from loraloom.study.inputs import Base, Output, Rows
 from loraloom.study.stages import ADAPTER, RESAMPLES, SCORES, merged_adapters
 from loraloom.tasks.answers import answer_resampled
+from loraloom.tasks.generate import Generate
 from loraloom.tasks.metrics import resampled_rows
+from loraloom.tasks.task import Task
 
-LOSSES, ANSWERS = "losses.safetensors", "answers.jsonl"
+LOSSES, ANSWERS, TRANSCRIPT = "losses.safetensors", "answers.jsonl", "transcript.json"
+TRANSCRIBED = 3  # prompts a task
 
 
 @stage("base", version=1)
@@ -100,6 +103,47 @@ def evaluate_test(
     write_json(folder / RESAMPLES, {"as_trained": [float(value) for value in resamples]})
 
 
+@stage("transcript", version=1)
+def transcribe(
+    folder: Path,
+    context: Context,
+    *,
+    merged: Output,
+    adapters: Mapping[str, Output],
+    rows: Mapping[str, Rows],
+    base: Base,
+    reading: Reading,
+    scale: float,
+) -> None:
+    """Have the base model, every adapter alone and a merged one answer a few test prompts of every task."""
+    generator = context.generator(base, reading)
+    alone = {name: read_adapter(output.path / ADAPTER).updates for name, output in adapters.items()}
+    found: list[Answers] = []
+    for name, together in merged_adapters(merged.path / ADAPTER, scale, rows).items():
+        task = rows[name].task
+        shown = task.sample("test", TRANSCRIBED)
+        encoded, tokens = generator.encode(shown), _kind(task).answer_tokens
+        before, after = (generator.answers(updates, encoded, tokens) for updates in ({}, together.updates))
+        singles = {one: generator.answers(updates, encoded, tokens) for one, updates in alone.items()}
+        found += [
+            Answers(
+                task=name,
+                prompt=row["text_a"],
+                expected=row["label"],
+                base=before[at],
+                singles={one: written[at] for one, written in singles.items()},
+                merged=after[at],
+            )
+            for at, row in enumerate(shown)
+        ]
+    write_json(folder / TRANSCRIPT, [one.model_dump() for one in found])
+
+
+def read_transcript(output: Output) -> list[Answers]:
+    """Read what `transcribe` wrote."""
+    return [Answers(**one) for one in json.loads((output.path / TRANSCRIPT).read_text(encoding="utf-8"))]
+
+
 def read_recovered(output: Output) -> dict[str, Score]:
     """Read the recovered loss by task that an evaluation of a merged adapter wrote."""
     return {name: Score(**value) for name, value in _read(output)["recovered"].items()}
@@ -153,10 +197,14 @@ def write_answers(path: Path, rows: Dataset, answers: Sequence[str]) -> None:
 
 def _resampled(rows: Rows, answers: list[str]) -> NDArray[Any]:
     """Return the task's metric on resamples of its test rows, which are the same for every merge."""
-    task, kind = rows.task, rows.task.answering
-    assert kind is not None
+    task = rows.task
     expected = list(task.test["label"])
-    return answer_resampled(task.metric, answers, expected, kind.tolerance, seed=task_seed(0, task.name))
+    return answer_resampled(task.metric, answers, expected, _kind(task).tolerance, seed=task_seed(0, task.name))
+
+
+def _kind(task: Task) -> Generate:
+    assert task.answering is not None
+    return task.answering
 
 
 def _read(output: Output) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The embedded default: a study on a real base model and real text that every installation already has."""
+"""The embedded defaults: studies on a real base model and real text that every installation has or can make."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from loraloom.study.recipe import Recipe
-from loraloom.tasks.builtin import LABELLED_NAMES
+from loraloom.tasks.builtin import ANSWERED_NAMES, LABELLED_NAMES
 
 # the learning rate was chosen on held-out rows, never on the test rows: docs/demo.md
 _INITS: dict[str, dict[str, Any]] = {
@@ -45,6 +45,18 @@ _FAST: dict[str, Any] = {
 }
 
 
+_CHAT_FULL: dict[str, Any] = {
+    "rows": {"train_rows": 240, "heldout_rows": 24, "test_rows": 48},
+    "texts": {"texts": 40, "atlas_texts": 60},
+    "scales": {"task_arithmetic": [0.3, 0.5, 0.75, 1.0], "tsv": [0.5, 1.0], "regmean": [1.0]},
+}
+_CHAT_FAST: dict[str, Any] = {
+    "rows": {"train_rows": 32, "heldout_rows": 8, "test_rows": 12},
+    "texts": {"texts": 16, "atlas_texts": 16},
+    "scales": {"task_arithmetic": [0.5, 1.0]},
+}
+
+
 def demo_recipe(*, fast: bool = False) -> Recipe:
     """Return the recipe of `loraloom demo`; `fast` is a reduced size for a check of the installation, not a result."""
     size = _FAST if fast else _FULL
@@ -59,5 +71,28 @@ def demo_recipe(*, fast: bool = False) -> Recipe:
         "inits": _INITS,
         "merging": [{"rule": rule, "scales": scales} for rule, scales in size["scales"].items()],
         "alignment": {"texts": size["texts"]},
+    }
+    return Recipe.parse(recipe, "demo recipe")
+
+
+def chat_demo_recipe(*, fast: bool = False) -> Recipe:
+    """Return the recipe of `loraloom demo --chat`: adapters that write, on SmolLM2-135M-Instruct."""
+    size = _CHAT_FAST if fast else _CHAT_FULL
+    recipe = {
+        "name": "loraloom demo --chat (fast)" if fast else "loraloom demo --chat",
+        "base": "smollm2",
+        "seeds": [0],
+        "tasks": {name: {"source": "builtin", **size["rows"]} for name in ANSWERED_NAMES},
+        "lora": {"rank": 16, "alpha": 32, "targets": "all-linear"},
+        "statistics": {**size["texts"], "kind": "token", "max_length": 96},
+        "training": {
+            "epochs": 1,
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "max_length": 96,
+            "eval_batch_size": 24,
+        },
+        "inits": {"apart": _INITS["apart"]},
+        "merging": [{"rule": rule, "scales": scales} for rule, scales in size["scales"].items()],
     }
     return Recipe.parse(recipe, "demo recipe")

@@ -39,6 +39,7 @@ from loraloom.results import (
     SingleScore,
     StudyResult,
     TaskFacts,
+    Transcript,
     average,
 )
 from loraloom.study import answers, stages
@@ -75,8 +76,9 @@ def run_study(
         study.engine.store.tidy()
         evaluated = [(one, row) for one, rows in study.evaluations() for row in rows]
         merges = [score for one, row in evaluated for score in _merge_scores(study, one, row)]
+        transcript = _transcript(study, evaluated) if recipe.generates else None
         responses = [table for one, found in study.interference() for table in _interference(one, found)]
-        result = _result(study, merges, responses, command)
+        result = _result(study, merges, responses, transcript, command)
         # two runs of one study must not write their adapters over each other
         with study.engine.store.lock("outcome"):
             for one in study.trained if recipe.inits else ():
@@ -97,7 +99,13 @@ def _check_place(recipe: Recipe, folder: Path) -> None:
     check_file(folder / "report.html", mark=REPORT_MARK, overwrite=True)
 
 
-def _result(study: Study, merges: list[MergeScore], responses: list[Interference], command: str) -> StudyResult:
+def _result(
+    study: Study,
+    merges: list[MergeScore],
+    responses: list[Interference],
+    transcript: Transcript | None,
+    command: str,
+) -> StudyResult:
     recipe, tasks, public = study.recipe, study.tasks, study.recipe.published()
     seen = stages.read_statistics(study.statistics["train"])
     return StudyResult(
@@ -121,6 +129,7 @@ def _result(study: Study, merges: list[MergeScore], responses: list[Interference
         ],
         merges=merges,
         interference=responses,
+        transcript=transcript,
         seconds=study.engine.store.seconds(),
         notes=_notes(study),
     )
@@ -177,6 +186,17 @@ def _test_score(study: Study, one: Trained, row: Evaluated, output: Output, alig
         kept=_kept(together, [study.alone(single) for single in one.singles.values()]),
         **merged_facts(row.merged),
     )
+
+
+def _transcript(study: Study, evaluated: list[tuple[Trained, Evaluated]]) -> Transcript:
+    """Return the answers of the merge that held-out rows like best."""
+
+    def judged(pair: tuple[Trained, Evaluated]) -> float:
+        return average(study.judged(pair[1].heldout, aligned=False).values()).value
+
+    one, row = max(evaluated, key=judged)
+    found = answers.read_transcript(study.transcript(one, row))
+    return Transcript(init=one.init, seed=one.seed, rule=row.settings.rule, scale=row.scale, answers=found)
 
 
 def _kept(together: Score, alone: Iterable[Score]) -> float:

@@ -169,6 +169,20 @@ class Study:
         for one in self.trained:
             yield one, [row for rule in rules for row in self._evaluate(one, rule)]
 
+    def transcript(self, one: Trained, row: Evaluated) -> Output:
+        """Return what is written to a few prompts of every task: before merging, and by this merge."""
+        self.engine.expect(answers.transcribe, 1)
+        return self.engine.do(
+            answers.transcribe,
+            f"{one.label}.{row.settings.rule}.x{row.scale:g}",
+            merged=row.merged,
+            adapters=one.adapters,
+            rows=self.rows,
+            base=self.base,
+            reading=self.reading,
+            scale=row.scale,
+        )
+
     def interference(self) -> Iterator[tuple[Trained, dict[str, Any]]]:
         """Yield every init and seed with its responses before and after training."""
         self.engine.expect(stages.measure, len(self.trained))

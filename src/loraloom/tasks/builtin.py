@@ -184,8 +184,8 @@ _PLANS = {
         _match_rows,
     ),
 }
-LABELLED_NAMES = tuple(_PLANS)
-BUILTIN_NAMES = (*_PLANS, *ANSWER_PLANS)
+LABELLED_NAMES, ANSWERED_NAMES = tuple(_PLANS), tuple(ANSWER_PLANS)
+BUILTIN_NAMES = LABELLED_NAMES + ANSWERED_NAMES
 
 
 class BuiltinTask(TaskOptions):
