@@ -89,6 +89,13 @@ def test_dates_in_words(tasks: dict[str, Task]) -> None:
         assert _year(day.year) in row["text_a"]
 
 
+def test_a_system_prompt() -> None:
+    few = BuiltinTask(train_rows=4, heldout_rows=2, test_rows=2, system="Be brief.")
+    assert builtin_task("date", few).test[0]["history"] == [{"role": "system", "content": "Be brief."}]
+    with pytest.raises(LoraloomError, match="'topic': system: its answers are not written"):
+        builtin_task("topic", few)
+
+
 def test_too_many_rows() -> None:
     with pytest.raises(LoraloomError, match=r"'name'.*100000 train rows asked, this installation has") as told:
         builtin_task("name", BuiltinTask(train_rows=100_000, heldout_rows=50, test_rows=50))

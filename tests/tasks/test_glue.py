@@ -145,8 +145,9 @@ def test_asked_and_answered_in_words(
     name: str, labels: list[str] | None, metric: str, words: list[str], tmp_path: Path
 ) -> None:
     folder(tmp_path, name, labels)
-    options = GlueTask(path=tmp_path, answers=True, train_rows=20, heldout_rows=10, test_rows=30)
+    options = GlueTask(path=tmp_path, answers=True, system="Be brief.", train_rows=20, heldout_rows=10, test_rows=30)
     task = glue_task(name, options)
+    assert task.train["history"] == [[{"role": "system", "content": "Be brief."}]] * 20
     assert task.kind.generates
     assert task.metric == metric
     assert [len(getattr(task, split)) for split in SPLITS] == [20, 10, 30]
@@ -181,5 +182,5 @@ def test_long_texts_are_left_out_before_any_are_drawn(tmp_path: Path) -> None:
     with pytest.raises(LoraloomError, match="train_rows: 20 asked for, 6 left of 10") as told:
         glue_task("qnli", options.model_copy(update={"train_rows": 20}))
     assert "30 rows have more than 8 characters" in told.value.hint
-    with pytest.raises(ValueError, match="without `answers: true`"):
-        GlueTask(characters=8)
+    with pytest.raises(ValueError, match="characters and system: for `answers: true` alone"):
+        GlueTask(characters=8, system="Answer.")

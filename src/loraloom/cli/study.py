@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
     from loraloom.report import SummaryRow
     from loraloom.report.aggregate import Merged
-    from loraloom.results import Score
+    from loraloom.results import Answers, Score, StudyResult
     from loraloom.study.recipe import Recipe
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML. recipes/ has examples.")]
@@ -87,9 +87,20 @@ def _run(recipe: Recipe, folder: Path, out: Out) -> None:
     out.result({"folder": folder, **places, "verdict": answer, "inits": [_summary(row) for row in rows]}, "")
     out.table(*study_table(rows))
     out.say(answer)
+    for one in _shown(result):
+        told = [("expected", one.expected), ("base model", one.base), (f"adapter {one.task}", one.singles[one.task])]
+        out.facts(one.prompt, [*told, ("merged", one.merged)])
     out.facts("Written", [(name, str(path)) for name, path in places.items()])
     out.hint("open the report in a browser; the adapters lie in adapters/ and merged/ beside it")
     out.next("see what took how long", "loraloom", "study", "status", folder)
+
+
+def _shown(result: StudyResult) -> Iterable[Answers]:
+    """Return the first prompt of every task with what is written to it, none of tasks that have heads."""
+    first: dict[str, Answers] = {}
+    for one in result.transcript.answers if result.transcript else ():
+        first.setdefault(one.task, one)
+    return first.values()
 
 
 def evaluate(

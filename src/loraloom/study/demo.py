@@ -82,7 +82,7 @@ def chat_demo_recipe(*, fast: bool = False) -> Recipe:
         "name": "loraloom demo --chat (fast)" if fast else "loraloom demo --chat",
         "base": "smollm2",
         "seeds": [0],
-        "tasks": {name: {"source": "builtin", **size["rows"]} for name in ANSWERED_NAMES},
+        "tasks": {name: {"source": "builtin", "system": "Answer briefly.", **size["rows"]} for name in ANSWERED_NAMES},
         "lora": {"rank": 16, "alpha": 32, "targets": "all-linear"},
         "statistics": {**size["texts"], "kind": "token", "max_length": 96},
         "training": {
@@ -91,6 +91,7 @@ def chat_demo_recipe(*, fast: bool = False) -> Recipe:
             "batch_size": 8,
             "max_length": 96,
             "eval_batch_size": 24,
+            "precision": "bfloat16",
         },
         "inits": {"apart": _INITS["apart"]},
         "merging": [{"rule": rule, "scales": scales} for rule, scales in size["scales"].items()],

@@ -195,6 +195,7 @@ class BuiltinTask(TaskOptions):
     train_rows: int = Field(600, ge=2)
     heldout_rows: int = Field(150, ge=2)
     test_rows: int = Field(300, ge=2)
+    system: str | None = Field(None, description="system prompt of a task whose answers are written")
 
     def generates(self, name: str) -> bool:
         """Tell whether the answers of the task of this name are written."""
@@ -210,7 +211,9 @@ def builtin_task(name: str, options: BuiltinTask, *, seed: int = 0) -> Task:
         raise LoraloomError(f"no built-in task is called {name!r}", did_you_mean(name, BUILTIN_NAMES))
     counts = dict(zip(SPLITS, (options.train_rows, options.heldout_rows, options.test_rows), strict=True))
     if name in ANSWER_PLANS:
-        return _answer_task(name, counts, seed)
+        return _answer_task(name, counts, options.system, seed)
+    if options.system is not None:
+        raise LoraloomError(f"built-in task {name!r}: system: its answers are not written", "leave it out")
     _check_counts(name, counts, seed)
     plan = _PLANS[name]
     drawn = _drawn(name, counts, seed)
@@ -226,7 +229,7 @@ def builtin_task(name: str, options: BuiltinTask, *, seed: int = 0) -> Task:
     return Task(name, plan.labels, plan.metric, description=plan.description, source=source, **splits)
 
 
-def _answer_task(name: str, counts: dict[str, int], seed: int) -> Task:
+def _answer_task(name: str, counts: dict[str, int], system: str | None, seed: int) -> Task:
     plan, rows = (
         ANSWER_PLANS[name],
         {split: answer_rows(name, split, asked, seed=seed) for split, asked in counts.items()},
@@ -249,7 +252,7 @@ def _answer_task(name: str, counts: dict[str, int], seed: int) -> Task:
         },
         also=plan.metrics[1:],
         answering=Generate(ANSWER_TOKENS),
-        **{split: prompt_rows(part) for split, part in rows.items()},
+        **{split: prompt_rows(part, system=system) for split, part in rows.items()},
     )
 
 

@@ -110,10 +110,13 @@ class GlueTask(TaskOptions):
     answers: bool = Field(False, description="asked and answered in words, by a model that writes")
     characters: int | None = Field(None, ge=1, description="with answers: leave out rows whose texts have more")
 
+    system: str | None = Field(None, description="with answers: the system prompt")
+
     @model_validator(mode="after")
     def _fit(self) -> GlueTask:
-        if self.characters is not None and not self.answers:
-            raise ValueError("characters: longer texts are cut, not left out, without `answers: true`")
+        odd = [option for option in ("characters", "system") if getattr(self, option) is not None]
+        if odd and not self.answers:
+            raise ValueError(f"{' and '.join(odd)}: for `answers: true` alone")
         return self
 
     def generates(self, name: str) -> bool:
@@ -157,7 +160,7 @@ def glue_task(name: str, options: GlueTask, *, seed: int = 0) -> Task:
         **options.model_dump(include=set(TaskOptions.model_fields)),
     )
     if options.answers:
-        task = _in_words(file_task(name, _all_rows(rows), seed=seed), rows, options.characters, seed)
+        task = _in_words(file_task(name, _all_rows(rows), seed=seed), rows, options, seed)
     else:
         task = file_task(name, rows, seed=seed)
     return replace(task, source={**task.source, **facts})
@@ -167,13 +170,15 @@ def _all_rows(rows: FileTask) -> FileTask:
     return rows.model_copy(update={"train_rows": None, "heldout_rows": 2, "test_rows": None})
 
 
-def _in_words(task: Task, rows: FileTask, characters: int | None, seed: int) -> Task:
+def _in_words(task: Task, rows: FileTask, options: GlueTask, seed: int) -> Task:
     """Return of all rows of a task, as prompts and answers, as many as `rows` asks for."""
     given = {"train": [*task.heldout, *task.train], "test": list(task.test)}
-    asked = {split: [_asked(task, row) for row in found if _fits(row, characters)] for split, found in given.items()}
+    asked = {
+        split: [_asked(task, row) for row in found if _fits(row, options.characters)] for split, found in given.items()
+    }
     parts, dropped, problems = leak_free(asked, rows, seed)
     long = sum(map(len, given.values())) - sum(map(len, asked.values()))
-    hint = f"{long} rows have more than {characters} characters" if long else "ask for fewer rows"
+    hint = f"{long} rows have more than {options.characters} characters" if long else "ask for fewer rows"
     raise_problems(f"task {task.name!r}", problems, hint)
     numbers = task.labels is None
     return Task(
@@ -184,7 +189,7 @@ def _in_words(task: Task, rows: FileTask, characters: int | None, seed: int) -> 
         answering=Generate(_ANSWER_TOKENS),
         description=task.description,
         source={**task.source, **{why: count + task.source[why] for why, count in dropped.items()}, "long": long},
-        **{split: prompt_rows(part) for split, part in parts.items()},
+        **{split: prompt_rows(part, system=options.system) for split, part in parts.items()},
     )
 
 

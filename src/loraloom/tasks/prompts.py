@@ -120,13 +120,17 @@ def prompt_task(name: str, options: PromptTask, *, seed: int = 0) -> Task:
     )
 
 
-def prompt_rows(rows: Sequence[Row], *, chat: bool = True) -> datasets.Dataset:
-    """Return rows of prompts and answers as a data set, with what stands before a prompt where it is a `chat`'s."""
+def prompt_rows(rows: Sequence[Row], *, chat: bool = True, system: str | None = None) -> datasets.Dataset:
+    """Return rows of prompts and answers as a data set, with what stands before a prompt where it is a `chat`'s.
+
+    system: the system prompt of rows that bring nothing to stand before theirs.
+    """
     columns = {"text_a": datasets.Value("string"), "label": datasets.Value("string")}
     if not chat:
         return datasets.Dataset.from_list(list(rows), features=datasets.Features(columns))
+    before = [] if system is None else [{"role": "system", "content": system}]
     features = datasets.Features({**columns, "history": [HISTORY]})
-    return datasets.Dataset.from_list([{"history": [], **row} for row in rows], features=features)
+    return datasets.Dataset.from_list([{"history": before, **row} for row in rows], features=features)
 
 
 def _unmeasured(parts: Mapping[str, list[Row]], options: PromptTask) -> list[str]:
