@@ -32,6 +32,7 @@ TRANSFORMERS_ALLOWED = (
     "loraloom.model.generator",
     "loraloom.model.load",
     "loraloom.model.objective",
+    "loraloom.model.packaged",
     "loraloom.starts.files",
     "loraloom.starts.initialise",
     "loraloom.starts.keep",
