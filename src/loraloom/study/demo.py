@@ -46,9 +46,9 @@ _FAST: dict[str, Any] = {
 
 
 _CHAT_FULL: dict[str, Any] = {
-    "rows": {"train_rows": 240, "heldout_rows": 24, "test_rows": 48},
+    "rows": {"train_rows": 240, "heldout_rows": 24, "test_rows": 40},
     "texts": {"texts": 40, "atlas_texts": 60},
-    "scales": {"task_arithmetic": [0.3, 0.5, 0.75, 1.0], "tsv": [0.5, 1.0], "regmean": [1.0]},
+    "scales": {"task_arithmetic": [0.3, 0.5, 0.75, 1.0], "tsv": [0.5, 1.0]},
 }
 _CHAT_FAST: dict[str, Any] = {
     "rows": {"train_rows": 32, "heldout_rows": 8, "test_rows": 12},
