@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import io
+import runpy
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script: str, *arguments: str | Path) -> str:
-    command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run a script as Python would, in this process, which has loaded the libraries already."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    return printed.getvalue()
 
 
 def test_every_example_is_tested_here() -> None:

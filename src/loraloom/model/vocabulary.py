@@ -22,7 +22,7 @@ def writing_problems(adapters: Iterable[Adapter], tokenizer: Any) -> list[str]:
     """Return why adapters do not write by their updates alone, in the words of the base's `tokenizer`.
 
     That is a head, which gives classes or numbers; weights of words that come along whole; and tokens added to an
-    adapter's own tokenizer that the base's lacks, or numbers otherwise.
+    adapter's own tokenizer that the base's lacks, or numbers otherwise, but for its padding, which no model sees.
     """
     known = tokenizer.get_vocab()
     return [problem for adapter in adapters for problem in _problems(adapter, known)]
@@ -37,10 +37,19 @@ def _problems(adapter: Adapter, known: Mapping[str, int]) -> list[str]:
         problems.append(f"{adapter.name}: brings {first_few(words)} whole: {why}")
     elif adapter.head or beside:
         problems.append(f"{adapter.name}: has a head, so it gives classes or numbers and writes no answers")
-    other = [repr(token) for token, number in _added(adapter.beside.carried).items() if known.get(token) != number]
+    own, unseen = _added(adapter.beside.carried), _padding(adapter.beside.carried)
+    other = [repr(token) for token, number in own.items() if known.get(token) != number and token != unseen]
     if other:
         problems.append(f"{adapter.name}: its tokenizer has {first_few(other)}, which the base's has not")
     return problems
+
+
+def _padding(files: Mapping[str, Path]) -> str | None:
+    """Return the padding token that a tokenizer's files name."""
+    if "tokenizer_config.json" not in files:
+        return None
+    token = read_json_object(files["tokenizer_config.json"], _HINT).get("pad_token")
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _added(files: Mapping[str, Path]) -> dict[str, int]:
