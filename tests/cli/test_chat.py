@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import tiny
 from commands import call, refused, said
@@ -137,3 +137,18 @@ def test_what_cannot_be_answered_is_told(place: Path, tmp_path: Path) -> None:
     assert all(f"{tmp_path / name}" in told for name in ("none", "neither"))
     other = writer_adapter(writer_base(tmp_path / "gpt2", "gpt2"), tmp_path / "other", kind="gpt2")
     assert "has no layer transformer.h.0.attn.c_attn" in refused("chat", other, *words)
+
+
+def test_an_encoder_decoder_answers_too(tmp_path: Path) -> None:
+    base = tiny.base_folder("t5", tmp_path / "base")
+    adapter = writer_adapter(base, tmp_path / "adapter", kind="t5")
+    model: Any = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), str(adapter)).eval()
+    prompt, written = torch.tensor([tiny.tokenizer("t5")("tea")["input_ids"]]), torch.tensor([[0]])
+    for _ in range(6):
+        logits = model(input_ids=prompt, decoder_input_ids=written).logits
+        written = torch.cat([written, logits[:, -1:].argmax(-1)], dim=1)
+    ids = written[0, 1:].tolist()
+    ids = ids[: ids.index(2)] if 2 in ids else ids
+    told = said("chat", adapter, "--prompt", "tea", "--tokens", 6)
+    assert told["chat_template"] is False
+    assert told["answers"][0]["answer"] == tiny.tokenizer("t5").decode(ids, skip_special_tokens=True)
