@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from loraloom.adapters.peft import write_adapter
+from loraloom.adapters.update import Adapter, Update
 from loraloom.analysis.inspection import inspect_paths
 from loraloom.cli.inspect import facts, sentences, tables, warnings
 from loraloom.cli.main import app
@@ -147,3 +148,20 @@ def test_every_line_fits_80_columns(names: list[str], tmp_path: Path, monkeypatc
         assert max(len(line.rstrip()) for line in page.output.splitlines()) <= 80
         if len(words) > 9:  # of many columns with long names only the numbers stand above them
             assert "2 a task of quite some length 1" in " ".join(page.output.split())
+
+
+def test_adapters_of_unlike_energy_are_told(tmp_path: Path) -> None:
+    for name, times in (("mood", 1.0), ("tone", 4.0), ("size", 1.1)):
+        updates = {"layer.q": Update(times * torch.ones(4, 1), torch.eye(1, 3) if name == "mood" else torch.ones(1, 3))}
+        write_adapter(Adapter(updates, {"peft_type": "LORA", "target_modules": ["q"]}), tmp_path / name, provenance={})
+    paths = [tmp_path / name for name in ("mood", "tone", "size")]
+    done = shown(*paths)
+    said = " ".join(done.stderr.split())
+    assert "warning: tone has up to 48 times the energy |dW|^2 of mood, size:" in said
+    assert "`--normalise norm` makes all equally loud" in said
+    energies = [4.0, 16 * 12.0, 1.21 * 12]
+    assert [one["energy"] for one in told(*paths)["adapters"]] == pytest.approx(energies)
+    shares = [energy / sum(energies) for energy in energies]
+    assert [one["energy_share"] for one in told(*paths)["adapters"]] == pytest.approx(shares)
+    assert f"{100 * shares[1]:.1f} %" in done.stdout
+    assert "times the energy" not in shown(paths[0]).stderr

@@ -67,7 +67,7 @@ def test_a_merge_ends_with_a_page(place: Path, tmp_path: Path) -> None:
     page = words_of(done.stdout)
     shares = [f"{100 * one['energy_share']:.1f} %" for one in told["inputs"]]
     assert sum(one["energy_share"] for one in told["inputs"]) == pytest.approx(1)
-    assert f"legal 3 3 k_proj, o_proj, q_proj +1 {shares[1]} 0.5" in page
+    assert f"legal 3 3 k_proj, o_proj +2 {told['inputs'][1]['energy']:,.0f} 0.5 {shares[1]}" in page
     assert "scale 0.75, the rule's own" in page
     assert "output rank 2, 2 asked for, in 20 layers" in page
     worst = sorted(told["layers"], key=lambda name: -told["layers"][name]["energy_lost"])[:3]

@@ -354,7 +354,10 @@ def test_a_dry_run_tells_ranks_and_sizes_and_writes_nothing(place: Path) -> None
     assert (told.rule, told.options, told.space) == ("task_arithmetic", {}, "full")
     assert (told.scale, told.scale_from, told.seed, told.output_rank) == (0.3, "rule", 0, 6)
     assert told.heads == ["mood", "size", "tone"]
-    assert {one.energy_share for one in told.inputs} == {None}  # it would take reading all that there is
+    assert [one.weight**2 * one.energy for one in told.inputs] == pytest.approx(
+        [one.energy_share * sum(each.weight**2 * each.energy for each in told.inputs) for one in told.inputs]
+    )
+    assert {one.sha256 for one in told.inputs} == {None}
     assert told.seconds is not None
     assert 0 < told.seconds < 5
 

@@ -168,8 +168,11 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
             "targets": ["q", "v"],
             "layers": 2,
             "lacks": 0,
-            "energy_share": pytest.approx(energies[i] / sum(energies)),
+            "energy": pytest.approx(energies[i]),
+            "factors": {},
+            "factor": 1.0,
             "weight": 0.5,
+            "energy_share": pytest.approx(energies[i] / sum(energies)),
         }
         for i in range(2)
     ]
@@ -188,7 +191,10 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
     worst = sorted(merged.energy_lost, key=lambda name: -merged.energy_lost[name])
     for part in (
         "2 adapters merged by the rule `svd`",
-        *(f"| task{i} | 2 | 2 | q, v | {shares[i]} | 0.5 | {facts['inputs'][i]['sha256']} |" for i in range(2)),
+        *(
+            f"| task{i} | 2 | 2 | q, v | {energies[i]:.3g} | 0.5 | {shares[i]} | {facts['inputs'][i]['sha256']} |"
+            for i in range(2)
+        ),
         "- scale: 1, the rule's own",
         "- output rank: 1, 1 asked for, in 2 layers",
         f"- energy lost: {100 * facts['energy_lost']:.1f} % in total, by truncation; most in "

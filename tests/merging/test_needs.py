@@ -25,6 +25,7 @@ RULES = ("regmean", "iteris")
 MERGING: list[dict[str, Any]] = [
     {"rule": "regmean", "scales": [1.0]},
     {"rule": "iteris", "scales": [1.0], "texts": 9},
+    {"rule": "tsv", "scales": [1.0], "normalise": "response"},
 ]
 
 
@@ -75,6 +76,13 @@ def test_a_study_and_the_command_merge_alike_to_the_bit(rule: str, place: Path, 
     assert same(of_stage(place / "study", rule), by_command(place, tmp_path / "out", "--rule", rule))
 
 
+def test_a_study_and_the_command_normalise_alike_to_the_bit(place: Path, tmp_path: Path) -> None:
+    """By the same statistics, though the rule takes none."""
+    loud = by_command(place, tmp_path / "loud", "--rule", "tsv", "--normalise", "response")
+    assert same(of_stage(place / "study", "tsv"), loud)
+    assert not same(loud, by_command(place, tmp_path / "plain", "--rule", "tsv"))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_texts_are_those_of_the_probe_alone(rule: str, place: Path, tmp_path: Path) -> None:
     fewer = by_command(place, tmp_path / "out", "--rule", rule, "--probe-texts", "3")
@@ -86,3 +94,6 @@ def test_a_comparison_merges_alike_to_the_bit(place: Path, tmp_path: Path) -> No
     compare(adapters(place), recipe, tmp_path / "out", rules=RULES, scales=[1.0])
     for rule in RULES:
         assert same(of_stage(tmp_path / "out", rule), of_stage(place / "study", rule))
+    found = compare(adapters(place), recipe, tmp_path / "loud", rules=["tsv"], scales=[1.0], normalise="response")
+    assert same(of_stage(tmp_path / "loud", "tsv"), of_stage(place / "study", "tsv"))
+    assert {one.options["normalise"] for one in found.merges} == {"response"}  # a way of its own in every table

@@ -59,6 +59,11 @@ class Inspection:
     responses: Responses | None
     prediction: Prediction | None
 
+    def energy_shares(self) -> dict[str, float]:
+        """Return each adapter's share of the sum of all their energies, by path."""
+        total = sum(one.energy for one in self.adapters.values()) or 1.0
+        return {path: one.energy / total for path, one in self.adapters.items()}
+
     def without_own(self) -> list[str]:
         """Return the adapters for which no statistics given are those of their own task; all are others to these."""
         return [name for name in self.adapters if self.statistics and name not in self.own]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from loraloom.cli.common import AsJson, Quiet, command
-from loraloom.cli.words import counted, listed, number
+from loraloom.cli.words import counted, listed, number, percent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +56,11 @@ def inspect(
 
 def facts(found: Inspection) -> dict[str, Any]:
     """Return everything that was found, for JSON; None where a figure does not exist."""
+    shares = found.energy_shares()
     return {
-        "adapters": [{"path": path, **asdict(one)} for path, one in found.adapters.items()],
+        "adapters": [
+            {"path": path, **asdict(one), "energy_share": shares[path]} for path, one in found.adapters.items()
+        ],
         "statistics": [{"path": path, **one} for path, one in found.statistics.items()],
         "responses": _of_responses(found.responses, found.own) if found.responses else None,
         "overlaps": _of_overlaps(found.shared) if found.shared else None,
@@ -179,13 +182,15 @@ def _adapters_table(found: Inspection) -> Table:
             str(one.rank),
             str(one.layers),
             number(one.energy),
+            *([percent(share)] if len(names) > 1 else []),
             listed(one.heads, 3) or "none",
             one.made_by or "not known",
             *([one.base] if len(bases) > 1 else []),
         )
-        for name, one in zip(names, found.adapters.values(), strict=True)
+        for name, one, share in zip(names, found.adapters.values(), found.energy_shares().values(), strict=True)
     ]
-    columns = ("adapter", "rank", "layers", "|dW|^2", "heads", "made by")
+    energy = ("|dW|^2", "share") if len(names) > 1 else ("|dW|^2",)
+    columns = ("adapter", "rank", "layers", *energy, "heads", "made by")
     if len(bases) > 1:
         return "Adapters", (*columns, "base"), rows
     return f"Adapters on {bases.pop() or 'a base that is not named'}", columns, rows
@@ -275,6 +280,8 @@ def _verdict(found: Outlook) -> Iterator[str]:
 
 def warnings(found: Inspection) -> Iterator[str]:
     """Yield what speaks against the figures, or against a merge."""
+    from loraloom.merging.normalise import drowned
+
     if found.outlook and found.outlook.thin():
         yield f"{listed(_labels(found.outlook.thin()))}: fewer rows than an input has features, so figures flatter"
     without = found.without_own()
@@ -284,6 +291,8 @@ def warnings(found: Inspection) -> Iterator[str]:
         yield "no sum was predicted: name statistics files like the adapter folders"
     if found.prediction:
         yield from _drowned(found.prediction)
+    names = _labels(list(found.adapters))
+    yield from drowned({name: one.energy for name, one in zip(names, found.adapters.values(), strict=True)})
     for one, other, value in found.shared.same_start() if found.shared else ():
         yield (
             f"{one} and {other} started from nearly the same A (overlap {value:.2f}) and merge worse than adapters of "

@@ -17,10 +17,17 @@ from loraloom.settings import AGREEMENT_TEXTS
 
 if TYPE_CHECKING:
     from loraloom.adapters.together import Targets
-    from loraloom.merging.facts import MergeFacts
-    from loraloom.merging.options import Heads
+    from loraloom.merging.options import Heads, Normalise
     from loraloom.report.aggregate import Merged
 
+NormaliseOption = Annotated[
+    str,
+    typer.Option(
+        "--normalise",
+        help="Make all equally loud in each layer, before the weights: `norm` by |dW|, `response` by what each does to "
+        "its own inputs, which takes statistics or a recipe. `none` leaves them.",
+    ),
+]
 _Value = TypeVar("_Value", float, str)
 
 # options that the command does not know are those of a merging rule
@@ -93,6 +100,7 @@ def merge(
     heads: Annotated[
         str, typer.Option(help="`keep` lays each task's head beside the result, `average` puts their mean into it.")
     ] = "keep",
+    normalise: NormaliseOption = "none",
     statistics: Annotated[
         list[Path] | None,
         typer.Option("--statistics", help="Statistics of an adapter's task. Give it once for each, in order."),
@@ -161,10 +169,10 @@ def merge(
     """
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.cli.auto import AUTO, given_scale, to_try
-        from loraloom.cli.merge_page import merge_page, next_step
+        from loraloom.cli.merge_page import next_step, plan_page, result_page
         from loraloom.cli.rule_options import former_weights, split_arguments
         from loraloom.merging import MergeOptions, folders
-        from loraloom.merging.facts import MERGED
+        from loraloom.merging.facts import MERGED, MergeFacts
         from loraloom.merging.fuse import FUSED
 
         if stack:
@@ -172,11 +180,12 @@ def merge(
         paths, options = split_arguments(adapters, rule, _flags(context))
         candidates = to_try(rule, scale, options, recipe, unlabelled)
         look, choose, count = None, None, probe_texts or AGREEMENT_TEXTS
+        way = cast("Normalise", normalise)
         if recipe:
             from loraloom.study.by_hand import ByRecipe
 
             read = ByRecipe(read_recipe(recipe, base), shown)
-            look = partial(read.look, probe_texts or read.recipe.probe_texts(rule, options))
+            look = partial(read.look, probe_texts or read.recipe.probe_texts(rule, options), way)
             choose = partial(read.choose, count, candidates) if candidates else None
         if unlabelled:
             from loraloom.study.unlabelled import choose_by_files
@@ -185,12 +194,15 @@ def merge(
         weight = former_weights(weights, weight)
         named = MergeOptions.rule if rule == AUTO else rule
         asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)
-        asked = replace(asked, targets=cast("Targets", targets), stack=stack)
+        asked = replace(asked, targets=cast("Targets", targets), stack=stack, normalise=way)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(
             paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look, choose=choose
         )
-        facts: MergeFacts
+        read_whole = not dry_run or folders.quickly_read(plan)
+        facts = MergeFacts.of(plan, kind, energies=read_whole, hashes=False)
+        plan_page(out, facts)
+        told = facts.warnings
         if dry_run:
             facts = folders.dry_run(plan, output, fuse_into, overwrite=overwrite)
         elif fuse_into:
@@ -198,7 +210,7 @@ def merge(
         else:
             facts = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
         out.result({"folder": str(output), **asdict(facts)}, "")
-        merge_page(out, facts, output)
+        result_page(out, facts, output, told)
         next_step(out, facts, output, ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE"))
 
 
@@ -242,6 +254,7 @@ def compare(
             help="Scale to try. Give it once for each; without it multiples of the rule's own are tried.",
         ),
     ] = None,
+    normalise: NormaliseOption = "none",
     base: Base = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -258,6 +271,7 @@ def compare(
             output,
             rules=rule or (),
             scales=scale,
+            normalise=cast("Normalise", normalise),
             command=typed(),
             reporter=out.progress(),
         )
@@ -302,7 +316,7 @@ def _row(one: Merged) -> dict[str, Any]:
 
 def _check_stack(context: typer.Context) -> None:
     """Raise LoraloomError where an option is given that has no place in a sum of whole adapters, `auto` too."""
-    names = ("rule", "scale", "weight", "weights")
+    names = ("rule", "scale", "weight", "weights", "normalise")
     # by its name: which click it is of depends on typer's version
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names}
     given = [f"--{name}" for name, source in sources.items() if source != "DEFAULT"]

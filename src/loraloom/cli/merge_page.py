@@ -8,24 +8,31 @@ from pathlib import Path
 
 from loraloom.cli.terminal import Out
 from loraloom.cli.words import counted
-from loraloom.merging.card import COLUMNS, agreement_table, member_rows, merge_lines
+from loraloom.merging.card import agreement_table, columns, member_rows, merge_lines
 from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
 
 _SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
 
 
-def merge_page(out: Out, facts: MergeFacts, folder: Path) -> None:
-    """Print what was merged into `folder`, or would be."""
+def plan_page(out: Out, facts: MergeFacts) -> None:
+    """Print what is to be merged, and what speaks against it: before anything is written."""
     count = len(facts.inputs)
-    shares = "" if isinstance(facts, ForecastFacts) else ", each with its share of the energy"
-    out.table((f"{count} adapters" if count > 1 else "One adapter") + shares, COLUMNS, member_rows(facts))
-    out.facts(f"{folder}, not written" if isinstance(facts, ForecastFacts) else str(folder), merge_lines(facts))
+    title = f"{count} adapters; energy is |dW|^2, share its part in the merge" if count > 1 else "One adapter"
+    out.table(title, columns(facts), member_rows(facts))
     if facts.agreement:
-        columns, rows = agreement_table(facts.agreement)
+        heads, rows = agreement_table(facts.agreement)
         title = f"{counted(len(rows), 'candidate')}: distance from the single models; 1 knows nothing of the task"
-        out.table(title, columns, rows)
+        out.table(title, heads, rows)
     for warning in facts.warnings:
         out.warn(warning)
+
+
+def result_page(out: Out, facts: MergeFacts, folder: Path, told: Sequence[str]) -> None:
+    """Print what was merged into `folder`, or would be; of the warnings those that were not `told` before."""
+    out.facts(f"{folder}, not written" if isinstance(facts, ForecastFacts) else str(folder), merge_lines(facts))
+    for warning in facts.warnings:
+        if warning not in told:
+            out.warn(warning)
 
 
 def next_step(out: Out, facts: MergeFacts, folder: Path, align: Sequence[object]) -> None:

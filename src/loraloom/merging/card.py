@@ -13,8 +13,12 @@ from loraloom.merging.registry import get_rule, option_flag
 Lines = list[tuple[str, str]]
 
 _TRIED = 4  # candidates that lose a task, told by name
-COLUMNS = ("adapter", "rank", "alpha", "targets", "energy", "weight")
+_COLUMNS = ("adapter", "rank", "alpha", "targets", "energy", "weight", "share")
 _WORST = 3  # layers that are named
+_NORMALISED = {
+    "norm": "every adapter to the same |dW| in each layer, before the weights",
+    "response": "every adapter to the same response to its own inputs in each layer, before the weights",
+}
 _SCALE_FROM = {
     "asked": "as asked for",
     "agreement": "the nearest to the single models, without labels",
@@ -24,16 +28,23 @@ _SCALE_FROM = {
 }
 
 
-def member_rows(facts: MergeFacts, width: int = 26) -> list[tuple[str, ...]]:
-    """Return the cells of COLUMNS for each input; of its targets as many as `width` characters hold."""
+def columns(facts: MergeFacts) -> tuple[str, ...]:
+    """Return the heads of `member_rows`: a column for the factors where the inputs were normalised."""
+    return _COLUMNS if facts.normalise == "none" else (*_COLUMNS[:5], "factor", *_COLUMNS[5:])
+
+
+def member_rows(facts: MergeFacts, width: int = 18) -> list[tuple[str, ...]]:
+    """Return the cells of each input; of its targets as many as `width` characters hold."""
     return [
         (
             one.name,
             str(one.rank),
             "?" if one.alpha is None else f"{one.alpha:g}",
             _some(one.targets, width),
-            "-" if one.energy_share is None else percent(one.energy_share),
+            "-" if one.energy is None else _amount(one.energy),
+            *([] if facts.normalise == "none" else [f"{one.factor:.3g}"]),
             f"{one.weight:.4g}",
+            "-" if one.energy_share is None else percent(one.energy_share),
         )
         for one in facts.inputs
     ]
@@ -42,6 +53,8 @@ def member_rows(facts: MergeFacts, width: int = 26) -> list[tuple[str, ...]]:
 def merge_lines(facts: MergeFacts) -> Lines:
     """Return the facts of a merge, what and how it is: rule, scale, and what the kind of result has to tell."""
     lines = [("rule", _rule(facts)), ("scale", f"{facts.scale:.4g}, {_SCALE_FROM[facts.scale_from]}")]
+    if facts.normalise != "none":
+        lines.append(("normalised", _NORMALISED[facts.normalise]))
     if isinstance(facts, MergedFacts):
         lines += _merged(facts)
     elif isinstance(facts, FusionFacts):
@@ -116,6 +129,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
 
 
+def _amount(value: float) -> str:
+    """Return an energy with the three digits that mean something, or whole."""
+    return f"{value:,.0f}" if 100 <= value < 1e7 else f"{value:.3g}"
+
+
 def bytes_in_words(size: int) -> str:
     """Return a size with three digits at most before its unit."""
     for unit, bytes_each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -183,6 +201,7 @@ def _forecast(facts: ForecastFacts) -> Lines:
         ("output rank", f"at most {facts.output_rank}"),
         ("size", f"at most {bytes_in_words(facts.size)}, in {facts.dtype}"),
         ("time", spent),
+        *([("energies", "not told: the adapters are too large to read now")] if facts.inputs[0].energy is None else []),
     ]
 
 
@@ -222,7 +241,8 @@ def _card(front: Sequence[str], title: str, where: str, facts: MergeFacts, endin
     rows = [
         f"| {' | '.join([*cells, sha256])} |" for cells, sha256 in zip(member_rows(facts, 200), hashes, strict=True)
     ]
-    head = [f"| {' | '.join([*COLUMNS, 'sha256'])} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    heads = [*columns(facts), "sha256"]
+    head = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     return "\n".join(
         [
             *("---", *front, "---", "", f"# {title}", ""),

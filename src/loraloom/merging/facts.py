@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,8 @@ from loraloom.files.hashing import seen_sha256
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.fuse import FusedFacts
 from loraloom.merging.names import public_command
+from loraloom.merging.normalise import drowned
+from loraloom.merging.options import Normalise
 from loraloom.merging.plan import Layer, Plan, ScaleFrom
 
 MERGED = "merged adapter"  # the kind of result
@@ -37,8 +40,11 @@ class MemberFacts:
     rank: the largest of any layer. alpha: as its config has it.
     targets: the last parts of its layers' paths, each once.
     layers, lacks: how many layers of the result it has, and how many it leaves as they are.
-    energy_share: of sum_i |w_i dW_i|_F^2 over all layers, its part; None of a dry run.
+    energy: |dW_i|_F^2 over all layers, as it came; None of a dry run that would have to read much.
+    factors: f_il by module path l, which make it as loud as the others; empty where nothing was normalised.
+    factor: what they do to its whole norm: sqrt(sum_l |f_il dW_il|_F^2 / sum_l |dW_il|_F^2).
     weight: w_i, in force.
+    energy_share: of sum_i |w_i f_i dW_i|_F^2, of what the rule is given, its part; None as `energy`.
     """
 
     name: str
@@ -50,8 +56,11 @@ class MemberFacts:
     targets: list[str]
     layers: int
     lacks: int
-    energy_share: float | None
+    energy: float | None
+    factors: dict[str, float]
+    factor: float
     weight: float
+    energy_share: float | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class MergeFacts:
     scale_from: who chose the scale. rank: what was asked for. targets: which of the inputs' layers are merged.
     stack: what is known of what each input but the first was trained on, where they are a stack; else None.
     heads: the inputs whose heads are kept beside the result.
+    normalise: what was made equal of all inputs, before the weights.
     carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
     agreement: every candidate that was tried where rule or scale were chosen without labels.
     """
@@ -82,6 +92,7 @@ class MergeFacts:
     rule: str
     options: dict[str, Any]
     space: str
+    normalise: Normalise
     scale: float
     scale_from: ScaleFrom
     rank: int | None
@@ -98,21 +109,23 @@ class MergeFacts:
 
     @classmethod
     def of(
-        cls, plan: Plan, kind: str, command: str | None = None, energies: Iterable[Sequence[float]] | None = None
+        cls, plan: Plan, kind: str, command: str | None = None, *, energies: bool = True, hashes: bool = True
     ) -> MergeFacts:
         """Return the facts of a plan.
 
-        energies: of its inputs that take part, layer by layer; without them nothing is read, and nothing hashed.
+        energies: whether every weight is read, to tell the energies of the inputs; hashes: whether files are hashed.
         """
+        in_force = _energies_in_force(plan) if energies else {}
         return MergeFacts(
             kind=kind,
             command=public_command(command),
             base=str(plan.config.get("base_model_name_or_path") or ""),
             base_fingerprint=_fingerprint(plan),
-            inputs=_members(plan, energies),
+            inputs=_members(plan, in_force, hashes),
             rule=plan.rule.name,
             options=plan.options,
             space=plan.space,
+            normalise=plan.normalise,
             scale=plan.scale,
             scale_from=plan.scale_from,
             rank=plan.rank,
@@ -123,7 +136,7 @@ class MergeFacts:
             heads_averaged=plan.heads == "average",
             carried=sorted(plan.carried),
             left_out=plan.left_out,
-            warnings=plan.warnings,
+            warnings=plan.warnings + (drowned(in_force) if plan.normalise == "none" and not plan.stack else []),
             versions={"loraloom": version("loraloom"), "torch": torch.__version__},
             agreement=plan.agreement,
         )
@@ -215,28 +228,44 @@ def _fingerprint(plan: Plan) -> str:
     return known.pop() if len(known) == 1 else ""
 
 
-def _members(plan: Plan, energies: Iterable[Sequence[float]] | None) -> list[MemberFacts]:
-    shares: dict[str, float | None] = dict.fromkeys(plan.members)
-    if energies is not None:
-        sums = [sum(layers) for layers in zip(*energies, strict=True)]
-        shares = dict.fromkeys(plan.members, 0.0)  # an input of weight 0 takes no part, and so has none
-        shares |= {name: one / (sum(sums) or 1.0) for name, one in zip(plan.used, sums, strict=True)}
+def _energies_in_force(plan: Plan) -> dict[str, float]:
+    """Return sum_l |w_i f_il dW_il|_F^2 of each input i over the merged layers: 0 of one of weight 0."""
+    return {
+        name: sum(plan.times(name, at) ** 2 * energy for at, energy in layers.items() if at in plan.shapes)
+        for name, layers in plan.energies.items()
+    }
+
+
+def _members(plan: Plan, energies: Mapping[str, float], hashes: bool) -> list[MemberFacts]:
+    total = sum(energies.values()) or 1.0
     return [
         MemberFacts(
             name=name,
             task=member.task or name,
             folder=member.path.resolve().name if member.path else None,
-            sha256=seen_sha256(member.sources) if member.sources and energies is not None else None,
+            sha256=seen_sha256(member.sources) if member.sources and hashes else None,
             rank=member.rank,
             alpha=_alpha(member),
             targets=sorted({module.rpartition(".")[2] for module in member.shapes}),
             layers=sum(module in member.shapes for module in plan.modules),
             lacks=sum(module not in member.shapes for module in plan.modules),
-            energy_share=shares[name],
+            energy=sum(plan.energies[name].values()) if energies else None,
+            factors=dict(plan.factors.get(name, {})),
+            factor=_factor(plan, name),
             weight=plan.weights[name],
+            energy_share=energies[name] / total if energies else None,
         )
         for name, member in plan.members.items()
     ]
+
+
+def _factor(plan: Plan, name: str) -> float:
+    """Return what normalising does to the whole norm of an input."""
+    if name not in plan.factors:
+        return 1.0
+    energies, factors = plan.energies[name], plan.factors[name]
+    after = sum(factors.get(module, 1.0) ** 2 * energy for module, energy in energies.items())
+    return math.sqrt(after / sum(energies.values()))
 
 
 def _alpha(member: Adapter) -> float | None:

@@ -36,6 +36,7 @@ Choose = Callable[[Mapping[str, Adapter], MergeOptions, Planned], MergeOptions]
 # makes what a rule needs of named adapters, beside the statistics that were given: see `needs.supply`
 Look = Callable[[Rule, Mapping[str, Adapter], Sequence[Statistics]], Supplied]
 
+_QUICK = 1 << 28  # numbers: a few seconds
 _CROP = 512  # rows and columns of the layer that the estimate runs on
 
 
@@ -124,7 +125,7 @@ def fuse_folders(
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
     single = _single_head(plan)
-    facts = MergeFacts.of(plan, FUSED, command, map(plan.energies, plan.modules))
+    facts = MergeFacts.of(plan, FUSED, command)
     left_out = {**facts.left_out, **dict.fromkeys(plan.copies, "the checkpoint's own is taken")}
     facts = replace(facts, heads=[] if single else facts.heads, left_out=left_out)
     fused_into = public_name(str(base.resolve()))
@@ -189,12 +190,18 @@ def dry_run(plan: Plan, output: Path, fuse_into: Path | None, *, overwrite: bool
     if fuse_into is not None:
         size = prepare(fuse_into, output, _changes(plan), overwrite=overwrite)[1].size
     return ForecastFacts(
-        **vars(MergeFacts.of(plan, "dry run")),
+        **vars(MergeFacts.of(plan, "dry run", energies=quickly_read(plan), hashes=False)),
         output_rank=max(ranks.values()),
         size=size,
         dtype=str(plan.dtype).removeprefix("torch."),
         seconds=estimate(plan),
     )
+
+
+def quickly_read(plan: Plan) -> bool:
+    """Tell whether a dry run reads all inputs too, to tell their energies: where they are small, or read already."""
+    shapes = [shape for member in plan.members.values() for shape in member.shapes.values()]
+    return sum(shape.r * (shape.m + shape.n) for shape in shapes) <= _QUICK or bool(plan.factors)
 
 
 def estimate(plan: Plan) -> float | None:
@@ -204,7 +211,7 @@ def estimate(plan: Plan) -> float | None:
     """
     if plan.as_it_is:
         return 0.0
-    if plan.rule.whole or plan.statistics:
+    if plan.rule.whole or "moments" in plan.rule.supplied:
         return None
     shapes = plan.shapes
     largest = max(plan.modules, key=lambda module: shapes[module].m * shapes[module].n)

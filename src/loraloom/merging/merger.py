@@ -15,7 +15,7 @@ from loraloom.adapters.update import Adapter
 from loraloom.merging.card import merged_card
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
-from loraloom.merging.options import Heads, MergeOptions
+from loraloom.merging.options import Heads, MergeOptions, Normalise
 from loraloom.merging.plan import Layer, Plan, make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
 from loraloom.merging.registry import Probe
@@ -66,9 +66,10 @@ def merge(
     seed: int = 0,
     heads: Heads = "keep",
     base: str | None = None,
+    agreement: AgreementFacts | None = None,
     targets: Targets = "union",
     stack: bool = False,
-    agreement: AgreementFacts | None = None,
+    normalise: Normalise = "none",
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
     **options: Any,
@@ -83,16 +84,18 @@ def merge(
     seed: for rules that draw at random; each layer draws its own from it.
     heads: "keep" leaves each adapter's head to itself; "average" puts their weighted mean into the merged adapter.
     base: the name of the base model of all, where their configs spell it in ways that are not known to be one.
+    agreement: what chose the rule or the scale, for the record that `write_merged` keeps; see `agreement`.
     targets: layers of the result: the "union" of the adapters', their "intersection", or the "same" of all.
     stack: whether they were trained one on top of the other, in this order: they are summed whole.
-    agreement: what chose the rule or the scale, for the record that `write_merged` keeps; see `agreement`.
-    statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
+    normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
+      each does to its own inputs, which takes statistics.
+    statistics: of each adapter's inputs, by name or in the adapters' order, for what needs them.
     probe: base model and texts of each task, for rules that need them.
     options: the rule's own, as `density=0.3`; `loraloom rules NAME` tells a rule's.
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack)
+    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 
@@ -117,7 +120,6 @@ def write_merged(
     """
     plan = merged if isinstance(merged, Plan) else merged.plan
     head, layers, copies = plan.head, {}, plan.copies
-    energies = []
     readouts: dict[str, dict[str, Tensor]] = {}
     place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders}
     with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms, **place) as out:
@@ -126,13 +128,12 @@ def write_merged(
         for layer in merged.layers():
             out.add(layer.module, layer.update)
             layers[layer.module] = layer_facts(layer)
-            energies.append(layer.energies)
             if layer.shared:
                 for file, tensors in readout_tensors(layer.module, layer.shared, plan.used).items():
                     readouts.setdefault(file, {}).update(tensors)
             if progress:
                 progress(len(layers), len(plan.modules))
-        facts = MergedFacts.written(MergeFacts.of(plan, MERGED, command, energies), layers)
+        facts = MergedFacts.written(MergeFacts.of(plan, MERGED, command), layers)
         extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
         extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
         out.finish(asdict(facts), {"README.md": merged_card(facts)}, extra, plan.carried)

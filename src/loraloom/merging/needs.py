@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, first_few
+from loraloom.merging.options import Normalise
 from loraloom.merging.registry import Probe, Rule
 from loraloom.model.generator import Generator
 from loraloom.model.probe import AnswerProbe, TaskProbe
@@ -30,6 +31,7 @@ def supply(
     texts: int,
     *,
     known: Mapping[str, Statistics] | Sequence[Statistics] = (),
+    normalise: Normalise = "none",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]:
     """Return the statistics and the probe that `rule` needs to merge `adapters`; none, and None, where it needs none.
@@ -39,6 +41,7 @@ def supply(
     reading: of which texts, and how, statistics are collected: of `reading.texts` training texts a task.
     texts: training texts a task, with their labels, that the probe has.
     known: statistics that are there already; they are returned as they are.
+    normalise: how adapters are made equally loud; "response" takes statistics, whatever the rule.
     progress: is told of the rule's steps, those done and all.
 
     Raises LoraloomError for an adapter without a head where the rule needs a probe, and for tasks whose answers are
@@ -51,13 +54,18 @@ def supply(
             "choose another rule: `loraloom rules` tells what each needs",
         )
     load = functools.cache(model)
-    if "moments" in rule.supplied and not known:
+    if reads_inputs(rule, normalise) and not known:
         # a task may read what only another's adapter changes
         targets = sorted({module for adapter in adapters.values() for module in adapter.shapes})
         known = {
             name: collect(load(), tasks[name].sample("train", reading.texts), targets, reading) for name in adapters
         }
     return known, probe_of(load(), adapters, tasks, texts, progress) if rule.whole else None
+
+
+def reads_inputs(rule: Rule, normalise: Normalise) -> bool:
+    """Tell whether a merge takes statistics of each task's inputs."""
+    return "moments" in rule.supplied or normalise == "response"
 
 
 def probe_of(

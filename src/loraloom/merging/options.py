@@ -10,6 +10,7 @@ from loraloom.adapters.together import Targets
 from loraloom.merging.choice import AgreementFacts
 
 Heads = Literal["keep", "average"]
+Normalise = Literal["none", "norm", "response"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class MergeOptions:
     targets: the layers of the result: the "union" of those that the adapters have, one that lacks a layer leaving it as
       it is; their "intersection"; or "same", which refuses adapters of different layers.
     stack: whether they were trained one on top of the other, in this order: their sum on the first one's base, whole.
+    normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
+        each does to its own inputs, which takes statistics; see `merging.normalise`.
     """
 
     rule: str = "tsv"
@@ -41,3 +44,4 @@ class MergeOptions:
     agreement: AgreementFacts | None = None
     targets: Targets = "union"
     stack: bool = False
+    normalise: Normalise = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,8 @@ from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.names import input_names
-from loraloom.merging.options import Heads, MergeOptions
+from loraloom.merging.normalise import energies, factors_of, normalise_problems
+from loraloom.merging.options import Heads, MergeOptions, Normalise
 from loraloom.merging.problems import (
     dropped_layers,
     head_problems,
@@ -49,14 +50,12 @@ class Layer(NamedTuple):
 
     energy_lost: the share of |dW|_F^2 that truncation took.
     shared: what each task reads of it, where the rule tells tasks apart.
-    energies: |w_i dW_i|_F^2 of each input that took part, in their order.
     """
 
     module: str
     update: Update
     energy_lost: float
     shared: Shared | None
-    energies: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Plan:
     targets: which of the inputs' layers the result has.
     as_it_is: one input takes part and no option of the rule was asked for: it comes back as it is, without the rule.
     stack: what is known of the inputs' bases, where they are summed as trained one on top of the other.
+    normalise: what was made equal before the weights; factors: by input and module path, 1 where none is.
     """
 
     members: dict[str, Adapter]
@@ -92,6 +92,8 @@ class Plan:
     targets: Targets = "union"
     as_it_is: bool = False
     stack: Stack | None = None
+    normalise: Normalise = "none"
+    factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def space(self) -> str:
@@ -150,15 +152,20 @@ class Plan:
             update, lost = truncate_dense(result, limit)
         else:
             update, lost = truncate(result.update() if isinstance(result, Shared) else result, limit)
-        return Layer(module, update, lost, result if isinstance(result, Shared) else None, _energies(updates))
+        return Layer(module, update, lost, result if isinstance(result, Shared) else None)
 
     def result(self, module: str) -> Result:
         """Return what the rule makes of one layer, times the scale: low-rank or dense, nothing truncated."""
         return self._merged(module, self.updates(module))
 
-    def energies(self, module: str) -> tuple[float, ...]:
-        """Return |w_i dW_i|_F^2 of one layer, of each input that takes part."""
-        return _energies(self.updates(module))
+    @cached_property
+    def energies(self) -> dict[str, dict[str, float]]:
+        """|dW|_F^2 by input and module path; this reads every weight."""
+        return energies(self.members)
+
+    def times(self, name: str, module: str) -> float:
+        """Return what an input's update is multiplied by: its weight and factor."""
+        return self.weights[name] * self.factors.get(name, {}).get(module, 1.0)
 
     def _merged(self, module: str, updates: Sequence[Update]) -> Result:
         result: Result
@@ -183,14 +190,14 @@ class Plan:
         return self.rule.model(layers, self.options, probe=self.probe, seed=self.seed, rank=self.rank)
 
     def updates(self, module: str) -> list[Update]:
-        """Return what the rule is given of one layer: the inputs' updates times their weights.
+        """Return what the rule is given of one layer: the inputs' updates times their weights and factors.
 
         That of an input that lacks the layer is zero, of rank 0.
         """
         having, shape = self.having(module), self.shapes[module]
         found = {name: self.members[name].updates[module] for name in having}
         return [
-            Update(self.weights[name] * found[name].B, found[name].A) if name in found else no_update(shape)
+            Update(self.times(name, module) * found[name].B, found[name].A) if name in found else no_update(shape)
             for name in self.used
         ]
 
@@ -315,9 +322,15 @@ def make_plan(
         found = get_rule(options.rule)
         chosen, wrong = found.check(options.options)
         as_it_is = leaves_as_it_is(found, options, len(members))
-        problems += wrong + ([] if as_it_is else need_problems(found, options.weights, seen, probe))
+        problems += wrong + ([] if as_it_is else need_problems(found, options, seen, probe))
     except LoraloomError as error:
         problems.append(f"{error.message}: {error.hint}")
+    problems += normalise_problems(options.normalise)
+    factors: dict[str, dict[str, float]] = {}
+    if not problems and not is_alone(options, len(members)):  # this reads every weight
+        heard = zip(names, members, options.weights or [1.0] * len(names), strict=True)
+        factors, wrong = factors_of(options.normalise, {name: one for name, one, weight in heard if weight}, seen)
+        problems += wrong
     raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
     assert found is not None  # get_rule raised otherwise
     weights = options.weights
@@ -341,6 +354,8 @@ def make_plan(
         targets=options.targets,
         as_it_is=as_it_is,
         stack=stack,
+        normalise=options.normalise,
+        factors=factors,
     )
 
 
@@ -354,10 +369,6 @@ def _scale(rule: Rule, options: MergeOptions, alone: bool) -> tuple[float, Scale
     if alone:
         return 1.0, "single adapter"
     return rule.default_scale, "rule"
-
-
-def _energies(updates: Sequence[Update]) -> tuple[float, ...]:
-    return tuple(update.energy() for update in updates)
 
 
 def _times(result: Result, factor: float) -> Result:

@@ -99,14 +99,16 @@ def leaves_as_it_is(rule: Rule, options: MergeOptions, count: int) -> bool:
 
 
 def need_problems(
-    rule: Rule, weights: Sequence[float] | None, statistics: Mapping[str, Statistics], probe: Probe | None
+    rule: Rule, options: MergeOptions, statistics: Mapping[str, Statistics], probe: Probe | None
 ) -> list[str]:
-    """Tell what the rule needs and was not given."""
+    """Tell what the rule and the way to normalise need and were not given."""
     problems = []
-    if rule.whole and weights and 0 in weights:
+    if rule.whole and options.weights and 0 in options.weights:
         problems.append(f"rule {rule.name!r} looks at the texts of every input: leave an adapter of weight 0 out")
     if "moments" in rule.supplied and not statistics:
         problems.append(f"rule {rule.name!r} needs statistics of each task's inputs: see `loraloom statistics`")
+    if options.normalise == "response" and not statistics:
+        problems.append("normalising by response needs statistics of each task's inputs: see `loraloom statistics`")
     if rule.whole and probe is None:
         problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --recipe")
     if rule.labelled and probe is not None and not probe.labels:

@@ -16,6 +16,7 @@ from loraloom.files.hashing import task_seed
 from loraloom.merging import MergeOptions, Rule
 from loraloom.merging.folders import Planned, Supplied
 from loraloom.merging.needs import supply
+from loraloom.merging.options import Normalise
 from loraloom.model.generator import Generator, answer_task
 from loraloom.model.load import base_folder, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate
@@ -80,10 +81,18 @@ class ByRecipe:
             self._tasks = dict(zip(members, found, strict=True))
         return self._tasks
 
-    def look(self, texts: int, rule: Rule, members: Mapping[str, Adapter], known: Sequence[Statistics]) -> Supplied:
+    def look(
+        self,
+        texts: int,
+        normalise: Normalise,
+        rule: Rule,
+        members: Mapping[str, Adapter],
+        known: Sequence[Statistics],
+    ) -> Supplied:
         """Return what a rule needs, of `texts` training texts a task; see `needs.supply`.
 
-        Raises LoraloomError for an adapter without a task in the recipe, or without a head where the rule needs one.
+        To `normalise` by response takes statistics, whatever the rule. Raises LoraloomError for an adapter without a
+        task in the recipe, or without a head where the rule needs one.
         """
         if rule.whole:
             self._reporter.begin(rule.name, 1)
@@ -95,6 +104,7 @@ class ByRecipe:
             self.recipe.statistics,
             texts,
             known=known,
+            normalise=normalise,
             progress=lambda done, total: self._reporter.detail(rule.name, f"step {done}/{total}"),
         )
 

@@ -11,6 +11,8 @@ from loraloom.adapters.together import compatibility_problems
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.merging import get_rule, rule_names
+from loraloom.merging.normalise import normalise_problems
+from loraloom.merging.options import Normalise
 from loraloom.model.load import load_tokenizer
 from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
@@ -28,6 +30,7 @@ def compare(
     *,
     rules: Sequence[str] = (),
     scales: Sequence[float] | None = None,
+    normalise: Normalise = "none",
     command: str = "",
     reporter: Reporter | None = None,
 ) -> StudyResult:
@@ -41,18 +44,19 @@ def compare(
     rules: names of merging rules; all without.
     scales: factors on each rule's result. Without them SCALES times the rule's own default, which is what its authors'
       figures go by. Held-out rows choose the scale, test rows report.
+    normalise: how the adapters are made equally loud first; see `MergeOptions`.
     command, reporter: as in `run_study`.
 
     Raises LoraloomError that tells all problems at once.
     """
-    _check(adapters, tasks, rules, scales)
+    _check(adapters, tasks, rules, scales, normalise)
     recipe = tasks.model_copy(
         update={
             "name": f"{tasks.name}: every rule",
             "tasks": {name: tasks.task(name) for name in adapters},
             "inits": {},
             "adapters": dict(adapters),
-            "merging": [_settings(rule, scales, tasks) for rule in rules or _fitting(tasks)],
+            "merging": [_settings(rule, scales, normalise, tasks) for rule in rules or _fitting(tasks)],
         }
     )
     return run_study(recipe, folder, command=command, reporter=reporter)
@@ -69,7 +73,13 @@ def by_task(folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _check(adapters: Mapping[str, Path], tasks: Recipe, rules: Sequence[str], scales: Sequence[float] | None) -> None:
+def _check(
+    adapters: Mapping[str, Path],
+    tasks: Recipe,
+    rules: Sequence[str],
+    scales: Sequence[float] | None,
+    normalise: Normalise,
+) -> None:
     """Raise LoraloomError that tells everything for which these adapters cannot be compared by these rules."""
     errors: list[LoraloomError] = []
     members = []
@@ -87,6 +97,7 @@ def _check(adapters: Mapping[str, Path], tasks: Recipe, rules: Sequence[str], sc
         if tasks.generates and rule not in _fitting(tasks) and rule in rule_names()
     ]
     problems += [f"rule {rule!r} is given twice" for rule in sorted({rule for rule in rules if rules.count(rule) > 1})]
+    problems += normalise_problems(normalise)
     problems += [f"scale {scale} is not finite" for scale in scales or () if not math.isfinite(scale)]
     if len(adapters) < 2:
         problems.append(f"{len(adapters)} adapters: there is nothing to merge")
@@ -110,7 +121,7 @@ def _fitting(tasks: Recipe) -> list[str]:
     return [name for name in rule_names() if not (tasks.generates and get_rule(name).heads)]
 
 
-def _settings(rule: str, scales: Sequence[float] | None, tasks: Recipe) -> MergeSettings:
+def _settings(rule: str, scales: Sequence[float] | None, normalise: Normalise, tasks: Recipe) -> MergeSettings:
     own = get_rule(rule).default_scale
     chosen = list(scales) if scales else [round(own * factor, 6) for factor in SCALES]
-    return MergeSettings(rule=rule, scales=chosen, texts=tasks.probe_texts(rule, {}))
+    return MergeSettings(rule=rule, scales=chosen, normalise=normalise, texts=tasks.probe_texts(rule, {}))

@@ -359,7 +359,7 @@ def _rule_name(recipe: Recipe, settings: MergeSettings) -> str:
     """Return the rule's name, with its options where the recipe has it more than once."""
     if sum(other.rule == settings.rule for other in recipe.merging) == 1:
         return settings.rule
-    return slug("-".join([settings.rule, *(f"{key}.{value}" for key, value in settings.filled().items())]))
+    return slug("-".join([settings.rule, *(f"{key}.{value}" for key, value in settings.way.items())]))
 
 
 def _device() -> str:

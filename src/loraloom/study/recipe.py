@@ -23,6 +23,7 @@ from loraloom.adapters.bases import PACKAGED, public_name
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.hashing import text_sha256
 from loraloom.files.reading import read_yaml
+from loraloom.merging.options import Normalise
 from loraloom.merging.registry import get_rule
 from loraloom.settings import (
     AlignmentSettings,
@@ -75,6 +76,10 @@ class MergeSettings(Settings):
     rule: str
     scales: list[float] = Field(min_length=1)
     options: dict[str, Any] = Field({})
+    normalise: Normalise = Field(
+        "none",
+        description="make adapters equally loud first: by |dW| (norm) or by what each does to its own inputs",
+    )
     texts: int = Field(PROBE_TEXTS, ge=1, description="training texts a task for a rule that looks at texts")
 
     @field_validator("rule")
@@ -98,6 +103,11 @@ class MergeSettings(Settings):
     def filled(self) -> dict[str, Any]:
         """Return the rule's options with its defaults filled in."""
         return get_rule(self.rule).check(self.options)[0]
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """Return what tells this entry from another of the same rule: its options, and how it normalises if it does."""
+        return self.filled() | ({} if self.normalise == "none" else {"normalise": self.normalise})
 
 
 TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask | PromptTask, Field(discriminator="source")]
@@ -171,7 +181,7 @@ class Recipe(Settings):
             )
         headed = [entry.rule for entry in self.merging if self.generates and get_rule(entry.rule).heads]
         problems += [f"merging: {rule} needs heads, and these tasks' answers are written" for rule in headed]
-        rules = [(entry.rule, entry.filled()) for entry in self.merging]
+        rules = [(entry.rule, entry.way) for entry in self.merging]
         if any(one in rules[:index] for index, one in enumerate(rules)):
             problems.append("merging: the same rule with the same options twice: give one entry all scales")
         if problems:

@@ -21,6 +21,7 @@ from loraloom.analysis.interference import interference as measure_interference,
 from loraloom.files.hashing import task_seed, write_json
 from loraloom.merging import MergeOptions, make_plan, read_readout, write_merged
 from loraloom.merging.needs import probe_of
+from loraloom.merging.options import Normalise
 from loraloom.merging.readout import READOUTS
 from loraloom.merging.registry import Probe
 from loraloom.model.objective import task_type
@@ -163,10 +164,12 @@ def merge(
     statistics: Mapping[str, Output],
     rule: str,
     options: Mapping[str, Any],
+    normalise: Normalise,
     seed: int,
 ) -> None:
     """Merge at scale 1 by a rule that needs no base model."""
-    _write_merge(folder, read_adapters(adapters), statistics, MergeOptions(rule, options, scale=1.0, seed=seed))
+    asked = MergeOptions(rule, options, scale=1.0, seed=seed, normalise=normalise)
+    _write_merge(folder, read_adapters(adapters), statistics, asked)
 
 
 @stage("merge", version=2)
@@ -182,6 +185,7 @@ def merge_by_texts(
     texts: int,
     rule: str,
     options: Mapping[str, Any],
+    normalise: Normalise,
     seed: int,
 ) -> None:
     """Merge at scale 1 by a rule that runs the base model on `texts` training texts a task."""
@@ -189,7 +193,8 @@ def merge_by_texts(
     tasks = {name: one.task for name, one in rows.items()}
     model = context.generator(base, reading) if base.generates else context.evaluator(base, reading)
     probe = probe_of(model, members, tasks, texts, context.progress)
-    _write_merge(folder, members, statistics, MergeOptions(rule, options, scale=1.0, seed=seed), probe)
+    asked = MergeOptions(rule, options, scale=1.0, seed=seed, normalise=normalise)
+    _write_merge(folder, members, statistics, asked, probe)
 
 
 def _write_merge(

@@ -12,6 +12,7 @@ from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
 from loraloom.merging import get_rule
+from loraloom.merging.needs import reads_inputs
 from loraloom.progress import Reporter
 from loraloom.results import Score, average
 from loraloom.statistics.texts import generic_rows
@@ -276,7 +277,7 @@ class Study:
     def _merge(self, one: Trained, settings: MergeSettings, label: str) -> Output:
         rule = get_rule(settings.rule)
         adapters, options = one.adapters, settings.filled()
-        statistics = self.statistics["train"] if "moments" in rule.supplied else {}
+        statistics = self.statistics["train"] if reads_inputs(rule, settings.normalise) else {}
         if not rule.whole:
             return self.engine.do(
                 stages.merge,
@@ -285,6 +286,7 @@ class Study:
                 statistics=statistics,
                 rule=rule.name,
                 options=options,
+                normalise=settings.normalise,
                 seed=one.seed,
             )
         return self.engine.do(
@@ -298,6 +300,7 @@ class Study:
             texts=settings.texts,
             rule=rule.name,
             options=options,
+            normalise=settings.normalise,
             seed=one.seed,
         )
 
@@ -364,7 +367,8 @@ class Study:
 
 
 def merged_facts(merged: Output) -> dict[str, Any]:
-    """Return rule, space, options and output rank of a merged adapter."""
+    """Return rule, space, options and output rank of a merged adapter; normalising counts as an option."""
     facts = read_provenance(merged.path / stages.ADAPTER)
     ranks = [layer["rank"] for layer in facts["layers"].values()]
-    return {**{key: facts[key] for key in ("rule", "space", "options")}, "output_rank": max(ranks)}
+    options = facts["options"] | ({} if facts["normalise"] == "none" else {"normalise": facts["normalise"]})
+    return {"rule": facts["rule"], "space": facts["space"], "options": options, "output_rank": max(ranks)}

@@ -1,0 +1,95 @@
+"""How loud each adapter is beside the others of a merge, and the factors that make all equally loud.
+
+Adapters of different rank, scaling, learning rate or number of layers differ in |dW| by far more than in what they
+learnt, and most rules give the larger entries and directions the say: a quiet adapter is drowned. The energy of an
+adapter is |dW|_F^2, summed over its layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import get_args
+
+from loraloom.adapters.update import Adapter, Update
+from loraloom.errors import did_you_mean
+from loraloom.merging.options import Normalise
+from loraloom.statistics.file import Statistics
+from loraloom.statistics.moments import Moment
+
+LOUD = 3.0  # times the energy of another adapter: from here on there is a warning
+
+
+def energies(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+    """Return |dW|_F^2 by adapter's name and module path; reads every weight."""
+    return {
+        name: {module: update.energy() for module, update in adapter.updates.items()}
+        for name, adapter in adapters.items()
+    }
+
+
+def factors_of(
+    normalise: Normalise, adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Return g / size of every update, by adapter's name and module path, and what has no size.
+
+    g is the geometric mean of the sizes in one layer, of the adapters that have an update there: alone, it stays as it
+    is, and so does one that is zero.
+
+    normalise: what a size is. "norm": |dW|_F. "response": the root mean square of |dW h| over the adapter's own inputs
+        h, sqrt(tr(dW S dW^T)) with S the mean second moment of what the layer reads. "none": there are no factors.
+    adapters: those that take part, by name.
+    statistics: of their inputs, by name; for "response" alone.
+    """
+    if normalise == "none":
+        return {}, []
+    if normalise == "norm":
+        squares, why = energies(adapters), "every update is zero"
+    else:
+        why = "it does nothing to its own inputs"
+        squares = {
+            name: {module: _response(update, statistics[name].moment(module)) for module, update in one.updates.items()}
+            for name, one in adapters.items()
+        }
+    logs = {
+        name: {module: math.log(square) / 2 for module, square in layers.items() if square > 0}
+        for name, layers in squares.items()
+    }
+    nothing = [f"{name!r} cannot be normalised: {why}: leave it out" for name, layers in logs.items() if not layers]
+    by_layer: dict[str, list[float]] = {}
+    for layers in logs.values():
+        for module, log in layers.items():
+            by_layer.setdefault(module, []).append(log)
+    # exactly, whatever the order: rules that draw at random give out their draws by falling norm, which is equal now
+    middle = {module: math.fsum(found) / len(found) for module, found in by_layer.items()}
+    return {
+        name: {module: math.exp(middle[module] - log) for module, log in layers.items()}
+        for name, layers in logs.items()
+    }, nothing
+
+
+def normalise_problems(normalise: str) -> list[str]:
+    """Tell of a way to normalise that there is not."""
+    known = get_args(Normalise)
+    return [] if normalise in known else [f"normalise {normalise!r} is unknown: {did_you_mean(normalise, known)}"]
+
+
+def drowned(energies: Mapping[str, float]) -> list[str]:
+    """Return a warning where energies, by adapter's name, differ by more than a factor of LOUD."""
+    heard = {name: one for name, one in energies.items() if one > 0}
+    if not heard or max(heard.values()) <= LOUD * min(heard.values()):
+        return []
+    loudest = max(heard, key=lambda name: heard[name])
+    quiet = [name for name, one in heard.items() if LOUD * one < heard[loudest]]
+    times = heard[loudest] / min(heard.values())
+    return [
+        f"{loudest} has up to {times:.3g} times the energy |dW|^2 of {', '.join(quiet)}: what the quiet ones learnt is "
+        "likely to be lost; `--normalise norm` makes all equally loud"
+    ]
+
+
+def _response(update: Update, moment: Moment) -> float:
+    """Return the mean of |dW h|^2 over the rows h of `moment`."""
+    B = update.B.double()
+    through = float(((B.T @ B) * moment.seen_by(update.A.double())).sum())
+    return max(through, 0.0) / max(moment.count, 1)  # where it is 0, rounding may leave it below
