@@ -229,6 +229,44 @@ def test_all_that_is_wrong_is_told_at_once(finished: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+def without(adapter: Path, folder: Path, part: str) -> Path:
+    """Copy an adapter, but for its layers whose path holds `part`."""
+    shutil.copytree(adapter, folder)
+    tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if part not in name}
+    save_file(tensors, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    targets = sorted(read_adapter(folder).shapes)
+    (folder / CONFIG).write_text(json.dumps({**config, "target_modules": targets, "rank_pattern": {}}))
+    return folder
+
+
+def test_adapters_of_different_layers_compare(finished: Path, tmp_path: Path) -> None:
+    given = {
+        name: without(path, tmp_path / name, part)
+        for (name, path), part in zip(adapters(finished).items(), ("value", "layer.0."), strict=True)
+    }
+    rules, out = ("task_arithmetic", "regmean", "emr"), tmp_path / "out"
+    recipe = Recipe.load(finished / "recipe.yaml")
+    result = compare(given, recipe, out, rules=rules, scales=(1.0,))
+    assert {one.rule for one in result.merges} == set(rules)
+    members = {name: read_adapter(path) for name, path in given.items()}
+    layers = set().union(*(member.shapes for member in members.values()))
+    assert [len(member.shapes) for member in members.values()] == [2, 2]
+    assert len(layers) == 3
+    (folder,) = (out / "stages" / "merge").glob("*task_arithmetic*/adapter")
+    merged = read_adapter(folder)
+    assert set(merged.shapes) == layers
+    for layer in layers:
+        parts = [member.updates[layer].dense() for member in members.values() if layer in member.shapes]
+        torch.testing.assert_close(merged.updates[layer].dense(), sum(parts))
+    (table,) = [one for one in result.interference if one.quantity == "BA"]
+    for index, layer in enumerate(table.layers):
+        for values, member in zip(table.values[index], members.values(), strict=True):
+            assert all(value == 0 for value in values) == (layer not in member.shapes)
+    assert 0 < table.ratio < float("inf")
+    assert "nan" not in (out / "report.html").read_text().lower().split("<script")[0]
+
+
 def test_one_adapter_is_nothing_to_compare(finished: Path, tmp_path: Path) -> None:
     one = {"mood": headless(adapters(finished)["mood"], tmp_path / "bare")}
     with pytest.raises(LoraloomError, match="2 problems") as caught:

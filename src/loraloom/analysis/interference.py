@@ -115,14 +115,19 @@ def products(updates: Sequence[Update], moment: Moment, *, onto: Update | None =
 
 def ratio(values: Tensor) -> float:
     """Return the mean over layers and pairs i != j of [l, i, j] / [l, i, i]: response to others against to own."""
-    return float(ratios(values).nanmean())
+    found = ratios(values)
+    return float(found.nanmean()) if not bool(found.isnan().all()) else 0.0
 
 
 def ratios(values: Tensor) -> Tensor:
-    """Return [l, i, j] / [l, i, i], (layers, T, T): NaN where i = j, and 0 where the response to the own is 0."""
+    """Return [l, i, j] / [l, i, i], (layers, T, T): NaN where i = j, and where an adapter answers nothing in a layer.
+
+    0 where the response to the own is 0 alone.
+    """
     own = values.diagonal(dim1=1, dim2=2)[:, :, None]
     relative = torch.where(own > 0, values / own.clamp_min(1e-300), torch.zeros_like(values))
-    return relative.masked_fill(torch.eye(values.shape[1], dtype=torch.bool), torch.nan)
+    silent = values.amax(dim=2, keepdim=True) == 0  # it lacks the layer
+    return relative.masked_fill(torch.eye(values.shape[1], dtype=torch.bool) | silent, torch.nan)
 
 
 def check_cover(what: str, adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]) -> None:

@@ -210,10 +210,18 @@ class Figures:
 
 def off_diagonal_mean(responses: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean over pairs i != j of responses [..., i, j]; NaN entries are left out, all-NaN gives NaN."""
-    pairs = responses[..., ~np.eye(responses.shape[-1], dtype=bool)]
-    known = np.isfinite(pairs)
-    count = known.sum(axis=-1)
-    total = np.where(known, pairs, 0.0).sum(axis=-1)
+    return _mean_of_known(responses[..., ~np.eye(responses.shape[-1], dtype=bool)], axis=-1)
+
+
+def over_layers(responses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over layers of responses [layer, i, j]; NaN entries are left out, all-NaN gives NaN."""
+    return _mean_of_known(responses, axis=0)
+
+
+def _mean_of_known(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    known = np.isfinite(values)
+    count = known.sum(axis=axis)
+    total = np.where(known, values, 0.0).sum(axis=axis)
     return np.asarray(np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from loraloom.report.aggregate import STAGES, Figures, Stage, off_diagonal_mean
+from loraloom.report.aggregate import STAGES, Figures, Stage, off_diagonal_mean, over_layers
 from loraloom.report.figure import Chart, Json, Panel, View, finite, layout_of, line, plain
 from loraloom.report.tables import Table, interference_table, number
 
@@ -41,7 +41,7 @@ def _heat_panel(figures: Figures, init: str, stage: Stage) -> Panel:
     responses = figures.responses(init, stage)
     if responses is None:
         return Panel(STAGES[stage], f"{STAGES[stage]}, {init}: not measured.", [], layout_of(120))
-    mean = responses.mean(axis=0)
+    mean = over_layers(responses)
     names = [plain(task) for task in figures.tasks]
     size = len(names)
     cells = [[finite(value) for value in row] for row in mean]
@@ -93,7 +93,7 @@ def _extremes(figures: Figures, mean: Any) -> str:
 
 def _heat_table(figures: Figures, init: str, stage: Stage) -> Table:
     responses = figures.responses(init, stage)
-    mean = np.full((len(figures.tasks),) * 2, np.nan) if responses is None else responses.mean(axis=0)
+    mean = np.full((len(figures.tasks),) * 2, np.nan) if responses is None else over_layers(responses)
     rows = tuple((task, *(number(value) for value in mean[i])) for i, task in enumerate(figures.tasks))
     return Table(f"{init}, {STAGES[stage]}: adapter (row) on inputs (column)", ("adapter", *figures.tasks), rows)
 
