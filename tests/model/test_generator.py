@@ -87,7 +87,11 @@ def test_a_chat_template_stands_around_the_prompt_and_the_loss_sees_the_answer_a
 def test_a_long_prompt_loses_its_beginning_and_no_answer_is_cut() -> None:
     words, rows = tiny.tokenizer("llama"), tiny.asked(rows=6, chat=False).train
     whole = encode_prompts(rows, words, 64, two_sided=False)
-    cut = encode_prompts(rows, words, 6, two_sided=False)
+    most = max(len(one.prompt) for one in whole)
+    long = sum(len(one.prompt) > 3 for one in whole)
+    told = f"{long} of 6 prompts lose their beginning at 6 tokens: max_length {most + 3} would keep them whole"
+    with pytest.warns(UserWarning, match=told):
+        cut = encode_prompts(rows, words, 6, two_sided=False)
     for one, other in zip(whole, cut, strict=True):
         assert other == Asked(one.prompt[-3:], one.answer)
     with pytest.raises(LoraloomError, match="6 of 6 answers have 3 tokens or more") as told:

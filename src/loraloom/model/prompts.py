@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,7 +39,7 @@ def encode_prompts(
       `label`, the answer, or without it the prompts alone.
     tokenizer: of transformers; without a chat template prompt and answer stand as they are.
     max_length: tokens kept of both together, or of each where the base is `two_sided`. What is too long loses the
-      beginning of its prompt.
+      beginning of its prompt, and a warning tells how many do.
     two_sided: whether the base has an encoder for the prompt.
     context: the most tokens that the base takes, whatever `max_length` is; None where it has no bound.
 
@@ -56,13 +57,11 @@ def encode_prompts(
             f"{f'raise max_length above {max(long)}, or ' if possible else ''}leave these rows out",
         )
     room = [kept - (0 if two_sided else len(one.answer)) for one in asked]
+    cut = [len(one.prompt) - left for one, left in zip(asked, room, strict=True) if len(one.prompt) > left]
+    if cut:
+        why = "the base takes no more" if kept == context else f"max_length {kept + max(cut)} would keep them whole"
+        warnings.warn(f"{len(cut)} of {len(asked)} prompts lose their beginning at {kept} tokens: {why}", stacklevel=3)
     return [Asked(one.prompt[-left:], one.answer) for one, left in zip(asked, room, strict=True)]
-
-
-def cut_prompts(rows: datasets.Dataset, tokenizer: Any, max_length: int, *, two_sided: bool) -> int:
-    """Return how many prompts lose their beginning in `encode_prompts`."""
-    taken = [(len(one.prompt), 0 if two_sided else len(one.answer)) for one in _whole(rows, tokenizer, two_sided)]
-    return sum(prompt + answer > max_length for prompt, answer in taken)
 
 
 def end_token(tokenizer: Any) -> int | None:
