@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny_study
+import tiny_written
 
 # tiny models run no faster on more threads, and sums then round as in the processes that the tests start
 torch.set_num_threads(1)
@@ -30,6 +31,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     run_study(Recipe.load(tiny_study.write_study(folder)), folder / "study")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe.yaml of tasks of answers and what a run left in `study`; read it, change nothing."""
+    from loraloom.study.export import run_study
+    from loraloom.study.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("written")
+    run_study(Recipe.load(tiny_written.write_study(folder)), folder / "study")
     return folder
 
 

@@ -62,6 +62,10 @@ def deep(levels: int) -> Any:
         (lambda c: c.update(seeds=[7]), "singles.0.seed: 0 is not among the seeds"),
         (lambda c: c["merges"].append(c["merges"][0]), "merges: {"),
         (lambda c: c["merges"][0]["scores"].pop("mood"), "merges.0.scores: not one for each task"),
+        (
+            lambda c: c["merges"][0].update(recovered={"mood": {"value": 0.5, "stderr": 0.1}}),
+            "merges.0.recovered: not one for each task",
+        ),
         (lambda c: c["interference"][0].update(values=[]), "interference.0.values: not one for each layer"),
         (lambda c: c["interference"][1]["values"][0].append([1.0]), "interference.1.values: not one for each layer"),
         (lambda c: c["interference"][1]["values"][0].pop(), "interference.1.values: not one for each layer"),

@@ -239,6 +239,8 @@ def _misfits(result: StudyResult) -> list[str]:
     for at, merge in enumerate(result.merges):
         if merge.scores.keys() != known["task"]:
             problems.append(f"merges.{at}.scores: not one for each task")
+        if merge.recovered and merge.recovered.keys() != known["task"]:
+            problems.append(f"merges.{at}.recovered: not one for each task")
     for at, table in enumerate(result.interference):
         if sorted(table.tasks) != sorted(tasks) or table.layers != result.interference[0].layers:
             problems.append(f"interference.{at}: of other tasks or layers than the study")

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from loraloom.results import InitFacts, Interference, MergeScore, Score, SingleScore, StudyResult, TaskFacts
+from loraloom.results import (
+    BaseScore,
+    InitFacts,
+    Interference,
+    MergeScore,
+    Score,
+    SingleScore,
+    StudyResult,
+    TaskFacts,
+    average,
+)
 
 INITS = {"lora": 0.66, "lora, shared seed": 0.58, "orthonormal": 0.67, "osrm": 0.74}
 TASKS = ("sentiment", "grammar", "paraphrase", "topic")
@@ -129,6 +139,43 @@ def make_result(
         seconds={"statistics": 3.2, "training": 81.5, "merging": 12.0},
         notes=["Every figure of this page is made up."],
     )
+
+
+def make_answers(**changes: Any) -> StudyResult:
+    """Build a study of tasks of answers: the base model alone, losses beside the metric, recovered loss by task."""
+    result = make_result(aligned=(False,), **changes)
+    own = dict(zip(TASKS, (1.0, 1.1, 1.2, 1.3), strict=True))  # nats a token; the base model's are twice these
+
+    def told(score: Score, loss: float) -> Score:
+        return score.model_copy(update={"more": {"rouge_l": score, "loss": Score(value=loss, stderr=0.05)}})
+
+    def answered(merge: MergeScore) -> MergeScore:
+        shares = {task: score.value - 0.1 * at for at, (task, score) in enumerate(merge.scores.items())}
+        recovered = {task: Score(value=value, stderr=0.02) for task, value in shares.items()}
+        if merge.split == "heldout":
+            return merge.model_copy(
+                update={"scores": recovered, "recovered": recovered, "average": average(recovered.values())}
+            )
+        scores = {task: told(score, own[task] * (2 - shares[task])) for task, score in merge.scores.items()}
+        return merge.model_copy(update={"scores": scores, "recovered": recovered, "kept": 0.0})
+
+    return result.model_copy(
+        update={
+            "tasks": [task.model_copy(update={"labels": None, "metric": "exact_match"}) for task in result.tasks],
+            "bases": [
+                BaseScore(task=task, score=told(Score(value=0.1 + 0.01 * at, stderr=0.01), 2 * own[task]))
+                for at, task in enumerate(TASKS)
+            ],
+            "singles": [one.model_copy(update={"score": told(one.score, own[one.task])}) for one in result.singles],
+            "merges": [answered(merge) for merge in result.merges],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def answers() -> StudyResult:
+    """Return the made-up study of tasks of answers."""
+    return make_answers()
 
 
 @pytest.fixture(scope="session")

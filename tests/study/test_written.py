@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from torch import Tensor
 import tiny
 from commands import measured, refused, said
 from loraloom.adapters.peft import read_adapter
+from loraloom.cli.terminal import rules_table
 from loraloom.files.hashing import task_seed
 from loraloom.model.generator import Generator
 from loraloom.results import StudyResult
@@ -27,51 +27,7 @@ from loraloom.study.recipe import MergeSettings, Recipe
 from loraloom.study.tasks import build_task
 from loraloom.tasks.metrics import resampled_rows
 from loraloom.training import train_adapter
-
-TARGETS = {"llama": ["q_proj", "v_proj", "up_proj"], "t5": ["q", "v", "wi"]}
-
-
-def write_rows(path: Path, name: str, count: int) -> None:
-    rows = tiny.asked(name, rows=count).train
-    lines = [json.dumps({"prompt": row["text_a"], "answer": row["label"]}) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def write_study(folder: Path, kind: str = "llama", **changes: Any) -> Path:
-    """Write a base with a chat template, rows of two tasks and a recipe; the tasks differ in their prompts' words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    base = tiny.base_folder(kind, folder / "base")
-    if kind == "llama":
-        (base / "chat_template.jinja").write_text(tiny.CHAT, encoding="utf-8")
-    tasks = {}
-    for name in ("mood", "tone"):
-        for split, count in (("train", 40), ("test", 16)):
-            write_rows(folder / f"{name}.{split}.jsonl", f"{name}.{split}", count)
-        sources = {split: f"{name}.{split}.jsonl" for split in ("train", "test")}
-        tasks[name] = {"source": "prompts", **sources, "heldout_rows": 8, "answer_tokens": 4}
-        tasks[name]["metric"] = ["token_f1", "exact_match", "loss"]
-    recipe = {
-        "name": "written",
-        "base": "./base",
-        "tasks": tasks,
-        "lora": {"rank": 2, "alpha": 4, "targets": TARGETS[kind]},
-        "statistics": {"texts": 12, "max_length": 16, "atlas_texts": 12},
-        "training": {"epochs": 2, "learning_rate": 0.02, "batch_size": 8, "max_length": 32},
-        "inits": {"LoRA": {"rule": "default"}, "apart": {"rule": "apart"}},
-        "merging": [{"rule": "task_arithmetic", "scales": [0.5, 1.0]}, {"rule": "regmean", "scales": [1.0]}],
-        **changes,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with recipe.yaml and what a run of it left in `study`."""
-    folder = tmp_path_factory.mktemp("written")
-    run_study(Recipe.load(write_study(folder)), folder / "study")
-    return folder
+from tiny_written import TARGETS
 
 
 def test_training_in_bfloat16_where_there_is_no_gpu(tmp_path: Path) -> None:
@@ -146,6 +102,13 @@ def test_given_adapters_are_compared_and_measured_by_hand_as_in_the_study(writte
     recipe = Recipe.load(written / "recipe.yaml")
     adapters = {task: written / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")}
     found = compare(adapters, recipe, tmp_path / "table", rules=["task_arithmetic"], scales=[0.5])
+    _, columns, cells = rules_table(found)
+    assert [row[0] for row in cells] == ["base model alone", "each task's own adapter", "task_arithmetic"]
+    shares = {task: score.value for task, score in found.merges[-1].recovered.items()}
+    worst = min(shares, key=lambda task: shares[task])
+    told = dict(zip(columns, cells[2], strict=True))
+    assert told["recovered loss"] == f"{100 * np.mean(list(shares.values())):.0f}%"
+    assert told["worst task"] == f"{100 * shares[worst]:.0f}% {worst}"
     before = StudyResult.load(written / "study" / "results.json")
     singles = {one.task: one.score for one in before.singles if one.init == "LoRA"}
     assert {one.task: one.score for one in found.singles} == singles

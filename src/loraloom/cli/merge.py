@@ -262,7 +262,7 @@ def compare(
     """Merge the same adapters by every rule: held-out rows choose the scale, test rows report; HTML and JSON."""
     with command(quiet, as_json) as out:
         from loraloom.cli.terminal import rules_table
-        from loraloom.report import merged_rows
+        from loraloom.report import base_average, merged_rows
         from loraloom.study.compare import by_task, compare as run_compare
 
         result = run_compare(
@@ -277,7 +277,9 @@ def compare(
         )
         out.table(*rules_table(result))
         places = {"report": str(output / "report.html"), "results": str(output / "results.json")}
-        out.result({**places, "rules": [_row(one) for one in merged_rows(result)]}, "")
+        unadapted = base_average(result)
+        alone = {"base": unadapted.value} if unadapted else {}
+        out.result({**places, **alone, "rules": [_row(one) for one in merged_rows(result)]}, "")
         out.facts(str(output), places.items())
 
 
@@ -307,6 +309,7 @@ def _row(one: Merged) -> dict[str, Any]:
         "average": one.average.value,
         "stderr": one.average.stderr,
         "kept": one.kept,
+        **({"recovered": {task: score.value for task, score in one.recovered.items()}} if one.recovered else {}),
         "heldout": one.heldout,
         "scales": list(one.scales),
         "labels": one.scale_chosen_with_labels,

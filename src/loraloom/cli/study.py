@@ -77,15 +77,16 @@ def run(
 
 
 def _run(recipe: Recipe, folder: Path, out: Out) -> None:
-    from loraloom.report import summary_rows, verdict
+    from loraloom.report import base_average, summary_rows, verdict
     from loraloom.study.export import run_study
 
     result = run_study(recipe, folder, command=typed(), reporter=out.progress())
-    rows = summary_rows(result)
+    rows, base = summary_rows(result), base_average(result)
     places = {"report": folder / "report.html", "results": folder / "results.json"}
     answer = verdict(result)
-    out.result({"folder": folder, **places, "verdict": answer, "inits": [_summary(row) for row in rows]}, "")
-    out.table(*study_table(rows))
+    alone = {"base": base.model_dump()} if base else {}
+    out.result({"folder": folder, **places, "verdict": answer, **alone, "inits": [_summary(row) for row in rows]}, "")
+    out.table(*study_table(rows, base))
     out.say(answer)
     for one in _shown(result):
         told = [("expected", one.expected), ("base model", one.base), (f"adapter {one.task}", one.singles[one.task])]
@@ -258,21 +259,28 @@ def _plain(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def study_table(rows: Sequence[SummaryRow]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Return title, columns and rows of a study's summary, short enough for 80 characters."""
+def study_table(
+    rows: Sequence[SummaryRow], base: Score | None = None
+) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Return title, columns and rows of a study's summary, short enough for 80 characters.
+
+    base: what the base model alone scores on tasks of answers; it gets a row, and recovered loss its columns.
+    """
     rules = {merged.rule for row in rows for merged in (row.as_trained, row.aligned) if merged}
     legend = "".join(f", {_short(rule)}: {rule}" for rule in sorted(rules) if _short(rule) != rule)
-    columns = ("init", "single", "merged", "kept", "+ aligned", "kept", "interference")
+    kept = ("recovered", "worst task") if base else ("kept", "+ aligned", "kept")
+    columns = ("init", "single", "merged", *kept, "interference")
     shown: list[tuple[str, ...]] = [
         (
             row.init,
             _points(row.single),
-            *_merged(row.as_trained),
-            *_merged(row.aligned),
+            *(_recovered(row.as_trained) if base else (*_merged(row.as_trained), *_merged(row.aligned))),
             f"{_decimals(row.interference_before)} → {_decimals(row.interference_after)}",
         )
         for row in rows
     ]
+    if base:
+        shown.insert(0, ("base model alone", "", _points(base), "0%", "", ""))
     return f"Averages over tasks with rule and scale{legend}", columns, shown
 
 
@@ -291,6 +299,10 @@ def _summary(row: SummaryRow) -> dict[str, Any]:
 def _merged_facts(merged: Merged | None) -> dict[str, Any] | None:
     if merged is None:
         return None
+    recovered = {}
+    if merged.recovered_average:
+        by_task = {task: score.model_dump() for task, score in merged.recovered.items()}
+        recovered = {"recovered": {"average": merged.recovered_average.model_dump(), "tasks": by_task}}
     return {
         "rule": merged.rule,
         "space": merged.space,
@@ -299,6 +311,7 @@ def _merged_facts(merged: Merged | None) -> dict[str, Any] | None:
         "scale_chosen_with_labels": merged.scale_chosen_with_labels,
         "average": merged.average.model_dump(),
         "kept": merged.kept,
+        **recovered,
     }
 
 
@@ -309,6 +322,13 @@ def _merged(merged: Merged | None) -> tuple[str, str]:
     low, high = min(merged.scales), max(merged.scales)
     scale = f"{low:.2g}" if low == high else f"{low:.2g}-{high:.2g}"
     return f"{_points(merged.average)} {_short(merged.rule)} {scale}", f"{100 * merged.kept:.0f}%"
+
+
+def _recovered(merged: Merged | None) -> tuple[str, ...]:
+    """Return score with rule and scale, and the recovered loss, mean over tasks and of the worst."""
+    from loraloom.cli.terminal import recovered_cells
+
+    return (_merged(merged)[0], *recovered_cells(merged)) if merged else ("-", "-", "-")
 
 
 def _short(rule: str) -> str:

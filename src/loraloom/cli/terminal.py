@@ -21,6 +21,7 @@ from loraloom.errors import LoraloomError, printable
 from loraloom.progress import Reporter
 
 if TYPE_CHECKING:
+    from loraloom.report.aggregate import Merged
     from loraloom.results import Score, StudyResult
 
 
@@ -194,27 +195,46 @@ def _cell(text: str) -> Text:
 
 
 def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Return title, columns and rows of a comparison of rules, the best on held-out rows first."""
-    from loraloom.report import merged_rows
+    """Return title, columns and rows of a comparison of rules, the best on held-out rows first.
+
+    Of answers the base model and each task's own adapter stand before them, and recovered loss beside the average.
+    """
+    from loraloom.report import base_average, merged_rows
+    from loraloom.report.tables import BASE, OWN
+    from loraloom.results import average
 
     rows = sorted(merged_rows(result), key=lambda row: (row.aligned, -(row.heldout or 0.0)))
-    columns = ("rule", "heads", "average", "kept", "scale", "rank")
+    base = base_average(result)
     shown: list[tuple[str, ...]] = [
         (
             row.label,
-            "aligned" if row.aligned else "as trained",
-            f"{_points(row.average)} ±{100 * row.average.stderr:.1f}",
-            f"{100 * row.kept:.1f}%",
+            *(() if base else ("aligned" if row.aligned else "as trained",)),
+            _points(row.average),
+            *(recovered_cells(row) if base else (f"{100 * row.kept:.1f}%",)),
             ", ".join(f"{scale:g}" for scale in row.scales),
             ", ".join(map(str, row.output_ranks)),
         )
         for row in rows
     ]
-    return "Test rows; scales chosen on held-out rows, with their labels", columns, shown
+    if not base:
+        columns = ("rule", "heads", "average", "kept", "scale", "rank")
+        return "Test rows; scales chosen on held-out rows, with their labels", columns, shown
+    own = average(single.score for single in result.singles)
+    alone = [(BASE, _points(base), "0%", "", "", ""), (OWN, _points(own), "100%", "", "", "")]
+    columns = ("rule", "average", "recovered loss", "worst task", "scale", "rank")
+    return "Test rows; scales chosen by recovered loss on held-out rows", columns, alone + shown
+
+
+def recovered_cells(row: Merged) -> tuple[str, str]:
+    """Return the recovered loss of a merged adapter, mean over tasks and of the worst task by name."""
+    if row.recovered_average is None or row.worst is None:
+        return "-", "-"
+    task, least = row.worst
+    return f"{100 * row.recovered_average.value:.0f}%", f"{100 * least.value:.0f}% {task}"
 
 
 def _points(score: Score) -> str:
-    return f"{100 * score.value:.1f}"
+    return f"{100 * score.value:.1f} ±{100 * score.stderr:.1f}"
 
 
 def hush_libraries() -> None:

@@ -28,12 +28,17 @@ HEADS = {False: "as trained", True: "aligned"}
 
 
 def over_seeds(scores: Sequence[Score]) -> Score:
-    """Return the mean of one figure over seeds (one score a seed) with its standard error, see the module's text."""
+    """Return the mean of one figure over seeds (one score a seed) with its standard error, see the module's text.
+
+    Of the further metrics, those that every seed has.
+    """
     count = len(scores)
     values = [score.value for score in scores]
     rows = math.sqrt(sum(score.stderr**2 for score in scores)) / count
     spread = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    return Score(value=float(np.mean(values)), stderr=max(rows, spread))
+    common = [name for name in scores[0].more if all(name in score.more for score in scores)]
+    more = {name: over_seeds([score.more[name] for score in scores]) for name in common}
+    return Score(value=float(np.mean(values)), stderr=max(rows, spread), more=more)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Merged:
 
     `heldout` is the held-out average at the same scales, None where the study did not measure it; `by_seed` the test
     average of every seed; `resamples` that of every resample of the test rows, mean over seeds, empty where not kept.
+    Of tasks of answers, `recovered` and `recovered_average` are the recovered loss by task and its mean over tasks, and
+    `heldout` is that mean on held-out rows; else empty and None.
     """
 
     init: str
@@ -58,6 +65,13 @@ class Merged:
     heldout: float | None
     by_seed: dict[int, float]
     resamples: tuple[float, ...]
+    recovered: dict[str, Score]
+    recovered_average: Score | None
+
+    @property
+    def worst(self) -> tuple[str, Score] | None:
+        """The task of least recovered loss, with it."""
+        return min(self.recovered.items(), key=lambda item: item[1].value, default=None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,26 @@ class Figures:
         self.result = result
         self.inits = [init.name for init in result.inits]
         self.tasks = [task.name for task in result.tasks]
+
+    @cached_property
+    def bases(self) -> dict[str, Score]:
+        """What the base model alone scores by task; of tasks of answers, for others need a head."""
+        found = {one.task: one.score for one in self.result.bases}
+        return {task: found[task] for task in self.tasks if task in found}
+
+    @cached_property
+    def base_average(self) -> Score | None:
+        """Average of the base model alone over tasks, None where it was not measured on all of them."""
+        return average(self.bases.values()) if self.bases and len(self.bases) == len(self.tasks) else None
+
+    @property
+    def written(self) -> bool:
+        """Tell whether the tasks are of answers: measured against the base model, by recovered loss, without heads."""
+        return self.base_average is not None
+
+    def heads(self, aligned: bool) -> str:
+        """Return `, heads` and which, to be put after the name of a merge; nothing where there are none."""
+        return "" if self.written else f", heads {HEADS[aligned]}"
 
     @cached_property
     def singles(self) -> dict[str, dict[str, Score]]:
@@ -115,6 +149,7 @@ class Figures:
         for (_, init, aligned, chosen, _), merges in groups.items():
             seen = [heldout.get((m.way, init, aligned, m.seed, round(m.scale, 9))) for m in merges]
             known = [value for value in seen if value is not None]
+            recovered = [m.recovered for m in merges] if all(m.recovered for m in merges) else []
             rows.append(
                 Merged(
                     init=init,
@@ -131,6 +166,8 @@ class Figures:
                     heldout=float(np.mean(known)) if len(known) == len(merges) else None,
                     by_seed={merge.seed: merge.average.value for merge in merges},
                     resamples=_mean_resamples(merges),
+                    recovered={t: over_seeds([one[t] for one in recovered]) for t in self.tasks if recovered},
+                    recovered_average=over_seeds([average(one.values()) for one in recovered]) if recovered else None,
                 )
             )
         order = list(self.labels.values())

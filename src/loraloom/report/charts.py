@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,17 @@ import numpy as np
 from loraloom.report.aggregate import HEADS, Figures
 from loraloom.report.figure import Chart, Json, Panel, View, color_of, layout_of, line, padded, plain, symbol_of
 from loraloom.report.maps import heat_chart, layer_chart
-from loraloom.report.tables import Table, points, single_table
+from loraloom.report.tables import BASE, MISSING, NONE, OWN, Table, points, share, single_table, worst_text
 from loraloom.results import Score
 
 _SLOT = 13
+_TALL: Json = {"yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+_WIDEST = (-100.0, 200.0)  # per cent of recovered loss that are drawn; a merge that breaks a model has thousands below
 
 
 def charts(figures: Figures) -> list[Chart]:
     """Return the charts that the study has data for, in the order of the page."""
-    makers = (merged_chart, scale_chart, heat_chart, layer_chart, single_chart)
+    makers = (merged_chart, recovered_chart, scale_chart, heat_chart, layer_chart, single_chart)
     return [chart for chart in (make(figures) for make in makers) if chart is not None]
 
 
@@ -26,8 +29,9 @@ def charts(figures: Figures) -> list[Chart]:
 class _Dot:
     init: int
     score: Score
-    filled: bool
-    shift: float
+    text: str
+    filled: bool = True
+    shift: float = 0.0
 
 
 def merged_chart(figures: Figures) -> Chart | None:
@@ -36,23 +40,24 @@ def merged_chart(figures: Figures) -> Chart | None:
         return None
     bands: dict[str, list[_Dot]] = {}
     for row in sorted(figures.merged, key=lambda row: list(figures.labels.values()).index(row.label)):
-        shift = 0.2 if row.aligned else -0.2
-        dot = _Dot(figures.inits.index(row.init), row.average, row.aligned, shift)
+        dot = _Dot(figures.inits.index(row.init), row.average, points(row.average))
+        if not figures.written:
+            dot = replace(dot, filled=row.aligned, shift=0.2 if row.aligned else -0.2)
         bands.setdefault(row.label, []).append(dot)
-    data, layout = _dots(figures, bands)
+    singles = [100 * score.value for score in figures.single_averages.values()]
+    base = [100 * score.value for score in (figures.base_average,) if score]
+    data, layout = _dots(figures, bands, lines=singles + base)
     best = figures.best(figures.merged)
     low = min(figures.merged, key=lambda row: row.average.value)
     assert best is not None
-    singles = [100 * score.value for score in figures.single_averages.values()]
     alt = (
         f"Merged average on the test rows of {len(figures.inits)} inits under {len(bands)} rules. "
-        f"Best on the held-out rows: {best.init} with {best.label}, heads {HEADS[best.aligned]}, "
+        f"Best on the held-out rows: {best.init} with {best.label}{figures.heads(best.aligned)}, "
         f"{points(best.average)}. "
-        f"Lowest: {low.init} with {low.label}, heads {HEADS[low.aligned]}, {points(low.average)}."
+        f"Lowest: {low.init} with {low.label}{figures.heads(low.aligned)}, {points(low.average)}."
     )
     if singles:
         mean = float(np.mean(singles))
-        tall: Json = {"yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
         band = {
             "type": "rect",
             "x0": min(singles),
@@ -60,36 +65,87 @@ def merged_chart(figures: Figures) -> Chart | None:
             "fillcolor": "var(--band)",
             "line": {"width": 0},
         }
-        goal = {"type": "line", "x0": mean, "x1": mean, "line": {"color": "var(--muted)", "width": 1.5, "dash": "dash"}}
-        layout["shapes"] += [tall | band, tall | goal]
+        layout["shapes"] += [_TALL | band, _upright(mean, "dash")]
         alt += f" Single-task average: {mean:.1f}, between {min(singles):.1f} and {max(singles):.1f} by init."
+    if base:
+        layout["shapes"].append(_upright(base[0], "dot"))
+        alt += f" Base model alone: {base[0]:.1f}."
+    heads = () if figures.written else (("open", "heads as trained"), ("filled", "heads aligned"))
+    bases = (("dotted", "base model alone"),) if base else ()
     return Chart(
         id="merged",
         title="How good is the merged adapter?",
         caption="Each mark is one merged adapter: its average over all tasks on the test rows, at the scale chosen on "
         "the held-out rows or the only one tried. Look for the init that stands furthest right under most rules, and "
         "for bars (one standard error) that do not overlap. The dashed line is what separate adapters reach, the grey "
-        "band its range over inits: on it, nothing was lost.",
+        "band its range over inits: on it, nothing was lost."
+        + (" The dotted line is the base model without any adapter: on it, nothing was gained." if base else ""),
         views=[View("", [Panel("", alt, data, layout)])],
         tables=[merged_averages(figures)],
-        keys=(("open", "heads as trained"), ("filled", "heads aligned"), ("dashed", "single-task average")),
+        keys=(*heads, ("dashed", "single-task average"), *bases),
     )
 
 
 def merged_averages(figures: Figures) -> Table:
     """Return the averages of the first chart: one row per rule and alignment, one column per init."""
-    cells: dict[tuple[str, bool, bool], dict[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    if figures.written:
+        cells[BASE, NONE] = dict.fromkeys(figures.inits, points(figures.base_average))
+        cells[OWN, NONE] = {init: points(score) for init, score in figures.single_averages.items()}
     for row in figures.merged:
-        way = (row.label, row.aligned, row.scale_chosen_with_labels)
+        heads = () if figures.written else (HEADS[row.aligned],)
+        way = (row.label, *heads, "yes" if row.scale_chosen_with_labels else "no")
         cells.setdefault(way, {})[row.init] = points(row.average)
-    rows = tuple(
-        (label, HEADS[aligned], "yes" if chosen else "no", *(found.get(init, "not measured") for init in figures.inits))
-        for (label, aligned, chosen), found in sorted(
-            cells.items(), key=lambda item: list(figures.labels.values()).index(item[0][0])
+    columns = ("rule", *(() if figures.written else ("heads",)), "scale chosen with labels")
+    return _by_init(figures, "Merged average on the test rows", columns, cells)
+
+
+def _by_init(
+    figures: Figures, caption: str, columns: tuple[str, ...], cells: dict[tuple[str, ...], dict[str, str]]
+) -> Table:
+    """Return a table of what is told by init: its rows have the names in `columns`."""
+    rows = tuple((*way, *(found.get(init, MISSING) for init in figures.inits)) for way, found in cells.items())
+    return Table(caption, (*columns, *figures.inits), rows, headers=len(columns))
+
+
+def recovered_chart(figures: Figures) -> Chart | None:
+    """Recovered loss of answers by rule and init: the mean over tasks, and the worst task."""
+    rows = [row for row in figures.merged if row.recovered_average and row.worst]
+    if not (figures.written and rows):
+        return None
+    bands: dict[str, list[_Dot]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: list(figures.labels.values()).index(row.label)):
+        assert row.recovered_average
+        assert row.worst
+        init, chosen = figures.inits.index(row.init), "yes" if row.scale_chosen_with_labels else "no"
+        mean, worst = share(row.recovered_average), worst_text(row)
+        cells.setdefault((row.label, chosen, "mean"), {})[row.init] = mean
+        cells.setdefault((row.label, chosen, "worst task"), {})[row.init] = worst
+        dots = (
+            _Dot(init, _within(row.worst[1]), f"worst task: {worst}", filled=False, shift=-0.2),
+            _Dot(init, _within(row.recovered_average), f"mean: {mean}", shift=0.2),
         )
+        bands.setdefault(row.label, []).extend(dots)
+    data, layout = _dots(figures, bands, lines=[0.0, 100.0], unit="recovered loss, %")
+    layout["xaxis"]["range"] = _cut(layout["xaxis"]["range"])
+    layout["shapes"] += [_upright(100, "dash"), _upright(0, "dot")]
+    drawn = [
+        score.value for row in rows for score in (row.recovered_average, row.worst[1] if row.worst else None) if score
+    ]
+    said = [f"{row.init} with {row.label} {share(row.recovered_average)}, worst task {worst_text(row)}" for row in rows]
+    return Chart(
+        id="recovered",
+        title="How much of what each adapter learnt is left?",
+        caption="Recovered loss on the test rows: 100 % is each task's own adapter, 0 % the base model. Every merged "
+        "adapter has two marks: the mean over tasks, and its worst task. Look for two that lie close together and far "
+        f"right: such a merge sacrifices no task.{_edges(drawn)}",
+        views=[View("", [Panel("", f"Recovered loss on the test rows: {'; '.join(said)}.", data, layout)])],
+        tables=[
+            _by_init(figures, "Recovered loss on the test rows", ("rule", "scale chosen with labels", "of"), cells)
+        ],
+        keys=(("filled", "mean over tasks"), ("open", "worst task"), ("dashed", OWN), ("dotted", BASE)),
     )
-    columns = ("rule", "heads", "scale chosen with labels", *figures.inits)
-    return Table("Merged average on the test rows", columns, rows, headers=3)
 
 
 def scale_chart(figures: Figures) -> Chart | None:
@@ -99,11 +155,17 @@ def scale_chart(figures: Figures) -> Chart | None:
         return None
     flags = sorted({sweep.aligned for sweep in figures.sweeps})
     views = [View(label, [_scale_panel(figures, label, aligned) for aligned in flags]) for label in labels]
+    unit = ""
+    if figures.written:
+        drawn = [score.value for sweep in figures.sweeps for score in sweep.averages]
+        unit = " They are measured by recovered loss: 100 % is each task's own adapter, 0 % the base model."
+        unit += _edges(drawn)
     return Chart(
         id="scale",
         title="How much does the scale matter?",
         caption="The merged update is multiplied by the scale before it is added. Look for a line that is high and "
-        "flat: such an init needs no search for the scale. The larger mark is each line's best scale. Held-out rows.",
+        "flat: such an init needs no search for the scale. The larger mark is each line's best scale. Held-out rows."
+        + unit,
         views=views,
         tables=[_scale_table(figures, label) for label in labels],
         selector="Rule",
@@ -113,6 +175,7 @@ def scale_chart(figures: Figures) -> Chart | None:
 def _scale_panel(figures: Figures, label: str, aligned: bool) -> Panel:
     data, said = [], []
     both = [sweep for sweep in figures.sweeps if sweep.label == label]
+    percent = " %" if figures.written else ""
     for sweep in both:
         if sweep.aligned != aligned:
             continue
@@ -122,27 +185,36 @@ def _scale_panel(figures: Figures, label: str, aligned: bool) -> Panel:
         errors = [100 * score.stderr for score in sweep.averages]
         trace = line(figures, sweep.init, sweep.scales, values) | {"customdata": errors}
         trace["marker"]["size"] = sizes
-        trace["hovertemplate"] = "scale %{x}: %{y:.1f} ±%{customdata:.1f}"
+        trace["hovertemplate"] = f"scale %{{x}}: %{{y:.1f}} ±%{{customdata:.1f}}{percent}"
         data.append(trace)
-        said.append(f"{sweep.init} {min(values):.1f} to {values[top]:.1f}, best at {sweep.scales[top]:.4g}")
-    title = f"heads {HEADS[aligned]}"
-    alt = f"Held-out average against scale, {label}, {title}: {'; '.join(said) or 'not measured'}."
+        said.append(f"{sweep.init} {min(values):.1f} to {values[top]:.1f}{percent}, best at {sweep.scales[top]:.4g}")
+    what = _heldout(figures)
+    alt = f"{what} against scale, {label}{figures.heads(aligned)}: {'; '.join(said) or 'not measured'}."
     values = [100 * score.value for sweep in both for score in sweep.averages]
-    layout = layout_of(300, xaxis={"title": {"text": "scale"}}, yaxis={"title": {"text": "held-out average"}})
-    layout["yaxis"]["range"] = padded(values)
-    return Panel(title, alt, data, layout)
+    title = f"{what.lower()}{', %' if figures.written else ''}"
+    layout = layout_of(300, xaxis={"title": {"text": "scale"}}, yaxis={"title": {"text": title}})
+    layout["yaxis"]["range"] = _cut(padded([0.0, 100.0, *values])) if figures.written else padded(values)
+    return Panel("" if figures.written else f"heads {HEADS[aligned]}", alt, data, layout)
+
+
+def _heldout(figures: Figures) -> str:
+    """Name what held-out rows judge by."""
+    return "Held-out recovered loss" if figures.written else "Held-out average"
 
 
 def _scale_table(figures: Figures, label: str) -> Table:
     sweeps = [sweep for sweep in figures.sweeps if sweep.label == label]
     scales = sorted({scale for sweep in sweeps for scale in sweep.scales})
+    tell, percent = (share, " %") if figures.written else (points, "")
     rows = []
     for sweep in sorted(sweeps, key=lambda sweep: (figures.inits.index(sweep.init), sweep.aligned)):
         found = dict(zip(sweep.scales, sweep.averages, strict=True))
         mean = np.mean([100 * score.value for score in sweep.averages])
-        rows.append((sweep.init, HEADS[sweep.aligned], *(points(found.get(scale)) for scale in scales), f"{mean:.1f}"))
-    columns = ("init", "heads", *(f"scale {scale:.4g}" for scale in scales), "mean over scales")
-    return Table(f"Held-out average by scale: {label}", columns, tuple(rows), headers=2)
+        heads = () if figures.written else (HEADS[sweep.aligned],)
+        rows.append((sweep.init, *heads, *(tell(found.get(scale)) for scale in scales), f"{mean:.1f}{percent}"))
+    names = ("init",) if figures.written else ("init", "heads")
+    columns = (*names, *(f"scale {scale:.4g}" for scale in scales), "mean over scales")
+    return Table(f"{_heldout(figures)} by scale: {label}", columns, tuple(rows), headers=len(names))
 
 
 def single_chart(figures: Figures) -> Chart | None:
@@ -151,14 +223,19 @@ def single_chart(figures: Figures) -> Chart | None:
         return None
     bands = {
         task: [
-            _Dot(index, figures.singles[init][task], True, 0)
+            _Dot(index, figures.singles[init][task], points(figures.singles[init][task]))
             for index, init in enumerate(figures.inits)
             if task in figures.singles[init]
         ]
         for task in figures.tasks
     }
-    majority = {task.name: task.majority for task in figures.result.tasks if task.majority is not None}
-    data, layout = _dots(figures, bands, majority)
+    if figures.written:
+        key, stroke = BASE, "the base model scores without any adapter"
+        marks = {task: score.value for task, score in figures.bases.items()}
+    else:
+        key, stroke = "always the commonest class", "always naming the commonest class would score"
+        marks = {task.name: task.majority for task in figures.result.tasks if task.majority is not None}
+    data, layout = _dots(figures, bands, marks)
     said = [
         f"{task} {100 * min(dot.score.value for dot in dots):.1f} to {100 * max(dot.score.value for dot in dots):.1f}"
         for task, dots in bands.items()
@@ -168,18 +245,26 @@ def single_chart(figures: Figures) -> Chart | None:
         id="single",
         title="Is anything lost before the merge?",
         caption="Each task's own adapter on its own test rows, before any merge. Look for marks of one task that lie "
-        "within each other's bars: then the init costs nothing here. The thick stroke is what always naming the "
-        "commonest class would score.",
+        "within each other's bars: then the init costs nothing here. The thick stroke is what "
+        f"{stroke}.",
         views=[View("", [Panel("", f"Single-task scores by task over inits: {'; '.join(said)}.", data, layout)])],
         tables=[single_table(figures.result)],
-        keys=(("majority", "always the commonest class"),),
+        keys=(("majority", key),),
     )
 
 
 def _dots(
-    figures: Figures, bands: dict[str, list[_Dot]], marks: dict[str, float] | None = None
+    figures: Figures,
+    bands: dict[str, list[_Dot]],
+    marks: dict[str, float] | None = None,
+    *,
+    lines: Sequence[float] = (),
+    unit: str = "points",
 ) -> tuple[list[Json], Json]:
-    """Lay bands under each other, each with its name and one slot per init; `marks` are strokes across a band."""
+    """Lay bands under each other, each with its name and one slot per init; `marks` are strokes across a band.
+
+    The axis reaches to `lines` too, for what is drawn through all bands.
+    """
     count = len(figures.inits)
     height = count + 2.0
     traces: dict[tuple[int, bool], Json] = {}
@@ -198,16 +283,37 @@ def _dots(
             trace["x"].append(100 * dot.score.value)
             trace["y"].append(top + 2 + dot.init + dot.shift)
             trace["error_x"]["array"].append(100 * dot.score.stderr)
-            trace["text"].append(f"{plain(label)}: {points(dot.score)}")
-    layout = layout_of(round(len(bands) * height * _SLOT) + 70, xaxis={"title": {"text": "points"}, "side": "top"})
+            trace["text"].append(f"{plain(label)}: {plain(dot.text)}")
+    layout = layout_of(round(len(bands) * height * _SLOT) + 70, xaxis={"title": {"text": unit}, "side": "top"})
     layout["yaxis"] |= {"range": [len(bands) * height, 0], "showticklabels": False, "showgrid": False}
     layout["yaxis"]["zeroline"] = False
     values = [100 * mark for mark in (marks or {}).values()]
-    values += [100 * score.value for score in figures.single_averages.values()]
+    values += lines
     values += [x + side * e for t in traces.values() for x, e in _bars(t) for side in (-1, 1)]
     layout["xaxis"]["range"] = padded(values)
     layout["margin"] = {"l": 12, "r": 12, "t": 44, "b": 12}
     return list(traces.values()), layout | {"shapes": shapes, "annotations": notes, "hovermode": "closest"}
+
+
+def _within(score: Score) -> Score:
+    """Return a recovered loss at the edge of what is drawn where it lies beyond, without its error there."""
+    low, high = (bound / 100 for bound in _WIDEST)
+    inside = low <= score.value <= high
+    return score if inside else Score(value=min(max(score.value, low), high), stderr=0.0)
+
+
+def _edges(values: Iterable[float]) -> str:
+    """Tell that recovered losses are cut off where some are."""
+    low, high = _WIDEST
+    if all(low <= 100 * value <= high for value in values):
+        return ""
+    return f" What lies beyond −{-low:.0f} or {high:.0f} % is cut off; the numbers tell it."
+
+
+def _cut(bounds: list[float]) -> list[float]:
+    """Return the bounds of an axis within what is drawn of recovered losses."""
+    pad = 0.02 * (_WIDEST[1] - _WIDEST[0])
+    return [max(bounds[0], _WIDEST[0] - pad), min(bounds[1], _WIDEST[1] + pad)]
 
 
 def _bars(trace: Json) -> zip[tuple[float, float]]:
@@ -234,6 +340,11 @@ def _dot_trace(figures: Figures, dot: _Dot) -> Json:
 def _band_name(label: str, top: float) -> Json:
     place = {"xref": "paper", "x": 0, "xanchor": "left", "y": top + 0.75, "yanchor": "middle", "showarrow": False}
     return place | {"text": plain(label), "font": {"size": 12.5, "weight": 600}}
+
+
+def _upright(x: float, dash: str) -> Json:
+    """Return a line through all bands."""
+    return _TALL | {"type": "line", "x0": x, "x1": x, "line": {"color": "var(--muted)", "width": 1.5, "dash": dash}}
 
 
 def _stroke(color: str, width: int, **place: Any) -> Json:

@@ -12,10 +12,19 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loraloom.files.atomic import write_text
-from loraloom.report.aggregate import HEADS, Figures, Merged
+from loraloom.report.aggregate import Figures, Merged
 from loraloom.report.charts import charts
 from loraloom.report.figure import Chart, color_of, symbol_of
-from loraloom.report.tables import merged_table, points, summary_rows, summary_table, transcript_table
+from loraloom.report.tables import (
+    merged_table,
+    metric_tables,
+    points,
+    share,
+    summary_rows,
+    summary_table,
+    transcript_table,
+    worst_text,
+)
 from loraloom.report.verdict import comparisons, signed, verdict
 from loraloom.results import StudyResult
 
@@ -50,6 +59,8 @@ def render(result: StudyResult) -> str:
         summary=summary_table(result),
         merged=merged_table(result),
         transcript=transcript_table(result),
+        metrics=metric_tables(result),
+        written=figures.written,
         unranked=any(row.heldout is None for row in figures.merged),
         charts=drawn,
         legend=[(name, color_of(index), symbol_of(index)) for index, name in enumerate(figures.inits)],
@@ -68,11 +79,15 @@ def tiles(result: StudyResult) -> list[tuple[str, str, str]]:
     found = []
     best = figures.best(figures.merged)
     if best is not None:
-        found.append(("Best merged average", points(best.average), _way_of(best)))
-        single = figures.single_averages.get(best.init)
-        found.append(("Kept of single-task", f"{100 * best.kept:.1f} %", f"its adapters alone reach {points(single)}"))
+        found.append(("Best merged average", points(best.average), _way_of(figures, best)))
+        single = f"its adapters alone reach {points(figures.single_averages.get(best.init))}"
+        if figures.written:
+            found.append(("Base model alone", points(figures.base_average), single))
+            found.append(("Recovered loss", share(best.recovered_average), f"worst task: {worst_text(best)}"))
+        else:
+            found.append(("Kept of single-task", f"{100 * best.kept:.1f} %", single))
     for comparison in comparisons(result, aligned=best.aligned)[:1] if best else ():
-        sides = f"{_way_of(comparison.ours)} against {_way_of(comparison.other)}"
+        sides = f"{_way_of(figures, comparison.ours)} against {_way_of(figures, comparison.other)}"
         found.append(("Points against the next", signed(comparison), sides))
         rows = {row.init: row for row in summary_rows(result)}
         ours, other = rows[comparison.ours.init], rows[comparison.other.init]
@@ -87,8 +102,8 @@ def tiles(result: StudyResult) -> list[tuple[str, str, str]]:
     return found
 
 
-def _way_of(row: Merged) -> str:
-    return f"{row.init}, {row.label}, heads {HEADS[row.aligned]}"
+def _way_of(figures: Figures, row: Merged) -> str:
+    return f"{row.init}, {row.label}{figures.heads(row.aligned)}"
 
 
 def _specification(drawn: list[Chart]) -> dict[str, Any]:

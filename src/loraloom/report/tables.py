@@ -10,6 +10,9 @@ from loraloom.report.aggregate import HEADS, STAGES, Figures, Merged, Stage
 from loraloom.results import Score, StudyResult
 
 MISSING = "not measured"
+BASE = "base model alone"
+OWN = "each task's own adapter"
+NONE = "–"  # where there is nothing to measure
 _BEFORE: Stage = ("before", "A")
 _AFTER: Stage = ("after", "BA")
 
@@ -41,6 +44,23 @@ def points(score: Score | None) -> str:
     return MISSING if score is None else f"{100 * score.value:.1f} ±{100 * score.stderr:.1f}".replace("-", "−")
 
 
+def share(score: Score | None) -> str:
+    """Format a recovered loss in per cent with its standard error."""
+    return MISSING if score is None else f"{points(score)} %"
+
+
+def worst_text(row: Merged) -> str:
+    """Format the task of least recovered loss, with it."""
+    return MISSING if row.worst is None else f"{row.worst[0]} {share(row.worst[1])}"
+
+
+def metric_text(metric: str, score: Score | None) -> str:
+    """Format a metric of answers: a loss in nats a token, all others in points."""
+    if score is None or metric != "loss":
+        return points(score)
+    return f"{score.value:.3f} ±{score.stderr:.3f}".replace("-", "−")
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """Format a number; None and NaN read as not measured."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -54,6 +74,11 @@ def scales_text(scales: Iterable[float]) -> str:
 def merged_rows(result: StudyResult) -> list[Merged]:
     """Return every merge on the test split with its figures, in the study's order."""
     return Figures(result).merged
+
+
+def base_average(result: StudyResult) -> Score | None:
+    """Return what the base model alone scores, average over tasks of answers; None for tasks that need a head."""
+    return Figures(result).base_average
 
 
 def summary_rows(result: StudyResult) -> list[SummaryRow]:
@@ -77,29 +102,39 @@ def summary_rows(result: StudyResult) -> list[SummaryRow]:
 
 def summary_table(result: StudyResult) -> Table:
     """Return the summary rows as text, leaving out the columns that the study did not measure at all."""
-    rows = summary_rows(result)
+    rows, figures = summary_rows(result), Figures(result)
     columns = {"init": [row.init for row in rows], "single-task": [points(row.single) for row in rows]}
-    for aligned, heads in HEADS.items():
+    for aligned in HEADS:
         best = [row.aligned if aligned else row.as_trained for row in rows]
         if any(best):
-            columns[f"merged, heads {heads}"] = [points(row.average if row else None) for row in best]
-            columns[f"kept, heads {heads}"] = [f"{100 * row.kept:.1f} %" if row else MISSING for row in best]
-            columns[f"rule, heads {heads}"] = [_rule_text(row) if row else MISSING for row in best]
+            heads = figures.heads(aligned)
+            columns[f"merged{heads}"] = [points(row.average if row else None) for row in best]
+            if figures.written:
+                columns["recovered loss"] = [share(row.recovered_average if row else None) for row in best]
+                columns["worst task"] = [worst_text(row) if row else MISSING for row in best]
+            else:
+                columns[f"kept{heads}"] = [f"{100 * row.kept:.1f} %" if row else MISSING for row in best]
+            columns[f"rule{heads}"] = [_rule_text(row) if row else MISSING for row in best]
     columns["interference before"] = [number(row.interference_before) for row in rows]
     columns["interference after"] = [number(row.interference_after) for row in rows]
-    return Table("Every init at its best", tuple(columns), tuple(zip(*columns.values(), strict=True)))
+    cells = list(zip(*columns.values(), strict=True))
+    if figures.written:
+        alone = {"init": BASE, "merged": points(figures.base_average), "recovered loss": "0 %"}
+        cells.insert(0, tuple(alone.get(column, NONE) for column in columns))
+    return Table("Every init at its best", tuple(columns), tuple(cells))
 
 
 def merged_table(result: StudyResult) -> Table:
-    """Return every merge on the test split, task by task."""
+    """Return every merge on the test split, task by task; of answers after the base model and the single adapters."""
     figures = Figures(result)
-    rows = tuple(
+    tail = ("output rank", "scale", "scale chosen with labels", "space")
+    rows = [
         (
             row.init,
             row.label,
-            HEADS[row.aligned],
+            *(() if figures.written else (HEADS[row.aligned],)),
             points(row.average),
-            f"{100 * row.kept:.1f} %",
+            *((share(row.recovered_average), worst_text(row)) if figures.written else (f"{100 * row.kept:.1f} %",)),
             *(points(row.scores.get(task)) for task in figures.tasks),
             ", ".join(map(str, row.output_ranks)),
             scales_text(row.scales),
@@ -107,27 +142,82 @@ def merged_table(result: StudyResult) -> Table:
             row.space,
         )
         for row in figures.merged
+    ]
+    alone = [
+        (
+            init,
+            rule,
+            points(mean),
+            kept,
+            NONE,
+            *(points(scores.get(task)) for task in figures.tasks),
+            *[NONE] * len(tail),
+        )
+        for init, rule, mean, kept, scores in _alone(figures)
+    ]
+    columns = (
+        *(("init", "rule") if figures.written else ("init", "rule", "heads")),
+        "average",
+        *(("recovered loss", "worst task") if figures.written else ("kept",)),
+        *figures.tasks,
+        *tail,
     )
-    tail = ("output rank", "scale", "scale chosen with labels", "space")
-    columns = ("init", "rule", "heads", "average", "kept", *figures.tasks, *tail)
-    return Table("Merged adapters on the test rows, task by task", columns, rows, headers=3)
+    headers = 2 if figures.written else 3
+    return Table("Merged adapters on the test rows, task by task", columns, (*alone, *rows), headers)
+
+
+def _alone(figures: Figures) -> list[tuple[str, str, Score | None, str, dict[str, Score]]]:
+    """Return what answers are measured against: name, rule, average, recovered loss by definition, scores by task."""
+    if not figures.written:
+        return []
+    own = [(init, OWN, mean, "100 %", figures.singles[init]) for init, mean in figures.single_averages.items()]
+    return [(BASE, NONE, figures.base_average, "0 %", figures.bases), *own]
+
+
+def metric_tables(result: StudyResult) -> list[Table]:
+    """Return every metric of every task of answers, a table a task: base model, single and merged adapters."""
+    figures = Figures(result)
+    return [_metric_table(figures, task.name, task.metric) for task in result.tasks if figures.written]
+
+
+def _metric_table(figures: Figures, task: str, metric: str) -> Table:
+    more = list(figures.bases[task].more)
+    scored = [(init, rule, scores.get(task), kept) for init, rule, _, kept, scores in _alone(figures)]
+    scored += [
+        (row.init, _rule_text(row), row.scores.get(task), share(row.recovered.get(task))) for row in figures.merged
+    ]
+    rows = tuple(
+        (
+            init,
+            rule,
+            points(score),
+            *(metric_text(name, score.more.get(name) if score else None) for name in more),
+            recovered,
+        )
+        for init, rule, score, recovered in scored
+    )
+    names = ("loss (nats a token)" if name == "loss" else name for name in more)
+    return Table(f"{task}: every metric", ("init", "rule", metric, *names, "recovered loss"), rows, headers=2)
 
 
 def single_table(result: StudyResult) -> Table:
-    """Return the single-task scores: one row per task, one column per init, the majority class last."""
+    """Return the single-task scores: one row per task, one column per init, and what needs no adapter."""
     figures = Figures(result)
+    shown = [(init, figures.singles[init], figures.single_averages.get(init)) for init in figures.inits]
+    if figures.written:
+        shown.insert(0, (BASE, figures.bases, figures.base_average))
     rows = [
         (
             task.name,
             task.metric,
-            *(points(figures.singles[init].get(task.name)) for init in figures.inits),
+            *(points(scores.get(task.name)) for _, scores, _ in shown),
             "none" if task.majority is None else f"{100 * task.majority:.1f}",
         )
         for task in result.tasks
     ]
-    averages = (points(figures.single_averages.get(init)) for init in figures.inits)
-    rows.append(("average", "", *averages, ""))
-    columns = ("task", "metric", *figures.inits, "majority class")
+    rows.append(("average", "", *(points(mean) for _, _, mean in shown), ""))
+    constant = "commonest answer" if figures.written else "majority class"
+    columns = ("task", "metric", *(name for name, _, _ in shown), constant)
     return Table("Single-task adapters on their own test rows", columns, tuple(rows))
 
 
@@ -141,8 +231,8 @@ def interference_table(result: StudyResult) -> Table:
 
 def markdown_tables(result: StudyResult) -> str:
     """Return every table of the study as Markdown, each under a heading."""
-    tables = (summary_table, merged_table, single_table, interference_table)
-    return "\n".join(_markdown(make(result)) for make in tables)
+    makers = (summary_table, merged_table, single_table, interference_table)
+    return "\n".join(map(_markdown, [*(make(result) for make in makers), *metric_tables(result)]))
 
 
 def _rule_text(row: Merged) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraloom.report.aggregate import HEADS, Figures, Merged
-from loraloom.report.tables import points
+from loraloom.report.tables import points, share
 from loraloom.results import StudyResult
 
 _NAMED = 3  # rivals that a sentence names; the table has all
@@ -88,20 +88,42 @@ def _sentence(result: StudyResult, aligned: bool) -> str:
     if ours is None:
         return ""
     picked = "Picked on held-out rows" if ours.heldout is not None else "Picked on the test rows, which flatters it"
+    if figures.written and ours.heldout is not None:
+        picked += " by recovered loss"
     several = len(figures.inits) > 1
     subject = f"{ours.init} merged by {ours.label}" if several else ours.label
-    kept = f"{100 * ours.kept:.1f} % of its adapters alone"
-    opening = f"{picked}, heads {HEADS[aligned]}: {subject} reaches {points(ours.average)} points, {kept}"
+    reached = f"{subject} reaches {points(ours.average)} points"
+    opening = f"{picked}{figures.heads(aligned)}: {reached}{_kept(figures, ours)}"
     found = comparisons(result, aligned=aligned)
     if not found:
         return f"{opening}; there is nothing to compare it with."
-    rivals = [
-        f"{signed(one)} against {f'{one.other.init} ({one.other.label})' if several else one.other.label}"
-        for one in found[:_NAMED]
-    ]
+    rivals = [f"{signed(one)} against {_rival(one.other, several)}" for one in found[:_NAMED]]
     left = f" and {len(found) - _NAMED} more below" if len(found) > _NAMED else ""
     errors = "paired over rows" if all(one.paired for one in found[:_NAMED]) else "the averages taken as independent"
     undecided = [one for one in found if abs(one.difference) <= one.stderr]
     tie = "; within the error of the first this is a tie" if undecided and undecided[0] is found[0] else ""
     worse = "; on the test rows it is not the best" if found[0].difference < 0 and not tie else ""
-    return f"{opening}: {', '.join(rivals)}{left} (errors {errors}){tie}{worse}."
+    against = ". In points it stands" if figures.written else ":"
+    return f"{opening}{against} {', '.join(rivals)}{left} (errors {errors}){tie}{worse}."
+
+
+def _kept(figures: Figures, ours: Merged) -> str:
+    """Tell how much of its adapters a merge keeps: of answers, how much of their gain in loss over the base model."""
+    if not figures.written:
+        return f", {100 * ours.kept:.1f} % of its adapters alone"
+    between = f" (base model alone {points(figures.base_average)}"
+    if ours.init in figures.single_averages:
+        between += f", its adapters alone {points(figures.single_averages[ours.init])}"
+    if ours.worst is None:
+        return f"{between})"
+    task, least = ours.worst
+    recovered = f"recovers {share(ours.recovered_average)} of what they gain in loss"
+    return f"{between}) and {recovered}, on the worst task, {task}, {share(least)}"
+
+
+def _rival(other: Merged, several: bool) -> str:
+    """Name a rival by its init where there are several, and by its rule; of answers with its recovered loss."""
+    about = [other.label] if several else []
+    about += [f"recovers {share(other.recovered_average)}"] if other.recovered else []
+    name = other.init if several else other.label
+    return f"{name} ({'; '.join(about)})" if about else name
