@@ -251,7 +251,7 @@ def filled(members: dict[str, Adapter]) -> dict[str, Adapter]:
     return {name: dataclasses.replace(one, updates={**zero, **one.updates}) for name, one in members.items()}
 
 
-@law("union")
+@law("union", examples=3)
 def test_a_layer_that_an_adapter_lacks_is_one_that_it_leaves_as_it_is(
     world: World, rule: str, options: dict[str, Any]
 ) -> None:
@@ -264,7 +264,7 @@ def test_a_layer_that_an_adapter_lacks_is_one_that_it_leaves_as_it_is(
     assert_same(again, dense(found.adapter), tolerance)
 
 
-@law("reference")
+@law("reference", examples=3)
 def test_the_union_equals_the_dense_reference_with_zeros(world: World, rule: str, options: dict[str, Any]) -> None:
     found = get_rule(rule)
     if found.whole:

@@ -119,6 +119,8 @@ def test_names_tell_what_they_can(place: Path) -> None:
         "dpo: trained on me/sft-merged, sft on org/base: the sum is right only where the former is the latter with sft "
         "in it, whole"
     ]
+    for odd in ("", "x" * 9000, "a\0b"):
+        assert told(place, odd)[0][0].startswith("dpo: trained on ")
     assert "a base without a name" in told(place, "")[0][0]
     warnings, _ = told(place, "/home/me/secret/sft-merged")
     assert "trained on sft-merged, sft on org/base" in warnings[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ class _Held(NamedTuple):
 def _held(base: str, members: Mapping[str, Adapter]) -> dict[str, _Held]:
     """Return the adapters that are in the folder `base`, by name among `members` or else their own."""
     folder = Path(base)
-    if not base or not folder.is_dir():
+    if not os.path.isdir(base):  # any text, of a stranger's config
         return {}
     paths = {name: one.path for name, one in members.items() if one.path}
     itself = {name: _Held(given=True) for name, path in paths.items() if path.resolve() == folder.resolve()}
