@@ -147,6 +147,8 @@ def _rule(facts: MergeFacts) -> str:
     told = dict(_typed(facts.options))
     if "seed" in get_rule(facts.rule).needs:
         told["--seed"] = facts.seed
+    if facts.as_it_is:
+        return f"{facts.rule}, left out: there is nothing to merge"
     return " ".join([facts.rule, *(flag if value is True else f"{flag} {value}" for flag, value in told.items())])
 
 

@@ -77,6 +77,7 @@ class MergeFacts:
     """How adapters are merged: all that is known before anything is computed.
 
     scale_from: who chose the scale. rank: what was asked for. targets: which of the inputs' layers are merged.
+    as_it_is: one input takes part, and no option of the rule was asked for: the rule was left out.
     stack: what is known of what each input but the first was trained on, where they are a stack; else None.
     heads: the inputs whose heads are kept beside the result.
     normalise: what was made equal of all inputs, before the weights.
@@ -98,6 +99,7 @@ class MergeFacts:
     rank: int | None
     seed: int
     targets: Targets
+    as_it_is: bool
     stack: list[str] | None
     heads: list[str]
     heads_averaged: bool
@@ -131,6 +133,7 @@ class MergeFacts:
             rank=plan.rank,
             seed=plan.seed,
             targets=plan.targets,
+            as_it_is=plan.as_it_is,
             stack=plan.stack.known if plan.stack else None,
             heads=sorted(plan.task_heads),
             heads_averaged=plan.heads == "average",

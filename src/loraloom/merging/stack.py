@@ -18,9 +18,7 @@ from loraloom.adapters.bases import public_name
 from loraloom.adapters.peft import adapter_sha256, read_provenance
 from loraloom.adapters.together import one_base
 from loraloom.adapters.update import Adapter
-from loraloom.errors import LoraloomError
 from loraloom.merging.options import MergeOptions
-from loraloom.merging.registry import get_rule
 
 RULE = "task_arithmetic"  # the sum
 _ALIKE = 0.5  # cosine of two adapters' updates past which one may have been trained on from the other
@@ -140,20 +138,13 @@ def _held(base: str, members: Mapping[str, Adapter]) -> dict[str, _Held]:
     listed = [one for one in inputs if isinstance(one, dict)] if isinstance(inputs, list) and not itself else []
     files = {adapter_sha256(path): name for name, path in paths.items()} if listed else {}
     for one in listed:
-        whole = _is_sum(made, len(listed)) and made.get("scale") == 1 and one.get("weight") == 1
+        whole = _is_sum(made) and made.get("scale") == 1 and one.get("weight") == 1
         known = files.get(str(one.get("sha256")))
         how = f"by {made.get('rule')} at scale {made.get('scale')} and weight {one.get('weight')}"
         itself[known or str(one.get("name"))] = _Held(known is not None, "" if whole else how)
     return itself
 
 
-def _is_sum(made: Mapping[str, Any], count: int) -> bool:
-    """Tell whether loraloom.json tells of a sum of `count` adapters, with nothing cut off."""
-    if made.get("rank") is not None:
-        return False
-    if made.get("rule") == RULE or count > 1:
-        return made.get("rule") == RULE
-    try:  # one adapter alone stays as it is without any option of the rule
-        return bool(made.get("options") == get_rule(str(made.get("rule"))).check({})[0])
-    except LoraloomError:
-        return False
+def _is_sum(made: Mapping[str, Any]) -> bool:
+    """Tell whether loraloom.json tells of a sum, or of one adapter as it is, with nothing cut off."""
+    return made.get("rank") is None and (made.get("rule") == RULE or made.get("as_it_is") is True)
