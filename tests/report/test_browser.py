@@ -175,6 +175,27 @@ def test_phone_width_does_not_scroll_sideways_and_first_tab_skips(
     phone.close()
 
 
+def test_the_page_of_answers_in_both_themes_and_widths(browser: Browser, answers: StudyResult, tmp_path: Path) -> None:
+    """Every chart is drawn, recovered loss among them, nothing complains, and a phone does not scroll sideways."""
+    faults: list[str] = []
+    opened = browser.new_page(viewport={"width": 390, "height": 900}, color_scheme="dark")
+    opened.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.goto(write_report(answers, tmp_path / "report.html").as_uri())
+    opened.locator("summary", has_text="Every metric of every task").click()
+    for width, theme in ((390, "dark"), (1280, "light")):
+        opened.set_viewport_size({"width": width, "height": 900})
+        opened.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
+        opened.wait_for_timeout(300)
+        assert opened.evaluate("document.documentElement.scrollWidth") == width
+        for panel in opened.locator("[data-panel]").all():
+            assert panel.locator("path.point, path.js-line, .heatmaplayer image, .heatmaplayer path").count() > 0
+        lines = opened.locator("[data-chart=recovered] .shapelayer path").count()
+        assert lines >= 2  # own adapters and base model
+    assert faults == []
+    opened.close()
+
+
 def contrast(one: str, other: str) -> float:
     """Return the WCAG contrast of two CSS rgb() colours."""
 

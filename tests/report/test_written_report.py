@@ -69,7 +69,7 @@ def test_recovered_loss_is_told_as_mean_and_worst_task(answers: StudyResult) -> 
     row = next(row for row in merged_table(answers).rows if row[:2] == ("osrm", "ties · core"))
     assert row[3].startswith(f"{100 * mean(by_task.values()):.1f} ±")
     assert row[4].startswith(f"{task} {100 * by_task[task]:.1f} ±")
-    assert row[3].endswith(" %")
+    assert row[3].endswith("\u00a0%")
     own = next(row for row in merged_table(answers).rows if row[:2] == ("osrm", "each task's own adapter"))
     assert own[3] == "100 %"
 
@@ -82,7 +82,7 @@ def test_every_metric_of_every_task_is_told(answers: StudyResult) -> None:
     assert len(found[0].rows) == 1 + 4 + 4 * 3
     assert found[1].rows[0][4] == "2.200 ±0.050"
     assert found[1].rows[1][4].startswith("1.100 ±")
-    assert [share(None), share(Score(value=-1.5, stderr=0.1))] == ["not measured", "−150.0 ±10.0 %"]
+    assert [share(None), share(Score(value=-1.5, stderr=0.1))] == ["not measured", "−150.0 ±10.0\u00a0%"]
 
 
 def test_nothing_is_said_of_heads_or_of_points_kept(answers: StudyResult, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_verdict_tells_base_adapters_and_recovered_loss(answers: StudyResult
     base = base_average(answers)
     assert told.startswith("Picked on held-out rows by recovered loss: osrm merged by task_arithmetic reaches")
     assert f"(base model alone {points(base)}, its adapters alone " in told
-    assert re.search(r"recovers \d+\.\d ±\d\.\d % of what they gain in loss, on the worst task, topic, \d+", told)
+    assert re.search(r"recovers \d+\.\d ±\d\.\d\s% of what they gain in loss, on the worst task, topic, \d+", told)
     assert re.search(r"In points it stands \+.* against orthonormal \(task_arithmetic; recovers \d+\.\d", told)
     assert [name for name, _, _ in tiles(answers)][:3] == ["Best merged average", "Base model alone", "Recovered loss"]
     noise = tuple(0.001 * step for step in range(20))

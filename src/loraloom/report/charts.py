@@ -339,7 +339,7 @@ def _dot_trace(figures: Figures, dot: _Dot) -> Json:
 
 def _band_name(label: str, top: float) -> Json:
     place = {"xref": "paper", "x": 0, "xanchor": "left", "y": top + 0.75, "yanchor": "middle", "showarrow": False}
-    return place | {"text": plain(label), "font": {"size": 12.5, "weight": 600}}
+    return place | {"text": plain(label), "font": {"size": 12.5, "weight": 600}, "bgcolor": "var(--panel)"}
 
 
 def _upright(x: float, dash: str) -> Json:

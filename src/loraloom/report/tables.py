@@ -45,8 +45,8 @@ def points(score: Score | None) -> str:
 
 
 def share(score: Score | None) -> str:
-    """Format a recovered loss in per cent with its standard error."""
-    return MISSING if score is None else f"{points(score)} %"
+    """Format a recovered loss in per cent with its standard error; no line ends before the sign."""
+    return MISSING if score is None else f"{points(score)}\u00a0%"
 
 
 def worst_text(row: Merged) -> str:

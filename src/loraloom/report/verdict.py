@@ -99,7 +99,9 @@ def _sentence(result: StudyResult, aligned: bool) -> str:
         return f"{opening}; there is nothing to compare it with."
     rivals = [f"{signed(one)} against {_rival(one.other, several)}" for one in found[:_NAMED]]
     left = f" and {len(found) - _NAMED} more below" if len(found) > _NAMED else ""
-    errors = "paired over rows" if all(one.paired for one in found[:_NAMED]) else "the averages taken as independent"
+    errors = (
+        "paired over rows" if all(one.paired for one in found[:_NAMED]) else "with the averages taken as independent"
+    )
     undecided = [one for one in found if abs(one.difference) <= one.stderr]
     tie = "; within the error of the first this is a tie" if undecided and undecided[0] is found[0] else ""
     worse = "; on the test rows it is not the best" if found[0].difference < 0 and not tie else ""
