@@ -154,6 +154,18 @@ def test_the_verdict_tells_base_adapters_and_recovered_loss(answers: StudyResult
     assert all(one.paired for one in paired)
 
 
+def test_an_own_adapter_that_gains_nothing_is_named(answers: StudyResult) -> None:
+    """Its recovered loss is 0 by definition, which is no fault of the merge."""
+    assert "gain nothing" not in verdict(answers)
+    worse = [
+        one.model_copy(update={"score": one.score.model_copy(update={"more": {"loss": Score(value=9.0, stderr=0.1)}})})
+        if (one.init, one.task) == ("lora", "grammar")
+        else one
+        for one in answers.singles
+    ]
+    assert verdict(answers.model_copy(update={"singles": worse})).endswith("0 % counts as recovered: grammar (lora).")
+
+
 def test_terminal_tables_have_the_base_model_and_recovered_loss(answers: StudyResult) -> None:
     """`run` tells inits, `compare` rules; both begin with the base model."""
     base = base_average(answers)

@@ -125,6 +125,17 @@ class Figures:
         }
 
     @cached_property
+    def gainless(self) -> list[tuple[str, str]]:
+        """Init and task of every own adapter that gains nothing in loss over the base model: 0 of it is recovered."""
+        bases = {task: score.more["loss"].value for task, score in self.bases.items() if "loss" in score.more}
+        found = [
+            (one.init, one.task)
+            for one in self.result.singles
+            if one.task in bases and "loss" in one.score.more and one.score.more["loss"].value >= bases[one.task]
+        ]
+        return list(dict.fromkeys(found))  # of several seeds one is enough
+
+    @cached_property
     def single_averages(self) -> dict[str, Score]:
         """Average of the single-task adapters over tasks, then over seeds, for each init that has them."""
         found: dict[str, dict[int, list[Score]]] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loraloom.errors import first_few
 from loraloom.report.aggregate import HEADS, Figures, Merged
 from loraloom.report.tables import points, share
 from loraloom.results import StudyResult
@@ -70,7 +71,7 @@ def comparisons(result: StudyResult, *, aligned: bool) -> list[Comparison]:
 
 def verdict(result: StudyResult) -> str:
     """Return the answer: the merge that held-out rows pick, as trained and aligned, and its lead over each rival."""
-    told = [_sentence(result, aligned) for aligned in HEADS]
+    told = [*(_sentence(result, aligned) for aligned in HEADS), _gainless(Figures(result))]
     return " ".join(sentence for sentence in told if sentence) or (
         "No merged adapter was measured on the test rows, so there is no answer yet."
     )
@@ -107,6 +108,14 @@ def _sentence(result: StudyResult, aligned: bool) -> str:
     worse = "; on the test rows it is not the best" if found[0].difference < 0 and not tie else ""
     against = ". In points it stands" if figures.written else ":"
     return f"{opening}{against} {', '.join(rivals)}{left} (errors {errors}){tie}{worse}."
+
+
+def _gainless(figures: Figures) -> str:
+    """Tell of which own adapters nothing can be recovered."""
+    if not (figures.merged and figures.gainless):
+        return ""
+    names = first_few([f"{task} ({init})" for init, task in figures.gainless])
+    return f"Own adapters that gain nothing in loss over the base model, so that 0 % counts as recovered: {names}."
 
 
 def _kept(figures: Figures, ours: Merged) -> str:
