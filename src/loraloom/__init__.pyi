@@ -134,7 +134,11 @@ from .statistics.texts import (
 )
 
 # studies, tasks and training
-from .study.compare import by_task as by_task, compare as compare
+from .study.compare import (
+    by_task as by_task,
+    compare as compare,
+    compare_unlabelled as compare_unlabelled,
+)
 from .study.demo import demo_recipe as demo_recipe
 from .study.export import run_study as run_study
 from .study.recipe import Recipe as Recipe, slug as slug

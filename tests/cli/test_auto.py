@@ -119,3 +119,17 @@ def test_the_page_tells_what_was_seen(finished: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_chosen_is_refused(words: tuple[str, ...], told: str, finished: Path, tmp_path: Path) -> None:
     assert told in refused("merge", *adapters(finished), *words, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rules_are_compared_without_labels(finished: Path, tmp_path: Path) -> None:
+    words = ("compare", *adapters(finished), "--recipe", finished / "recipe.yaml", "--no-labels")
+    some = ("--rule", "tsv", "--rule", "regmean", "--scale", "0.5", "--scale", "1")
+    told = said(*words, *some, "-o", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    tried = [(one["rule"], one["scale"]) for one in written["candidates"]]
+    assert tried == [("tsv", 0.5), ("tsv", 1.0), ("regmean", 0.5), ("regmean", 1.0)]
+    assert told["candidates"] == written["candidates"]
+    page = " ".join(call(*words, *some, "-o", tmp_path / "out").stdout.split())
+    assert "Every rule at its nearest scale" in page
+    assert "chosen" in page
+    assert "rule 'soups' learns from labels" in refused(*words, "--rule", "soups", "-o", tmp_path / "other")

@@ -103,31 +103,8 @@ def agreement(
     return AgreementFacts(single.texts, found)
 
 
-def choose(
-    adapters: Mapping[str, Adapter],
-    model: Evaluator | Generator,
-    texts: Mapping[str, Dataset],
-    candidates: Sequence[Candidates],
-    *,
-    options: MergeOptions,
-    plan: Callable[[MergeOptions], Plan],
-    answer_tokens: int = ANSWER_TOKENS,
-    reporter: Reporter | None = None,
-) -> MergeOptions:
-    """Return `options` with the best candidate's rule and scale, and with the whole curve for the record.
-
-    Arguments and errors are those of `agreement`.
-    """
-    found = agreement(
-        adapters,
-        model,
-        texts,
-        candidates,
-        options=options,
-        plan=plan,
-        answer_tokens=answer_tokens,
-        reporter=reporter,
-    )
+def chosen(options: MergeOptions, found: AgreementFacts) -> MergeOptions:
+    """Return `options` with the best candidate's rule and scale, and with the whole curve for the record."""
     best = found.best
     return replace(options, rule=best.rule, options=best.options, scale=best.scale, agreement=found)
 

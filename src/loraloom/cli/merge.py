@@ -255,12 +255,28 @@ def compare(
         ),
     ] = None,
     normalise: NormaliseOption = "none",
+    no_labels: Annotated[
+        bool,
+        typer.Option("--no-labels", help="Measure by agreement with the single adapters alone; no label is used."),
+    ] = False,
     base: Base = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge the same adapters by every rule: held-out rows choose the scale, test rows report; HTML and JSON."""
     with command(quiet, as_json) as out:
+        if no_labels:
+            from loraloom.cli.merge_page import unlabelled_page
+            from loraloom.study.compare import by_task, compare_unlabelled
+
+            given, tasks = by_task(adapters), read_recipe(recipe, base)
+            way, shown = cast("Normalise", normalise), out.progress()
+            found = compare_unlabelled(
+                given, tasks, output, rules=rule or (), scales=scale, normalise=way, reporter=shown
+            )
+            out.result({"agreement": str(output / "agreement.json"), **asdict(found)}, "")
+            unlabelled_page(out, found, output / "agreement.json")
+            return
         from loraloom.cli.terminal import rules_table
         from loraloom.report import base_average, merged_rows
         from loraloom.study.compare import by_task, compare as run_compare

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loraloom.cli.terminal import Out
 from loraloom.cli.words import counted
-from loraloom.merging.card import agreement_table, columns, member_rows, merge_lines
+from loraloom.merging.card import agreement_lines, agreement_table, columns, member_rows, merge_lines
+from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
 
 _SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
@@ -33,6 +35,17 @@ def result_page(out: Out, facts: MergeFacts, folder: Path, told: Sequence[str]) 
     for warning in facts.warnings:
         if warning not in told:
             out.warn(warning)
+
+
+def unlabelled_page(out: Out, facts: AgreementFacts, written: Path) -> None:
+    """Print the nearest candidate of every rule, the nearest rule first."""
+    every = sorted(facts.candidates, key=lambda one: one.mean)
+    nearest = {(one.rule, str(one.options)): one for one in reversed(every)}.values()
+    heads, rows = agreement_table(replace(facts, candidates=sorted(nearest, key=lambda one: one.mean)))
+    out.table("Every rule at its nearest scale: distance from the single models; 1 knows nothing", heads, rows)
+    out.facts(str(written), agreement_lines(facts))
+    for warning in facts.warnings:
+        out.warn(warning)
 
 
 def next_step(out: Out, facts: MergeFacts, folder: Path, align: Sequence[object]) -> None:

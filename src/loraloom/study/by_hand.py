@@ -9,11 +9,12 @@ from pathlib import Path
 from loraloom.adapters.heads import heads_by_task
 from loraloom.adapters.peft import read_adapter, task_of
 from loraloom.adapters.update import Adapter
-from loraloom.analysis.agreement import Candidates, choose
+from loraloom.analysis.agreement import Candidates, agreement, chosen
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import task_seed
 from loraloom.merging import MergeOptions, Rule
+from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.folders import Planned, Supplied
 from loraloom.merging.needs import supply
 from loraloom.merging.options import Normalise
@@ -120,9 +121,21 @@ class ByRecipe:
 
         Raises LoraloomError as `agreement` does.
         """
+        return chosen(options, self.agreement(texts, candidates, members, options=options, plan=plan))
+
+    def agreement(
+        self,
+        texts: int,
+        candidates: Sequence[Candidates],
+        members: Mapping[str, Adapter],
+        *,
+        options: MergeOptions | None = None,
+        plan: Planned,
+    ) -> AgreementFacts:
+        """Return how far every candidate is from the single models, on `texts` training texts a task."""
         tasks = self.tasks(members)
         rows = {name: task.sample("train", texts) for name, task in tasks.items()}
-        return choose(
+        return agreement(
             members,
             self.model,
             rows,

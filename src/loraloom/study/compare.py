@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from loraloom.adapters.peft import read_adapter, task_of
 from loraloom.adapters.together import compatibility_problems
 from loraloom.adapters.update import Adapter
+from loraloom.analysis.agreement import Candidates
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
-from loraloom.merging import get_rule, rule_names
+from loraloom.files.atomic import write_text
+from loraloom.files.hashing import json_text
+from loraloom.files.outputs import check_file
+from loraloom.merging import MergeOptions, Plan, get_rule, make_plan, rule_names
+from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.normalise import normalise_problems
 from loraloom.merging.options import Normalise
 from loraloom.model.load import load_tokenizer
 from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
 from loraloom.results import StudyResult
+from loraloom.settings import AGREEMENT_TEXTS
+from loraloom.study.by_hand import ByRecipe
 from loraloom.study.export import run_study
 from loraloom.study.recipe import MergeSettings, Recipe
 
+AGREEMENT_FORMAT = "loraloom-agreement-1"
+AGREEMENT_MARK = AGREEMENT_FORMAT.encode()  # by which such a file is known
 SCALES = (0.25, 0.5, 1.0, 2.0, 3.0)  # times the rule's own scale
 
 
@@ -60,6 +70,51 @@ def compare(
         }
     )
     return run_study(recipe, folder, command=command, reporter=reporter)
+
+
+def compare_unlabelled(
+    adapters: Mapping[str, Path],
+    tasks: Recipe,
+    folder: str | Path,
+    *,
+    rules: Sequence[str] = (),
+    scales: Sequence[float] | None = None,
+    normalise: Normalise = "none",
+    texts: int = AGREEMENT_TEXTS,
+    reporter: Reporter | None = None,
+) -> AgreementFacts:
+    """Merge finished adapters by each of `rules` at each scale, and return how far each is from the single models.
+
+    Labels are read by no rule and no measure, so rules that learn from them are left out where `rules` names none.
+
+    adapters, tasks, rules, scales, normalise, reporter: as for `compare`.
+    folder: gets agreement.json, with every candidate's distances.
+    texts: training texts a task, by which distances are measured.
+
+    Raises LoraloomError that tells all problems at once, and for a rule that needs labels.
+    """
+    place = Path(folder) / "agreement.json"
+    check_file(place, mark=AGREEMENT_MARK, overwrite=True, inputs=adapters.values())
+    _check(adapters, tasks, rules, scales, normalise)
+    labelled = [f"rule {rule!r} learns from labels" for rule in rules if get_rule(rule).labelled]
+    raise_problems("--no-labels", labelled, "choose others")
+    tried = rules or [rule for rule in _fitting(tasks) if not get_rule(rule).labelled]
+    settings = [_settings(rule, scales, normalise, tasks) for rule in tried]
+    with reporter or Reporter(quiet=True) as shown:
+        read = ByRecipe(tasks, shown)
+        members = {name: read_adapter(path) for name, path in adapters.items()}
+
+        def plan(asked: MergeOptions) -> Plan:
+            looked = next(one.texts for one in settings if one.rule == asked.rule)
+            statistics, probe = read.look(looked, normalise, get_rule(asked.rule), members, ())
+            return make_plan(members, asked, statistics=statistics, probe=probe)
+
+        candidates = [Candidates(one.rule, tuple(one.scales)) for one in settings]
+        options = MergeOptions(normalise=normalise)
+        found = read.agreement(texts, candidates, members, options=options, plan=plan)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, json_text({"format": AGREEMENT_FORMAT, **asdict(found)}), mark=AGREEMENT_MARK, overwrite=True)
+    return found
 
 
 def by_task(folders: Sequence[Path]) -> dict[str, Path]:

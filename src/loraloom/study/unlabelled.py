@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loraloom.adapters.update import Adapter
-from loraloom.analysis.agreement import Candidates, choose
+from loraloom.analysis.agreement import Candidates, agreement, chosen
 from loraloom.analysis.single import FEWEST
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.merging import MergeOptions
@@ -54,6 +54,7 @@ def choose_by_files(
         model = Generator(folder)
         if getattr(model.tokenizer, "chat_template", None):
             rows = {name: one.add_column("history", [[]] * len(one)) for name, one in rows.items()}
-    return choose(
+    found = agreement(
         members, model, rows, candidates, options=options, plan=plan, answer_tokens=_WRITTEN, reporter=reporter
     )
+    return chosen(options, found)
