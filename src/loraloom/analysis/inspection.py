@@ -144,7 +144,7 @@ def _adapter_facts(adapter: Adapter, path: Path) -> AdapterFacts:
 def _responses(adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics], reporter: Reporter) -> Responses:
     pairs = [(name, adapter, seen) for name, adapter in adapters.items() for seen in statistics.values()]
     problems = [problem for pair in pairs for problem in cover_problems(*pair)]
-    raise_problems("cannot inspect", list(dict.fromkeys(problems)), "collect them on its targets")
+    raise_problems("cannot inspect", list(dict.fromkeys(problems)), "collect them on the targets of all adapters")
     return responses(adapters, statistics, reporter)
 
 
