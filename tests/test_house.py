@@ -151,8 +151,9 @@ def test_every_command_shown_exists_with_its_options(line: str) -> None:
     known = {option for parameter in command.params for option in parameter.opts}
     if command.context_settings.get("ignore_unknown_options"):  # those of the rule named
         default = next(parameter.default for parameter in command.params if "--rule" in parameter.opts)
-        rule = get_rule(words[words.index("--rule") + 1] if "--rule" in words else default)
-        known |= {f"--{name.replace('_', '-')}" for name in rule.options.model_fields}
+        named = words[words.index("--rule") + 1] if "--rule" in words else default
+        fields = () if named == "auto" else get_rule(named).options.model_fields
+        known |= {f"--{name.replace('_', '-')}" for name in fields}
     assert {word.split("=")[0] for word in words if word.startswith("-")} <= known
 
 

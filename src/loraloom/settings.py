@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loraloom.errors import raise_problems
 
 Kind = Literal["token", "sample"]  # what a row of statistics is: a token, or the mean over a sample's tokens
-AGREEMENT_TEXTS = 64  # unlabelled texts a task by which rule and scale are chosen; docs/agreement.md
+AGREEMENT_TEXTS = 32  # unlabelled texts a task by which rule and scale are chosen; docs/agreement.md
 
 
 class Settings(BaseModel):

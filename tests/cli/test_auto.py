@@ -133,3 +133,19 @@ def test_rules_are_compared_without_labels(finished: Path, tmp_path: Path) -> No
     assert "Every rule at its nearest scale" in page
     assert "chosen" in page
     assert "rule 'soups' learns from labels" in refused(*words, "--rule", "soups", "-o", tmp_path / "other")
+
+
+def test_both_choices_stand_beside_the_scores(finished: Path, tmp_path: Path) -> None:
+    words = ("compare", *adapters(finished), "--recipe", finished / "recipe.yaml", "--agreement")
+    some = ("--rule", "tsv", "--rule", "soups", "--scale", "0.25", "--scale", "1")
+    told = said(*words, *some, "-o", tmp_path / "out")
+    near = json.loads((tmp_path / "out" / "agreement.json").read_text())["candidates"]
+    (choice,) = told["choices"]  # soups learns from labels
+    means = {one["scale"]: sum(one["distances"].values()) / 2 for one in near}
+    assert choice["agreement"]["scale"] == min(means, key=means.__getitem__)
+    assert choice["labels"]["distance"] == pytest.approx(means[choice["labels"]["scale"]])
+    assert choice["labels"]["heldout"] >= choice["agreement"]["heldout"]
+    row = next(one for one in told["rules"] if one["rule"] == "tsv" and not one["aligned"])
+    assert row["scales"] == [choice["labels"]["scale"]]
+    page = " ".join(call(*words, *some, "-o", tmp_path / "out").stdout.split())
+    assert "Scales chosen with held-out labels and without" in page

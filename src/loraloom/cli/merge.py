@@ -255,6 +255,13 @@ def compare(
         ),
     ] = None,
     normalise: NormaliseOption = "none",
+    agreement: Annotated[
+        bool,
+        typer.Option(
+            "--agreement",
+            help="Tell also how far every merge is from the single adapters, and which scale that chooses.",
+        ),
+    ] = False,
     no_labels: Annotated[
         bool,
         typer.Option("--no-labels", help="Measure by agreement with the single adapters alone; no label is used."),
@@ -265,37 +272,37 @@ def compare(
 ) -> None:
     """Merge the same adapters by every rule: held-out rows choose the scale, test rows report; HTML and JSON."""
     with command(quiet, as_json) as out:
-        if no_labels:
-            from loraloom.cli.merge_page import unlabelled_page
-            from loraloom.study.compare import by_task, compare_unlabelled
+        from loraloom.cli.merge_page import both_choices, both_choices_page, unlabelled_page
+        from loraloom.cli.terminal import rules_table
+        from loraloom.report import base_average, merged_rows
+        from loraloom.study.compare import by_task, compare as run_compare, compare_unlabelled, without_labels
 
-            given, tasks = by_task(adapters), read_recipe(recipe, base)
-            way, shown = cast("Normalise", normalise), out.progress()
-            found = compare_unlabelled(
-                given, tasks, output, rules=rule or (), scales=scale, normalise=way, reporter=shown
-            )
+        given, tasks, way = by_task(adapters), read_recipe(recipe, base), cast("Normalise", normalise)
+        near = partial(compare_unlabelled, given, tasks, output, scales=scale, normalise=way, reporter=out.progress())
+        if no_labels:
+            found = near(rules=rule or ())
             out.result({"agreement": str(output / "agreement.json"), **asdict(found)}, "")
             unlabelled_page(out, found, output / "agreement.json")
             return
-        from loraloom.cli.terminal import rules_table
-        from loraloom.report import base_average, merged_rows
-        from loraloom.study.compare import by_task, compare as run_compare
-
         result = run_compare(
-            by_task(adapters),
-            read_recipe(recipe, base),
+            given,
+            tasks,
             output,
             rules=rule or (),
             scales=scale,
-            normalise=cast("Normalise", normalise),
+            normalise=way,
             command=typed(),
             reporter=out.progress(),
         )
         out.table(*rules_table(result))
+        choices = both_choices(result, near(rules=without_labels(tasks, rule or ()))) if agreement else []
+        if agreement:
+            both_choices_page(out, choices)
         places = {"report": str(output / "report.html"), "results": str(output / "results.json")}
         unadapted = base_average(result)
         alone = {"base": unadapted.value} if unadapted else {}
-        out.result({**places, **alone, "rules": [_row(one) for one in merged_rows(result)]}, "")
+        chosen = {"choices": choices} if agreement else {}
+        out.result({**places, **alone, "rules": [_row(one) for one in merged_rows(result)], **chosen}, "")
         out.facts(str(output), places.items())
 
 

@@ -6,12 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loraloom.cli.terminal import Out
 from loraloom.cli.words import counted
 from loraloom.merging.card import agreement_lines, agreement_table, columns, member_rows, merge_lines
-from loraloom.merging.choice import AgreementFacts
+from loraloom.merging.choice import AgreementFacts, CandidateFacts
 from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
+
+if TYPE_CHECKING:
+    from loraloom.results import MergeScore, StudyResult
 
 _SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
 
@@ -46,6 +50,48 @@ def unlabelled_page(out: Out, facts: AgreementFacts, written: Path) -> None:
     out.facts(str(written), agreement_lines(facts))
     for warning in facts.warnings:
         out.warn(warning)
+
+
+def both_choices(result: StudyResult, facts: AgreementFacts) -> list[dict[str, Any]]:
+    """Return of every rule, heads as trained, the scale that held-out labels choose and the one that agreement does.
+
+    Each with its average on held-out rows, and its mean distance from the single models.
+    """
+    heldout = {(one.rule, one.scale): one.average.value for one in result.merges if _unaligned(one)}
+    tried: dict[str, list[CandidateFacts]] = {}
+    for candidate in facts.candidates:
+        tried.setdefault(candidate.rule, []).append(candidate)
+    return [
+        {
+            "rule": rule,
+            **{
+                who: {"scale": one.scale, "heldout": heldout[rule, one.scale], "distance": one.mean}
+                for who, one in (
+                    ("labels", max(several, key=lambda one: heldout[one.rule, one.scale])),
+                    ("agreement", min(several, key=lambda one: one.mean)),
+                )
+            },
+        }
+        for rule, several in tried.items()
+    ]
+
+
+def both_choices_page(out: Out, rows: Sequence[dict[str, Any]]) -> None:
+    """Print what `both_choices` returns, the nearest rule first."""
+    cells = [
+        (row["rule"], *(cell for who in ("labels", "agreement") for cell in _choice(row[who])))
+        for row in sorted(rows, key=lambda row: float(row["agreement"]["distance"]))
+    ]
+    heads = ("rule", "by labels", "held-out", "distance", "by agreement", "held-out", "distance")
+    out.table("Scales chosen with held-out labels and without, heads as trained", heads, cells)
+
+
+def _choice(one: dict[str, float]) -> tuple[str, str, str]:
+    return f"{one['scale']:g}", f"{100 * one['heldout']:.1f}", f"{one['distance']:.2f}"
+
+
+def _unaligned(one: MergeScore) -> bool:
+    return one.split == "heldout" and not one.aligned
 
 
 def next_step(out: Out, facts: MergeFacts, folder: Path, align: Sequence[object]) -> None:

@@ -98,7 +98,7 @@ def compare_unlabelled(
     _check(adapters, tasks, rules, scales, normalise)
     labelled = [f"rule {rule!r} learns from labels" for rule in rules if get_rule(rule).labelled]
     raise_problems("--no-labels", labelled, "choose others")
-    tried = rules or [rule for rule in _fitting(tasks) if not get_rule(rule).labelled]
+    tried = without_labels(tasks, rules)
     settings = [_settings(rule, scales, normalise, tasks) for rule in tried]
     with reporter or Reporter(quiet=True) as shown:
         read = ByRecipe(tasks, shown)
@@ -115,6 +115,11 @@ def compare_unlabelled(
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, json_text({"format": AGREEMENT_FORMAT, **asdict(found)}), mark=AGREEMENT_MARK, overwrite=True)
     return found
+
+
+def without_labels(tasks: Recipe, rules: Sequence[str] = ()) -> list[str]:
+    """Return those of `rules`, or of all that fit the tasks, that learn nothing from labels."""
+    return [rule for rule in rules or _fitting(tasks) if not get_rule(rule).labelled]
 
 
 def by_task(folders: Sequence[Path]) -> dict[str, Path]:
