@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from commands import call
 from loraloom.errors import LoraloomError
 from loraloom.report import write_report
 from loraloom.results import Answers, StudyResult, Transcript
+from loraloom.study.demo import chat_demo_recipe, demo_recipe
 from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
 
@@ -50,7 +53,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inits": {"LoRA": {"rule": "default"}},
         "merging": [{"rule": "task_arithmetic", "scales": [0.5, 1.0]}, {"rule": "tsv", "scales": [1.0]}],
     }
-    run_study(Recipe.parse(recipe, "recipe").resolved(folder), folder / "study")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    run_study(Recipe.load(folder / "recipe.yaml"), folder / "study")
     return folder
 
 
@@ -81,6 +85,24 @@ def test_it_holds_what_each_writes(study: Path) -> None:
         assert one.singles == {
             task: written(study / "base", study / "study" / "adapters" / "LoRA" / task, one.prompt) for task in TASKS
         }
+
+
+def test_the_terminal_shows_one_prompt_of_every_task(study: Path) -> None:
+    done = call("run", study / "recipe.yaml", "-o", study / "study")
+    assert done.exit_code == 0, done.output
+    result = StudyResult.load(study / "study" / "results.json")
+    assert result.transcript is not None
+    shown = {one.task: one for one in reversed(result.transcript.answers)}
+    for task, one in shown.items():
+        told = done.stdout[done.stdout.index(f"\n{one.prompt}\n") :].splitlines()[2:6]
+        assert [line.split("  ")[1] for line in told] == ["expected", "base model", f"adapter {task}", "merged"]
+        assert told[2].endswith(one.singles[task])
+
+
+def test_the_demos_are_whole_recipes() -> None:
+    for recipe in (demo_recipe(), demo_recipe(fast=True), chat_demo_recipe(), chat_demo_recipe(fast=True)):
+        recipe.check_complete()
+        assert recipe.generates == ("--chat" in recipe.name)
 
 
 def test_the_page_shows_them_escaped(study: Path, tmp_path: Path) -> None:
