@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraloom.errors import raise_problems
 
+Tokens = Literal["prompt", "answer", "both"]  # of rows of prompts and answers, which tokens statistics count
 Kind = Literal["token", "sample"]  # what a row of statistics is: a token, or the mean over a sample's tokens
 AGREEMENT_TEXTS = 32  # unlabelled texts a task by which rule and scale are chosen; docs/agreement.md
 

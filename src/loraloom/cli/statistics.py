@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from loraloom.cli.common import AsJson, Overwrite, Quiet, command
 from loraloom.cli.words import counted, listed, number, percent
-from loraloom.settings import Kind
+from loraloom.settings import Kind, Tokens
 
 if TYPE_CHECKING:
     from loraloom.cli.terminal import Out
@@ -50,6 +50,14 @@ Directions = Annotated[
 ]
 
 
+WhichTokens = Annotated[
+    Tokens | None,
+    typer.Option(
+        help="Of a file of prompts, which tokens count: without it those of the prompt, and no answer is read."
+    ),
+]
+
+
 @statistics_app.command("collect")
 def statistics(
     texts: Annotated[
@@ -58,10 +66,16 @@ def statistics(
     ],
     output: StatisticsFile,
     base: Annotated[str, typer.Option("--base", help="Base model: hub name or local folder.")],
-    column: Annotated[
-        list[str], typer.Option("--column", help="Column that holds the text. Give it twice for a pair of texts.")
-    ],
     target: Target,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            help="Column that holds the text; give it twice for a pair of texts. Without it the file holds prompts: "
+            "columns prompt and answer, or messages, read with the base's chat template.",
+        ),
+    ] = None,
+    tokens: WhichTokens = None,
     count: Annotated[
         int, typer.Option("--texts", min=1, help="Texts to read, from the first on. More are better and cost time.")
     ] = 100,
@@ -101,14 +115,23 @@ def statistics(
     with command(quiet, as_json) as out:
         from loraloom.model.processes import joined
         from loraloom.settings import StatisticsSettings
-        from loraloom.statistics.texts import collect_from_file, shared_alone, wanted_noise
+        from loraloom.statistics.texts import check_tokens, collect_from_file, shared_alone, wanted_noise
 
+        check_tokens(texts, column or [], tokens)
         _check(output, overwrite, base, texts)
         reading = StatisticsSettings(texts=count, kind=kind, max_length=max_length)
         private = wanted_noise(noise, delta, clip, kind)
         with joined() as (process, _), out.progress() as shown:
             found = collect_from_file(
-                texts, column, base, target, reading, directions=directions, noise=private, reporter=shown
+                texts,
+                column or [],
+                base,
+                target,
+                reading,
+                tokens=tokens or "prompt",
+                directions=directions,
+                noise=private,
+                reporter=shown,
             )
         if process == 0:
             _save(shared_alone(found, rows, directions, private), output, overwrite, out)
@@ -142,6 +165,9 @@ def atlas(
     column: Annotated[
         list[str] | None, typer.Option("--column", help="Column of that file that holds the text; `text` without it.")
     ] = None,
+    tokens: Annotated[
+        Tokens | None, typer.Option(help="That file holds prompts, as for `statistics`; which tokens count.")
+    ] = None,
     count: Annotated[int, typer.Option("--texts", min=1, help="Texts to read, from the first on.")] = 300,
     directions: Directions = None,
     max_length: MaxLength = 128,
@@ -159,7 +185,14 @@ def atlas(
         reading = StatisticsSettings(atlas_texts=count, max_length=max_length)
         with joined() as (process, _), out.progress() as shown:
             found = make_atlas(
-                base, target, reading, texts=texts, columns=column or [], directions=directions, reporter=shown
+                base,
+                target,
+                reading,
+                texts=texts,
+                columns=column or [],
+                tokens=tokens,
+                directions=directions,
+                reporter=shown,
             )
         if process == 0:
             _save(found, output, overwrite, out)

@@ -92,12 +92,15 @@ def _picked(flat: Tensor, index: Tensor) -> Tensor:
     return rows.cpu() if rows.device.type == "mps" else rows  # mps has no float64
 
 
-def batch_sides(batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None) -> tuple[Side, Side]:
+def batch_sides(
+    batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None, counted: Tensor | None = None
+) -> tuple[Side, Side]:
     """Return which tokens of `batch` count on the encoder's and on the decoder's side: the same for a single stack.
 
     batch: model inputs by name.
     two_sided: whether the model has an encoder beside its decoder.
     pad: the padding token of decoder_input_ids; None where there is none.
+    counted: (samples, length) bool, leaves tokens out, of the decoder or the only stack; None where none is.
 
     Raises ValueError telling what is missing or does not fit.
     """
@@ -111,7 +114,7 @@ def batch_sides(batch: Mapping[str, Tensor], *, two_sided: bool, pad: int | None
             raise ValueError(f"attention_mask is {shape}, not (samples, length) = {tuple(mask.shape)}")
         mask = batch["attention_mask"] != 0
     decoder = _decoder_mask(batch, mask, pad) if two_sided else mask
-    side = Side.of(decoder)
+    side = Side.of(decoder if counted is None else decoder & counted)
     return (Side.of(mask) if two_sided else side), side
 
 

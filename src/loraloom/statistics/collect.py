@@ -114,7 +114,8 @@ def collect_statistics(
     """Run `model` over `batches` and return the statistics of the inputs of the layers that `target_modules` names.
 
     model: a transformers model, or a PeftModel, which runs with its adapters off: the base is seen.
-    batches: dicts of tensors as a Hugging Face collator makes them. Padding never counts.
+    batches: dicts of tensors as a Hugging Face collator makes them. Padding never counts, nor do tokens that a bool
+        `counted` beside them leaves out, of the decoder or the only stack; the model is not given it.
     target_modules: PEFT's: a list of path endings, a regular expression, or "all-linear" (heads left out).
     kind: what a row is: a "token", or for a "sample" the mean over its tokens.
     directions: R, the directions kept of an input with more rows, by `FrequentDirections`, with the error told in
@@ -170,9 +171,10 @@ class _Collector:
         self.batches += 1
         here = self._named(self.batches)
         tensors = {key: value.to(self.device) for key, value in batch.items() if isinstance(value, Tensor)}
+        counted = tensors.pop("counted", None)
         two_sided = self.reader.encoder is not None
         try:
-            encoder, decoder = batch_sides(tensors, two_sided=two_sided, pad=self.pad)
+            encoder, decoder = batch_sides(tensors, two_sided=two_sided, pad=self.pad, counted=counted)
         except ValueError as error:
             raise LoraloomError(f"{here}: {error}", "give batches as the tokenizer and collator make them") from error
         if not self.leaders:

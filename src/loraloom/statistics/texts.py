@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.model.generator import Generator
 from loraloom.model.load import base_folder
 from loraloom.model.processes import rank_and_size
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import batches, encode
+from loraloom.model.tokens import Batch, batches, encode
 from loraloom.progress import Reporter
-from loraloom.settings import StatisticsSettings
+from loraloom.settings import StatisticsSettings, Tokens
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.privacy import Noise, add_noise, noise_scale
 from loraloom.tasks.builtin_text import generic_texts
+from loraloom.tasks.prompts import read_prompts
 from loraloom.tasks.sources import read_table
 
 
@@ -29,6 +32,7 @@ def collect(
     *,
     directions: int | None = None,
     clip: float | None = None,
+    tokens: Tokens = "prompt",
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Return the statistics of all texts in `rows`, as the base model reads them.
@@ -36,17 +40,45 @@ def collect(
     model: holds the base model and its tokenizer.
     rows: columns text_a, and text_b for pairs; or, for a base that writes, what stands before a prompt as `history`.
     reading: what a row is, the length of a text, and the size of a batch.
+    tokens: of a base that writes, which count. Those of a prompt are as they are without an answer; of an answer, those
+      that are read, its end token too. An encoder reads the prompt, its decoder the start token and the answer, so
+      "answer" alone is refused.
     targets, directions, clip, progress: as for `collect_statistics`, which raises what is raised here.
     """
     if isinstance(model, Generator):
-        asked = rows.select_columns([name for name in rows.column_names if name != "label"])
-        encoded = [{"input_ids": one.prompt} for one in model.encode(asked, reading.max_length)]
+        fed = _written(model, rows, reading, tokens)
     else:
         encoded = encode(rows, model.tokenizer, reading.max_length)
-    fed = (batch for _, batch in batches(encoded, model.tokenizer, reading.batch_size))
+        fed = (batch for _, batch in batches(encoded, model.tokenizer, reading.batch_size))
     return collect_statistics(
         model.model, fed, targets, kind=reading.kind, directions=directions, clip=clip, progress=progress
     )
+
+
+def _written(model: Generator, rows: Dataset, reading: StatisticsSettings, tokens: Tokens) -> Iterator[Batch]:
+    """Yield batches of prompts and, but for "prompt", their answers."""
+    if model.two_sided and tokens == "answer":
+        raise LoraloomError(
+            f"{model.base}: its encoder reads no answers, so that they alone have no statistics", "count both"
+        )
+    unread = ["label"] if tokens == "prompt" else []
+    asked = model.encode(rows.select_columns([n for n in rows.column_names if n not in unread]), reading.max_length)
+    whole = [one.prompt if model.two_sided else one.prompt + one.answer for one in asked]
+    encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in whole]
+    for chosen, batch in batches(encoded, model.tokenizer, reading.batch_size):
+        if model.two_sided:
+            start = model.model.config.decoder_start_token_id
+            read = [torch.tensor([start, *asked[row].answer[:-1]]) for row in chosen]
+            batch["decoder_input_ids"] = pad_sequence(
+                read, batch_first=True, padding_value=model.tokenizer.pad_token_id
+            )
+            ones = [torch.ones_like(ids) for ids in read]
+            batch["decoder_attention_mask"] = pad_sequence(ones, batch_first=True)
+        elif tokens == "answer":
+            place = batch["attention_mask"].cumsum(dim=1) - 1
+            prompt = torch.tensor([len(asked[row].prompt) for row in chosen])
+            batch["counted"] = place >= prompt[:, None]  # of padding, the attention mask says that it never counts
+        yield batch
 
 
 def generic_rows(count: int) -> Dataset:
@@ -61,6 +93,7 @@ def collect_from_file(
     targets: Sequence[str],
     reading: StatisticsSettings,
     *,
+    tokens: Tokens = "prompt",
     directions: int | None = None,
     noise: Noise | None = None,
     reporter: Reporter | None = None,
@@ -68,10 +101,11 @@ def collect_from_file(
     """Return the statistics of the first `reading.texts` texts of a file; labels are not read.
 
     texts: JSONL, CSV, TSV or Parquet, or org/name on the hub.
-    columns: of a text, or of a pair of texts.
+    columns: of a text, or of a pair of texts. None: rows of prompts, with the base's chat template; see `read_prompts`.
     base: hub name or folder of the base model.
     targets: path endings of the layers to watch, or "all-linear" alone.
     reading: how many texts, of what length, and what a row is.
+    tokens: which count, where there are prompts; see `collect`. Only for "prompt" no answers are read.
     directions: the most that are kept of an input; None keeps them all.
     noise: that `shared_alone` adds later: rows are clipped for it, and the bound on directions is left to come after.
     reporter: is told how far the work is.
@@ -79,10 +113,15 @@ def collect_from_file(
     Each process of a group reads its part of the texts, and all return the statistics of all. Raises LoraloomError for
     a file or column that is not there, fewer texts than asked for, and what `collect_statistics` raises.
     """
-    rows = read_texts(texts, columns, reading.texts)
+    asked = None if columns else tokens
+    rows = read_texts(texts, columns, reading.texts) if columns else _prompts(texts, reading.texts, tokens)
     if noise:
-        return _collected(base, rows, targets, reading, None, reporter, noise.clip)
-    return _collected(base, rows, targets, reading, directions, reporter)
+        return _collected(base, rows, targets, reading, None, reporter, noise.clip, asked)
+    return _collected(base, rows, targets, reading, directions, reporter, None, asked)
+
+
+def _prompts(texts: str, count: int, tokens: Tokens) -> Dataset:
+    return read_prompts(texts, count, answers=tokens != "prompt")
 
 
 def read_texts(texts: str, columns: Sequence[str], count: int, fewest: int | None = None) -> Dataset:
@@ -149,6 +188,7 @@ def make_atlas(
     *,
     texts: str | None = None,
     columns: Sequence[str] = (),
+    tokens: Tokens | None = None,
     directions: int | None = None,
     reporter: Reporter | None = None,
 ) -> Statistics:
@@ -156,12 +196,24 @@ def make_atlas(
 
     texts: a file or hub data set of them; None takes the English that every installation has.
     columns: of a text in that file; `text` where none is named.
+    tokens: the file holds prompts, with no column named; which count, as for `collect_from_file`.
     base, targets, directions, reporter: as for `collect_from_file`, which raises what is raised here.
     """
     raise_problems("atlas", ["--column names a column of no file"] if columns and not texts else [], "give a file too")
     count = reading.atlas_texts
-    rows = read_texts(texts, columns or ["text"], count) if texts else generic_rows(count)
-    return _collected(base, rows, targets, reading.model_copy(update={"kind": "token"}), directions, reporter)
+    check_tokens(texts, columns, tokens)
+    if texts and tokens:
+        rows = _prompts(texts, count, tokens)
+    else:
+        rows = read_texts(texts, columns or ["text"], count) if texts else generic_rows(count)
+    reading = reading.model_copy(update={"kind": "token"})
+    return _collected(base, rows, targets, reading, directions, reporter, None, tokens)
+
+
+def check_tokens(texts: str | None, columns: Sequence[str], tokens: Tokens | None) -> None:
+    """Raise LoraloomError where `tokens` are named that no rows of prompts have."""
+    without = [] if tokens is None or (texts and not columns) else ["it is for a file of prompts, without --column"]
+    raise_problems("--tokens", without)
 
 
 def _collected(
@@ -172,17 +224,27 @@ def _collected(
     directions: int | None,
     reporter: Reporter | None,
     clip: float | None = None,
+    tokens: Tokens | None = None,
 ) -> Statistics:
     """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
     shown = reporter or Reporter(quiet=True)
     process, size = rank_and_size()
     part = rows.select(range(process, len(rows), size))
     shown.begin("loading the base model", 1)
-    evaluator = Evaluator(base_folder(base))
+    model = Generator(base_folder(base)) if tokens else Evaluator(base_folder(base))
     shown.advance("loading the base model")
     shown.begin("texts", len(part))
 
     def reach(texts: int) -> None:
         shown.reach("texts", texts)
 
-    return collect(evaluator, part, list(targets), reading, directions=directions, clip=clip, progress=reach)
+    return collect(
+        model,
+        part,
+        list(targets),
+        reading,
+        directions=directions,
+        clip=clip,
+        tokens=tokens or "prompt",
+        progress=reach,
+    )

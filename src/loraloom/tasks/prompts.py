@@ -11,10 +11,10 @@ from typing import Any, Literal
 import datasets
 from pydantic import Field, field_validator, model_validator
 
-from loraloom.errors import first_few, raise_problems
+from loraloom.errors import LoraloomError, first_few, raise_problems
 from loraloom.tasks.answers import AnswerMetric, answer_problems
 from loraloom.tasks.generate import ANSWER_TOKENS, Generate
-from loraloom.tasks.sources import Table, check_unicode
+from loraloom.tasks.sources import Table, check_unicode, read_table
 from loraloom.tasks.splits import Checked, Row, SplitTask, leak_free, read_tables
 from loraloom.tasks.task import Task
 
@@ -131,6 +131,31 @@ def prompt_rows(rows: Sequence[Row], *, chat: bool = True, system: str | None = 
     before = [] if system is None else [{"role": "system", "content": system}]
     features = datasets.Features({**columns, "history": [HISTORY]})
     return datasets.Dataset.from_list([{"history": before, **row} for row in rows], features=features)
+
+
+def read_prompts(source: str, count: int, *, answers: bool) -> datasets.Dataset:
+    """Return the first `count` rows of prompts in a file or on the Hub: text_a, history, and with `answers` label.
+
+    source: with the columns `prompt` and, for answers, `answer`; or `messages`, whole chats.
+
+    Raises LoraloomError telling all that is wrong with them.
+    """
+    options = PromptTask(train=source, test=source)
+    try:
+        table = read_table(source, "train", [options.prompt, options.messages, options.answer])
+    except ValueError as error:
+        raise LoraloomError(f"{source}: {error}", "name a JSONL, CSV, TSV or Parquet file, or org/name") from error
+    chat = _is_chat(options, table)
+    needed = [column for column in _needed(options, table) if chat or answers or column != options.answer]
+    missing = [f"no column {column!r}" for column in needed if column not in table.columns]
+    raise_problems(source, missing, "name the column of other texts by --column, which no chat template is for")
+    short = f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts"
+    raise_problems(source, [short] if len(table.rows) < count else [])
+    unread = {} if chat or answers else {options.answer: "-"}
+    checked = _checked(table._replace(rows=[{**row, **unread} for row in table.rows[:count]]), options)
+    raise_problems("these prompts cannot be read", checked.problems)
+    rows = prompt_rows(checked.rows)
+    return rows if answers else rows.remove_columns("label")
 
 
 def _unmeasured(parts: Mapping[str, list[Row]], options: PromptTask) -> list[str]:
