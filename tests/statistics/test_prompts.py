@@ -133,8 +133,13 @@ def test_an_atlas_of_prompts_is_their_statistics(bases: dict[str, str], tmp_path
 def test_the_command_takes_prompts_and_tells_what_is_wrong(bases: dict[str, str], tmp_path: Path) -> None:
     file, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "seen.safetensors"
     words = ["statistics", file, "--base", bases["llama"], "--target", "q_proj", "-o", str(out), "--texts", "7"]
+    done = CliRunner().invoke(app, [*words, "--tokens", "both", "--target", "all-linear"])
+    assert done.exit_code == 2
+    assert "all-linear: it stands alone" in done.output
+    words[words.index("q_proj")] = "all-linear"
     done = CliRunner().invoke(app, [*words, "--tokens", "both"])
     assert done.exit_code == 0, done.output
+    assert len(Statistics.load(out).layers) == 14  # of two blocks of seven; no head
     expected = collect_from_file(file, [], bases["llama"], ["q_proj"], READING, tokens="both")
     assert Statistics.load(out).tokens == expected.tokens
     for more, told in (

@@ -36,7 +36,10 @@ StatisticsFile = Annotated[
 ]
 Target = Annotated[
     list[str],
-    typer.Option("--target", help="Layers to watch, by the ending of their path, as in q_proj. Give it once for each."),
+    typer.Option(
+        "--target",
+        help="Layers to watch, by the ending of their path, as in q_proj. Give it once for each, or all-linear alone.",
+    ),
 ]
 MaxLength = Annotated[int, typer.Option(min=2, help="Word pieces kept of a text; the rest is cut off.")]
 Directions = Annotated[

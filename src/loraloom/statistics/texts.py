@@ -216,6 +216,14 @@ def check_tokens(texts: str | None, columns: Sequence[str], tokens: Tokens | Non
     raise_problems("--tokens", without)
 
 
+def _targets(targets: Sequence[str]) -> list[str] | str:
+    """Return targets as PEFT takes them, for whom "all-linear" is no list."""
+    if "all-linear" not in targets:
+        return list(targets)
+    raise_problems("all-linear", ["it stands alone"] if len(targets) > 1 else [], "leave the other targets out")
+    return "all-linear"
+
+
 def _collected(
     base: str,
     rows: Dataset,
@@ -241,7 +249,7 @@ def _collected(
     return collect(
         model,
         part,
-        list(targets),
+        _targets(targets),
         reading,
         directions=directions,
         clip=clip,
