@@ -63,7 +63,7 @@ def drawn(folder: Path, content: bytes) -> str:
     path.write_bytes(content)
     result = StudyResult.load(path)
     markdown_tables(result)
-    return write_report(result, folder / "report.html").read_text(encoding="utf-8")
+    return write_report(result, folder / "report.html", overwrite=True).read_text(encoding="utf-8")
 
 
 def figures(html: str) -> Any:

@@ -222,7 +222,7 @@ def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[s
     own = average(single.score for single in result.singles)
     alone = [(BASE, _points(base), "0%", "", "", ""), (OWN, _points(own), "100%", "", "", "")]
     columns = ("rule", "average", "recovered loss", "worst task", "scale", "rank")
-    return "Test rows; scales chosen by recovered loss on held-out rows", columns, alone + shown
+    return "Test rows; scales chosen on held-out rows by recovered loss, of their right answers", columns, alone + shown
 
 
 def recovered_cells(row: Merged) -> tuple[str, str]:
