@@ -133,7 +133,7 @@ def test_neither_recipe_nor_study_can_be_reached_from_a_stage(
     study = Study(Recipe.load(finished / "recipe.yaml"), tmp_path, Reporter(quiet=True))
     study.engine.expect(look, 1)
     study.engine.do(look, "look", word="hello")
-    assert {field.name for field in fields(Context)} == {"scratch", "evaluator", "progress"}
+    assert {field.name for field in fields(Context)} == {"scratch", "evaluator", "generator", "progress"}
     assert any(isinstance(one, Recipe) for one in reachable(study))
     found = list(reachable(seen, *calls.values()))
     assert not [one for one in found if isinstance(one, Recipe | Study)]

