@@ -125,7 +125,7 @@ def asked(name: str = "mood", *, rows: int = 24, chat: bool = True) -> Task:
         for text in split["text_a"]:
             word = next(word for word in text.split() if word in moods)
             row: dict[str, Any] = {"text_a": text, "label": f"{word} {moods[word]}"}
-            found.append({**row, "history": []} if chat else row)
+            found.append({**row, "history": None} if chat else row)
         return Dataset.from_list(found)
 
     splits = {split: answered(getattr(texts, split)) for split in ("train", "heldout", "test")}

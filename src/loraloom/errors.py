@@ -53,7 +53,8 @@ def _cut(problem: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters, lone surrogates and their like as escapes; line breaks stay."""
+    """Return `text` with control characters, lone surrogates and their like as escapes; line breaks and blanks stay."""
+    text = text.replace("\xa0", " ")  # a blank that does not break; Python calls it not printable
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -24,6 +24,7 @@ STEERING = "\x1b]0;OWNED\x07\x1b[2J\x9b2J\u202e\udcff"
 def test_printable_shows_what_steers_a_terminal_and_keeps_the_rest() -> None:
     assert printable("a\x1b[2J\x07\r\tb\x9b\u202e\udcff") == "a\\x1b[2J\\x07\\r\\tb\\x9b\\u202e\\udcff"
     assert printable("Größe 尺寸 → 1\n2") == "Größe 尺寸 → 1\n2"
+    assert printable("95.5\xa0%") == "95.5 %"
 
 
 def test_every_kind_of_output_is_made_printable(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,16 +100,17 @@ def test_rows_longer_than_the_context_lose_the_beginning_of_their_prompt(kind: s
         generator.answers({}, encoded, 40)
 
 
-def test_chats_for_a_base_without_a_chat_template(place: Path) -> None:
+@pytest.mark.parametrize("before", [{"system": "very"}, {}])
+def test_chats_for_a_base_without_a_chat_template(place: Path, before: dict[str, str]) -> None:
     def chat(_: int, row: dict[str, str]) -> dict[str, Any]:
-        turns = {"system": "very", "user": row["prompt"], "assistant": row["answer"]}
+        turns = {**before, "user": row["prompt"], "assistant": row["answer"]}
         return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 
     for task in ("first", "last"):
         for split in ("train", "test"):
             rewrite(place / f"{task}.{split}.jsonl", chat)
     told = compared(place, "--base", writer_base(place / "plain"))
-    assert "the base has no chat template, and there are turns before the prompt (row 1, 2, 3 and 7 more)" in told
+    assert "the base has no chat template, and there are chats or system prompts (row 1, 2, 3 and 7 more)" in told
     assert "`chat: off`" in told
 
 

@@ -33,7 +33,7 @@ def test_rows(name: str, tasks: dict[str, Task]) -> None:
     prompts = [row["text_a"] for split in SPLITS for row in getattr(task, split)]
     assert len(set(prompts)) == len(prompts)
     assert max(len(prompt.split()) for prompt in prompts) <= 30
-    assert all(row["history"] == [] for row in task.test)  # so that the base's chat template is used
+    assert all(row["history"] is None for row in task.test)  # so that the base's chat template is used
 
 
 def test_names_are_of_words_of_the_summary(tasks: dict[str, Task]) -> None:

@@ -35,16 +35,17 @@ def encode_prompts(
 ) -> list[Asked]:
     """Return every row's prompt and answer as token ids.
 
-    rows: with a column `text_a`; `history`, turns before it, where the base's chat template is to be used; and
-      `label`, the answer, or without it the prompts alone.
+    rows: with a column `text_a`; `history`, where the base's chat template is to be used if it has one: the turns
+      before the prompt of a chat, which needs a template, or None for a prompt alone; and `label`, the answer, or
+      without it the prompts alone.
     tokenizer: of transformers; without a chat template prompt and answer stand as they are.
     max_length: tokens kept of both together, or of each where the base is `two_sided`. What is too long loses the
       beginning of its prompt, and a warning tells how many do.
     two_sided: whether the base has an encoder for the prompt.
     context: the most tokens that the base takes, whatever `max_length` is; None where it has no bound.
 
-    Raises LoraloomError for answers that leave no room for a prompt, and for turns before a prompt where the base has
-    no chat template, or one that refuses them.
+    Raises LoraloomError for answers that leave no room for a prompt, and for chats where the base has no chat template,
+    or one that refuses them.
     """
     asked = _whole(rows, tokenizer, two_sided)
     kept = min(max_length, context or max_length)
@@ -77,16 +78,17 @@ def _whole(rows: datasets.Dataset, tokenizer: Any, two_sided: bool) -> list[Aske
     """Return prompts and answers of any length."""
     nothing = [None] * len(rows)
     answers, histories = (rows[name] if name in rows.column_names else nothing for name in ("label", "history"))
-    chats = [str(number) for number, history in enumerate(histories, start=1) if history]
+    chats = [str(number) for number, history in enumerate(histories, start=1) if history is not None]
     if chats and not tokenizer.chat_template:
         raise LoraloomError(
-            f"the base has no chat template, and there are turns before the prompt (row {first_few(chats)})",
+            f"the base has no chat template, and there are chats or system prompts (row {first_few(chats)})",
             "name an instruct base; or give prompts alone, with `chat: off`",
         )
+    templated = tokenizer.chat_template and "history" in rows.column_names
     return [
-        _plain(tokenizer, prompt, answer, two_sided)
-        if history is None or not tokenizer.chat_template
-        else _chat(tokenizer, [*history, {"role": "user", "content": prompt}], answer)
+        _chat(tokenizer, [*(history or []), {"role": "user", "content": prompt}], answer)
+        if templated
+        else _plain(tokenizer, prompt, answer, two_sided)
         for prompt, answer, history in zip(rows["text_a"], answers, histories, strict=True)
     ]
 

@@ -77,7 +77,7 @@ class Conversation:
         """
         row: dict[str, Any] = {"text_a": prompt}
         if self.chat:
-            row["history"] = [{"role": "system", "content": self.system}] if self.system else []
+            row["history"] = [{"role": "system", "content": self.system}] if self.system else None
         generator = self.generator
         encoded = encode_prompts(
             datasets.Dataset.from_list([row]), generator.tokenizer, _UNCUT, two_sided=generator.two_sided

@@ -133,7 +133,7 @@ class Study:
         self.engine.expect(stages.collect_statistics, 1)
         rows = generic_rows(self.recipe.statistics.atlas_texts)
         if any("history" in task.train.column_names for task in self.tasks.values()):
-            rows = rows.add_column("history", [[]] * len(rows))  # by the chat template, as the tasks' prompts
+            rows = rows.add_column("history", [None] * len(rows))  # by the chat template, as the tasks' prompts
         return self._collect("atlas", Texts.of(rows))
 
     @cached_property

@@ -53,7 +53,7 @@ def choose_by_files(
     else:
         model = Generator(folder)
         if getattr(model.tokenizer, "chat_template", None):
-            rows = {name: one.add_column("history", [[]] * len(one)) for name, one in rows.items()}
+            rows = {name: one.add_column("history", [None] * len(one)) for name, one in rows.items()}
     found = agreement(
         members, model, rows, candidates, options=options, plan=plan, answer_tokens=_WRITTEN, reporter=reporter
     )

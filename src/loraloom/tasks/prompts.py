@@ -128,7 +128,7 @@ def prompt_rows(rows: Sequence[Row], *, chat: bool = True, system: str | None = 
     columns = {"text_a": datasets.Value("string"), "label": datasets.Value("string")}
     if not chat:
         return datasets.Dataset.from_list(list(rows), features=datasets.Features(columns))
-    before = [] if system is None else [{"role": "system", "content": system}]
+    before = None if system is None else [{"role": "system", "content": system}]
     features = datasets.Features({**columns, "history": [HISTORY]})
     return datasets.Dataset.from_list([{"history": before, **row} for row in rows], features=features)
 
@@ -193,7 +193,7 @@ def _checked(table: Table, options: PromptTask) -> Checked:
                 answer = _answer(cells.get(column))
                 column = options.prompt if options.template is None else "template"
                 turns = _prompt(cells, options)
-            rows.append(_row(turns, answer, options))
+            rows.append(_row(turns, answer, options, chat=isinstance(cells.get(column), list)))
         except ValueError as error:
             if options.empty == "drop" and str(error).startswith(("empty ", "null ")):
                 empty += 1
@@ -205,7 +205,8 @@ def _checked(table: Table, options: PromptTask) -> Checked:
     return Checked(rows, problems, empty)
 
 
-def _row(turns: Sequence[Turn], answer: str, options: PromptTask) -> Row:
+def _row(turns: Sequence[Turn], answer: str, options: PromptTask, *, chat: bool) -> Row:
+    """Return a row; a prompt alone, which is no `chat`'s, needs no chat template, and has None for its history."""
     *history, last = turns
     if last["role"] != "user":
         raise ValueError(f"the turn before the answer is the {last['role']}'s, not the user's")
@@ -215,7 +216,7 @@ def _row(turns: Sequence[Turn], answer: str, options: PromptTask) -> Row:
         return {"text_a": last["content"], "label": answer}
     if options.system is not None and not any(turn["role"] == "system" for turn in history):
         history = [{"role": "system", "content": options.system}, *history]
-    return {"text_a": last["content"], "label": answer, "history": history}
+    return {"text_a": last["content"], "label": answer, "history": history if chat or history else None}
 
 
 def _prompt(cells: Mapping[str, Any], options: PromptTask) -> list[Turn]:

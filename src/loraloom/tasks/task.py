@@ -51,9 +51,9 @@ class Task:
 
     Each split is a Dataset with the columns `text_a` (str), optionally `text_b` (str), and `label`: an index into
     `labels`, or a float where `labels` is None (regression). Where a task is `answering`, `text_a` is the prompt and
-    `label` the answer, a str, and `history`, a list of {role, content}, what stands before the prompt in a chat; it is
-    absent where no chat template is to be used. `heldout` is cut from the training rows: it picks checkpoints and
-    scales; `test` is only ever reported. `also` names metrics of answers beside the first.
+    `label` the answer, a str, and `history`, a list of {role, content}, what stands before the prompt in a chat, or
+    None for a prompt alone; it is absent where no chat template is to be used. `heldout` is cut from the training rows:
+    it picks checkpoints and scales; `test` is only ever reported. `also` names metrics of answers beside the first.
     """
 
     name: str
