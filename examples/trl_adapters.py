@@ -38,7 +38,7 @@ def chats(rows: Dataset) -> Dataset:
     """Return rows as TRL takes them, with the loss on the completion alone."""
     turns = [
         {
-            "prompt": [*row["history"], {"role": "user", "content": row["text_a"]}],
+            "prompt": [*(row["history"] or []), {"role": "user", "content": row["text_a"]}],
             "completion": [{"role": "assistant", "content": row["label"]}],
         }
         for row in rows
