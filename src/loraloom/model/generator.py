@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,11 +95,9 @@ class Generator:
         kept = max_length or self.max_length
         return encode_prompts(rows, self.tokenizer, kept, two_sided=self.two_sided, context=self.context)
 
-    @contextmanager
-    def running(self, updates: Mapping[str, Update]) -> Iterator[None]:
+    def running(self, updates: Mapping[str, Update]) -> AbstractContextManager[None]:
         """Have `updates` in the model while the context lasts. Raises LoraloomError where one does not fit."""
-        with switched_in(self.model, updates):
-            yield
+        return switched_in(self.model, updates)
 
     def batches(self, encoded: Sequence[Asked]) -> Iterator[tuple[Sequence[int], Batch]]:
         """Yield (row indices, model inputs with the answers as `answers`), longest first."""

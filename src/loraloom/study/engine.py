@@ -43,6 +43,10 @@ class Context:
     generator: Callable[[Base, Reading], Generator]
     progress: Callable[[int, int], None]
 
+    def model(self, base: Base, reading: Reading) -> Evaluator | Generator:
+        """Return the base model as what it is to be: one that writes, or one that gives features for heads."""
+        return self.generator(base, reading) if base.generates else self.evaluator(base, reading)
+
 
 @dataclass(frozen=True)
 class StageFunction(Generic[P]):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -137,53 +137,35 @@ def _result(
 
 def _merge_scores(study: Study, one: Trained, row: Evaluated) -> list[MergeScore]:
     """Return the scores of a merged adapter at one scale: on held-out rows, and on test rows where they were chosen."""
-    found = [_heldout_score(study, one, row, aligned) for aligned in study.heads]
+    found = [_merge_score(study, one, row, "heldout", row.heldout, aligned) for aligned in study.heads]
     for aligned, chosen in ((False, row.chosen_as_trained), (True, row.chosen_aligned)):
         if chosen and row.test is not None:
-            found.append(_test_score(study, one, row, row.test, aligned))
+            found.append(_merge_score(study, one, row, "test", row.test, aligned))
     return found
 
 
-def _heldout_score(study: Study, one: Trained, row: Evaluated, aligned: bool) -> MergeScore:
-    scores = study.judged(row.heldout, aligned)
+def _merge_score(
+    study: Study, one: Trained, row: Evaluated, split: Literal["heldout", "test"], output: Output, aligned: bool
+) -> MergeScore:
+    tested, written = split == "test", study.recipe.generates
+    scores = stages.read_scores(output, aligned) if tested else study.judged(output, aligned)
     together = average(scores.values())
-    if study.recipe.generates:  # recovered loss is a share of the single adapters' gain already
-        kept, recovered = together.value, scores
+    if written and not tested:  # recovered loss is a share of the single adapters' gain already
+        kept = together.value
     else:
-        kept, recovered = (
-            _kept(together, [stages.single_score(single, "heldout") for single in one.singles.values()]),
-            {},
-        )
+        kept = _kept(together, [study.alone(single, split) for single in one.singles.values()])
     return MergeScore(
         init=one.init,
         seed=one.seed,
         scale=row.scale,
         aligned=aligned,
-        split="heldout",
-        scale_chosen_with_labels=False,
+        split=split,
+        scale_chosen_with_labels=tested and len(row.settings.scales) > 1,
         scores=scores,
-        recovered=recovered,
+        recovered=answers.read_recovered(output) if written else {},
         average=together,
+        resamples=stages.read_resamples(output, aligned) if tested else [],
         kept=kept,
-        **merged_facts(row.merged),
-    )
-
-
-def _test_score(study: Study, one: Trained, row: Evaluated, output: Output, aligned: bool) -> MergeScore:
-    scores = stages.read_scores(output, aligned)
-    together = average(scores.values())
-    return MergeScore(
-        init=one.init,
-        seed=one.seed,
-        scale=row.scale,
-        aligned=aligned,
-        split="test",
-        scale_chosen_with_labels=len(row.settings.scales) > 1,
-        scores=scores,
-        recovered=answers.read_recovered(output) if study.recipe.generates else {},
-        average=together,
-        resamples=stages.read_resamples(output, aligned),
-        kept=_kept(together, [study.alone(single) for single in one.singles.values()]),
         **merged_facts(row.merged),
     )
 

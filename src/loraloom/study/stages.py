@@ -51,7 +51,7 @@ def collect_statistics(
 ) -> None:
     """Collect what the base model's layers see of texts."""
     settings = StatisticsSettings(kind=kind, max_length=reading.max_length, batch_size=reading.batch_size)
-    model = context.generator(base, reading) if base.generates else context.evaluator(base, reading)
+    model = context.model(base, reading)
     collect(model, texts.rows, targets, settings).save(folder / STATISTICS)
 
 
@@ -191,7 +191,7 @@ def merge_by_texts(
     """Merge at scale 1 by a rule that runs the base model on `texts` training texts a task."""
     members = read_adapters(adapters)
     tasks = {name: one.task for name, one in rows.items()}
-    model = context.generator(base, reading) if base.generates else context.evaluator(base, reading)
+    model = context.model(base, reading)
     probe = probe_of(model, members, tasks, texts, context.progress)
     asked = MergeOptions(rule, options, scale=1.0, seed=seed, normalise=normalise)
     _write_merge(folder, members, statistics, asked, probe)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
@@ -22,6 +22,7 @@ from loraloom.study.inputs import Base, Local, Output, Rows, Texts
 from loraloom.study.recipe import MergeSettings, Recipe, slug
 from loraloom.study.store import Store
 from loraloom.study.tasks import ROWS, make_task, task_arguments
+from loraloom.tasks.prompts import as_prompts
 from loraloom.tasks.task import Task
 
 GIVEN = "given adapters"  # the init of a recipe that brings its adapters
@@ -133,7 +134,7 @@ class Study:
         self.engine.expect(stages.collect_statistics, 1)
         rows = generic_rows(self.recipe.statistics.atlas_texts)
         if any("history" in task.train.column_names for task in self.tasks.values()):
-            rows = rows.add_column("history", [None] * len(rows))  # by the chat template, as the tasks' prompts
+            rows = as_prompts(rows)
         return self._collect("atlas", Texts.of(rows))
 
     @cached_property
@@ -349,9 +350,9 @@ class Study:
             scale=scale,
         )
 
-    def alone(self, single: Output) -> Score:
-        """Return the score on test rows of an adapter alone, or of the base model."""
-        return answers.alone_score(single) if self.recipe.generates else stages.single_score(single, "test")
+    def alone(self, single: Output, split: Literal["heldout", "test"] = "test") -> Score:
+        """Return the score of an adapter alone, or of the base model; where answers are written, on test rows."""
+        return answers.alone_score(single) if self.recipe.generates else stages.single_score(single, split)
 
     def judged(self, heldout: Output, aligned: bool) -> dict[str, Score]:
         """Return the scores by task by which held-out rows judge a scale: recovered loss where answers are written."""

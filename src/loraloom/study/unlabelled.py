@@ -15,6 +15,7 @@ from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
 from loraloom.statistics.texts import read_texts
+from loraloom.tasks.prompts import as_prompts
 
 _WRITTEN = 32  # tokens of an answer, at most: the first ones tell as much as the later
 
@@ -53,7 +54,7 @@ def choose_by_files(
     else:
         model = Generator(folder)
         if getattr(model.tokenizer, "chat_template", None):
-            rows = {name: one.add_column("history", [None] * len(one)) for name, one in rows.items()}
+            rows = {name: as_prompts(one) for name, one in rows.items()}
     found = agreement(
         members, model, rows, candidates, options=options, plan=plan, answer_tokens=_WRITTEN, reporter=reporter
     )

@@ -14,7 +14,7 @@ from loraloom.errors import first_few, raise_problems
 from loraloom.tasks.classify import Classify, label_name
 from loraloom.tasks.regress import Regress
 from loraloom.tasks.sources import Table, check_unicode
-from loraloom.tasks.splits import Checked, Row, SplitTask, leak_free, read_tables
+from loraloom.tasks.splits import Checked, Row, SplitTask, parted, read_tables
 from loraloom.tasks.task import Metric, Task
 
 
@@ -70,16 +70,12 @@ def file_task(name: str, options: FileTask, *, seed: int = 0) -> Task:
     problems += faults
     checked = {split: _checked(table, options, kind) for split, table in tables.items()}
     problems += [problem for one in checked.values() for problem in one.problems]
-    parts: dict[str, list[Row]] = {}
-    dropped: dict[str, int] = {}
-    if len(checked) == len(options.sources):  # a split is missing, and that has been told
-        rows = {split: one.rows for split, one in checked.items()}
-        parts, dropped, faults = leak_free(rows, options, seed)
-        problems += faults
-        if not options.regression and not problems and len({row["label"] for row in parts["train"]}) == 1:
-            problems.append(
-                f"{options.train}: {options.label}: all training rows left have one label: ask for more train_rows"
-            )
+    parts, dropped, faults = parted(checked, options, seed)
+    problems += faults
+    if not options.regression and not problems and len({row["label"] for row in parts["train"]}) == 1:
+        problems.append(
+            f"{options.train}: {options.label}: all training rows left have one label: ask for more train_rows"
+        )
     without_text = any(": empty text: " in problem or ": null text: " in problem for problem in problems)
     hint = "`empty: drop` in the recipe leaves rows without text out" if without_text else ""
     raise_problems(f"task {name!r}", problems, hint)

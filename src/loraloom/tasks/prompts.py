@@ -15,7 +15,7 @@ from loraloom.errors import LoraloomError, first_few, raise_problems
 from loraloom.tasks.answers import AnswerMetric, answer_problems
 from loraloom.tasks.generate import ANSWER_TOKENS, Generate
 from loraloom.tasks.sources import Table, check_unicode, read_table
-from loraloom.tasks.splits import Checked, Row, SplitTask, leak_free, read_tables
+from loraloom.tasks.splits import Checked, Row, SplitTask, parted, read_tables
 from loraloom.tasks.task import Task
 
 HISTORY = {"role": datasets.Value("string"), "content": datasets.Value("string")}  # a turn before the prompt
@@ -93,12 +93,8 @@ def prompt_task(name: str, options: PromptTask, *, seed: int = 0) -> Task:
     tables, problems = read_tables(options, wanted, lambda table: _needed(options, table))
     checked = {split: _checked(table, options) for split, table in tables.items()}
     problems += [problem for one in checked.values() for problem in one.problems]
-    parts: dict[str, list[Row]] = {}
-    dropped: dict[str, int] = {}
-    if len(checked) == len(options.sources):  # a split is missing, and that has been told
-        rows = {split: one.rows for split, one in checked.items()}
-        parts, dropped, faults = leak_free(rows, options, seed)
-        problems += faults or _unmeasured(parts, options)
+    parts, dropped, faults = parted(checked, options, seed)
+    problems += faults or _unmeasured(parts, options)
     without_text = any(": empty " in problem or ": null " in problem for problem in problems)
     hint = "`empty: drop` in the recipe leaves rows without prompt or answer out" if without_text else ""
     raise_problems(f"task {name!r}", problems, hint)
@@ -133,6 +129,11 @@ def prompt_rows(rows: Sequence[Row], *, chat: bool = True, system: str | None = 
     return datasets.Dataset.from_list([{"history": before, **row} for row in rows], features=features)
 
 
+def as_prompts(texts: datasets.Dataset) -> datasets.Dataset:
+    """Return texts as prompts alone, before which nothing stands: for the base's chat template, where it has one."""
+    return texts.add_column("history", [None] * len(texts))
+
+
 def read_prompts(source: str, count: int, *, answers: bool) -> datasets.Dataset:
     """Return the first `count` rows of prompts in a file or on the Hub: text_a, history, and with `answers` label.
 
@@ -163,6 +164,7 @@ def _unmeasured(parts: Mapping[str, list[Row]], options: PromptTask) -> list[str
     return [
         f"{options.sources.get(split, options.train)}: {problem}"
         for split in ("heldout", "test")
+        if split in parts
         for metric in options.metric
         for problem in answer_problems(metric, [row["label"] for row in parts[split]])
     ]
