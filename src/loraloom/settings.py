@@ -11,6 +11,7 @@ from loraloom.errors import raise_problems
 
 Tokens = Literal["prompt", "answer", "both"]  # of rows of prompts and answers, which tokens statistics count
 Kind = Literal["token", "sample"]  # what a row of statistics is: a token, or the mean over a sample's tokens
+Precision = Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 where a GPU has it
 AGREEMENT_TEXTS = 32  # unlabelled texts a task by which rule and scale are chosen; docs/agreement.md
 
 
@@ -95,8 +96,14 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     patience: int | None = Field(None, ge=1, description="epochs without a better held-out metric before it stops")
     eval_batch_size: int = Field(64, ge=1, description="rows that a process measures at once")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where a GPU has it")
+    precision: Precision = Field("auto", description="auto: bfloat16 where a GPU has it")
     gradient_checkpointing: bool = False
+
+
+class EvaluationSettings(Settings):
+    """How models are run when they are measured."""
+
+    precision: Precision = Field("auto", description="of a base that writes; auto: bfloat16 where a GPU has it")
 
 
 class AlignmentSettings(Settings):

@@ -39,6 +39,7 @@ from loraloom.files.outputs import check_folder
 from loraloom.model.load import base_sha256
 from loraloom.model.objective import Objective, objective
 from loraloom.model.processes import by_first, check_training, on_cpu, raise_of_all, rank_and_size, started
+from loraloom.model.runner import in_bfloat16
 from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.keep import keep_callback
 from loraloom.tasks.task import Task
@@ -170,7 +171,6 @@ def lora_config(lora: LoraSettings, head: list[str], task_type: TaskType = TaskT
 def _arguments(
     aim: Objective, settings: TrainingSettings, seed: int, checkpoints: Path, epochs: int
 ) -> TrainingArguments:
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     known = {field.name for field in fields(TrainingArguments)}
     by_version: dict[str, Any] = {}  # options that transformers 5 renamed on its way
     if "train_sampling_strategy" in known:
@@ -191,7 +191,7 @@ def _arguments(
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         use_cpu=on_cpu() or not torch.accelerator.is_available(),  # told, or it refuses bfloat16 there
-        bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and bf16),
+        bf16=in_bfloat16(settings.precision),
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",

@@ -119,3 +119,12 @@ def test_a_base_without_generation_config_writes(tmp_path: Path) -> None:
     assert len(found.answers) == len(task.test)
     assert found.score.more.keys() == {"token_f1", "loss"}
     assert found.score.more["loss"].value == pytest.approx(float(found.losses[:, 0].sum() / found.losses[:, 1].sum()))
+
+
+def test_in_bfloat16_the_losses_are_those_of_float32_to_its_precision(tmp_path: Path) -> None:
+    base, rows = str(tiny.base_folder("llama", tmp_path / "base")), tiny.asked(rows=6, chat=False).train
+    whole, half = Generator(base), Generator(base, precision="bfloat16")
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    expected, found = (one.losses({}, one.encode(rows)) for one in (whole, half))
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)

@@ -17,9 +17,10 @@ from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 from loraloom.model.load import context_of, is_two_sided, load_generator, load_tokenizer
 from loraloom.model.prompts import Asked, encode_prompts, end_token
-from loraloom.model.runner import device, switched_in
+from loraloom.model.runner import device, in_bfloat16, switched_in
 from loraloom.model.tokens import IGNORED, Batch
 from loraloom.results import Score
+from loraloom.settings import Precision
 from loraloom.tasks.answers import answer_score, loss_score
 from loraloom.tasks.task import Task
 
@@ -77,16 +78,23 @@ ANSWERS = "answers"  # of a batch: (b, L) int64, the answers' tokens, -100 where
 
 
 class Generator:
-    """One base model that writes answers for any adapter. The model itself stays as it was loaded."""
+    """One base model that writes answers for any adapter. The model itself stays as it was loaded.
 
-    def __init__(self, base: str, *, max_length: int = 128, batch_size: int = 64) -> None:
+    In bfloat16, as it will be served, it takes half the memory and about half the time.
+    """
+
+    def __init__(
+        self, base: str, *, max_length: int = 128, batch_size: int = 64, precision: Precision = "float32"
+    ) -> None:
         self.base = base
         self.max_length = max_length
         self.batch_size = batch_size
         self.two_sided = is_two_sided(base)
         self.tokenizer = load_tokenizer(base)
         model: Any = load_generator(base)
-        self.model = model.to(device()).eval().requires_grad_(False)
+        self.model = (
+            model.to(device(), torch.bfloat16 if in_bfloat16(precision) else torch.float32).eval().requires_grad_(False)
+        )
         self.context = context_of(self.model.config)
         self._options = inspect.signature(self.model.forward).parameters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from loraloom.adapters.heads import Head
 from loraloom.model.load import context_of, head_modules, is_two_sided, load_classifier, load_generator, load_tokenizer
 from loraloom.model.prompts import encode_prompts
-from loraloom.model.tokens import encode
+from loraloom.model.tokens import IGNORED, encode
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import Task
 
@@ -65,11 +66,33 @@ def _writing(base: str, max_length: int) -> Objective:
         head=[],
         task_type=task_type(base, generates=True),
         rows=rows,
-        collator=DataCollatorForSeq2Seq(tokenizer, model=model if two_sided else None),
+        collator=DataCollatorForSeq2Seq(tokenizer, model=model) if two_sided else _AtTheEnd(model, tokenizer),
         compute=None,
         metric="loss",
         greater=False,
     )
+
+
+class _AtTheEnd:
+    """Pads a decoder's rows on the left: answers then stand at the right end, and no other logits are computed.
+
+    A prompt's logits are most of a batch, and with a large vocabulary most of the memory of training.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        tokenizer.padding_side = "left"
+        self.pad = DataCollatorForSeq2Seq(tokenizer)
+        self.takes = inspect.signature(model.forward).parameters
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = dict(self.pad(rows))
+        if "position_ids" in self.takes:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+        if "logits_to_keep" in self.takes:
+            # the logits before an answer's first token say it
+            kept = int((batch["labels"] != IGNORED).sum(dim=1).max()) + 1
+            batch |= {"labels": batch["labels"][:, -kept:], "logits_to_keep": kept}
+        return batch
 
 
 def _with_head(base: str, task: Task, max_length: int, seed: int) -> Objective:

@@ -16,6 +16,7 @@ from loraloom.model.layers import LayerReader, layer_shape
 from loraloom.model.load import load_backbone, load_tokenizer
 from loraloom.model.tokens import Encoded, batch_sides, batches, encode
 from loraloom.results import Score
+from loraloom.settings import Precision
 from loraloom.tasks.metrics import score
 from loraloom.tasks.task import Task
 
@@ -143,6 +144,13 @@ def labels(task: Task, split: str) -> Tensor:
 def device() -> str:
     """Return where base models run."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def in_bfloat16(precision: Precision) -> bool:
+    """Tell whether `precision` is bfloat16 on this machine."""
+    return precision == "bfloat16" or (
+        precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
 
 
 @contextmanager

@@ -230,4 +230,9 @@ def evaluator_of(recipe: Recipe) -> Evaluator:
 def generator_of(recipe: Recipe) -> Generator:
     """Load the recipe's base model as one that writes; it reads rows as a study evaluates them."""
     training = recipe.training
-    return Generator(base_folder(recipe.base), max_length=training.max_length, batch_size=training.eval_batch_size)
+    return Generator(
+        base_folder(recipe.base),
+        max_length=training.max_length,
+        batch_size=training.eval_batch_size,
+        precision=recipe.evaluation.precision,
+    )

@@ -43,7 +43,7 @@ class Conversation:
     ) -> None:
         problems = writing_problems(adapters.values(), load_tokenizer(base))
         raise_problems("no prompt can be answered", problems, f"name adapters of {base}")
-        self.generator = Generator(base_folder(base), batch_size=1)
+        self.generator = Generator(base_folder(base), batch_size=1, precision="auto")
         self.adapters: dict[str, Mapping[str, Update]] = {BASE: {}}
         errors: list[LoraloomError] = []
         for name, adapter in adapters.items():

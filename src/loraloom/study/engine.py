@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
+from loraloom.settings import Precision
 from loraloom.study.inputs import Base, Input, Local, Output
 from loraloom.study.store import Stage, Store
 
@@ -23,10 +24,11 @@ Model = TypeVar("Model", Evaluator, Generator)
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read: tokens kept of a text, and rows of a batch."""
+    """How rows are read: tokens kept of a text, rows of a batch, and the precision of a base that writes."""
 
     max_length: int
     batch_size: int
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Engine:
         self.store = store
         self.reporter = reporter
         self.loaded: Evaluator | Generator | None = None
+        self._asked: object = None  # what it was loaded by
 
     def expect(self, function: StageFunction[Any], count: int) -> None:
         """Announce `count` stages of one function, to show how far they are."""
@@ -122,12 +125,13 @@ class Engine:
 
     def generator(self, base: Base, reading: Reading) -> Generator:
         """Return the base model that writes, loaded where it is not, that reads rows as asked."""
-        return self._loaded(Generator, base, reading)
+        return self._loaded(Generator, base, reading, precision=reading.precision)
 
-    def _loaded(self, of: type[Model], base: Base, reading: Reading) -> Model:
-        if not isinstance(self.loaded, of) or self.loaded.base != base.folder:
+    def _loaded(self, of: type[Model], base: Base, reading: Reading, **options: Any) -> Model:
+        asked = (base.folder, options)
+        if not isinstance(self.loaded, of) or self._asked != asked:
             self.loaded = None  # two large ones would not fit
-            self.loaded = of(base.folder)
+            self.loaded, self._asked = of(base.folder, **options), asked
         found = copy(self.loaded)
         found.max_length, found.batch_size = reading.max_length, reading.batch_size
         return found

@@ -98,7 +98,7 @@ def run_harness(
     raise_problems("it cannot answer the tasks' prompts", problems, "name an adapter of this base model")
     with _said_by(tasks, quiet):
         manager = _manager(tasks, folder)
-    generator = Generator(base_folder(base), batch_size=batch_size)
+    generator = Generator(base_folder(base), batch_size=batch_size, precision="auto")
     if chat and not generator.tokenizer.chat_template:
         raise LoraloomError(f"{base}: the base has no chat template", "leave --lm-eval-chat out")
     with _said_by(tasks, quiet), generator.running(read.updates):

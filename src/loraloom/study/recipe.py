@@ -27,6 +27,7 @@ from loraloom.merging.options import Normalise
 from loraloom.merging.registry import get_rule
 from loraloom.settings import (
     AlignmentSettings,
+    EvaluationSettings,
     LoraSettings,
     Settings,
     StatisticsSettings,
@@ -149,6 +150,7 @@ class Recipe(Settings):
     lora: LoraSettings = LoraSettings()
     statistics: StatisticsSettings = StatisticsSettings()
     training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     inits: dict[str, InitSettings] = Field({})
     adapters: dict[str, Path] = Field({}, description="finished adapter folders by task, in place of inits")
     merging: list[MergeSettings] = Field([])
@@ -337,6 +339,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "lora": LoraSettings,
     "statistics": StatisticsSettings,
     "training": TrainingSettings,
+    "evaluation": EvaluationSettings,
     "inits": InitSettings,
     "merging": MergeSettings,
     "alignment": AlignmentSettings,

@@ -70,7 +70,8 @@ class Study:
         self.folder = Path(folder)
         self.engine = Engine(Store(self.folder / "stages"), reporter)
         self.base = Base.of(recipe.base, generates=recipe.generates)
-        self.reading = Reading(recipe.training.max_length, recipe.training.eval_batch_size)
+        training = recipe.training
+        self.reading = Reading(training.max_length, training.eval_batch_size, recipe.evaluation.precision)
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
