@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
-from loraloom.settings import Precision
 from loraloom.study.inputs import Base, Input, Local, Output
 from loraloom.study.store import Stage, Store
 
@@ -24,11 +23,10 @@ Model = TypeVar("Model", Evaluator, Generator)
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read: tokens kept of a text, rows of a batch, and the precision of a base that writes."""
+    """How rows are read: tokens kept of a text, and rows of a batch."""
 
     max_length: int
     batch_size: int
-    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Engine:
 
     def generator(self, base: Base, reading: Reading) -> Generator:
         """Return the base model that writes, loaded where it is not, that reads rows as asked."""
-        return self._loaded(Generator, base, reading, precision=reading.precision)
+        return self._loaded(Generator, base, reading, precision=base.precision)
 
     def _loaded(self, of: type[Model], base: Base, reading: Reading, **options: Any) -> Model:
         asked = (base.folder, options)

@@ -11,6 +11,8 @@ from datasets import Dataset
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import file_sha256, json_sha256
 from loraloom.model.load import base_folder, base_sha256
+from loraloom.model.runner import in_bfloat16
+from loraloom.settings import Precision
 from loraloom.study.store import Stage
 from loraloom.tasks.task import Task
 
@@ -57,7 +59,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model in `folder`, as a language model where it `generates`.
+    """The base model in `folder`, as a language model where it `generates`, run in this precision.
 
     Adapters record its `name`, which like a label is no part of the key.
     """
@@ -66,13 +68,16 @@ class Base:
     folder: str
     key: str
     generates: bool = False
+    precision: Precision = "float32"
 
     @classmethod
-    def of(cls, base: str, *, generates: bool = False) -> Base:
+    def of(cls, base: str, *, generates: bool = False, precision: Precision = "float32") -> Base:
         """Return the base model of this name on the hub, or in this folder. Raises LoraloomError as `load` does."""
         folder = base_folder(base)
         sha256 = base_sha256(folder)
-        return cls(base, folder, json_sha256(["generates", sha256]) if generates else sha256, generates)
+        half = ["bfloat16"] if in_bfloat16(precision) else []
+        key = json_sha256(["generates", sha256, *half]) if generates else sha256
+        return cls(base, folder, key, generates, precision)
 
 
 @dataclass(frozen=True)

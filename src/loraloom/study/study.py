@@ -70,8 +70,8 @@ class Study:
         self.folder = Path(folder)
         self.engine = Engine(Store(self.folder / "stages"), reporter)
         self.base = Base.of(recipe.base, generates=recipe.generates)
-        training = recipe.training
-        self.reading = Reading(training.max_length, training.eval_batch_size, recipe.evaluation.precision)
+        self.measured = Base.of(recipe.base, generates=recipe.generates, precision=recipe.evaluation.precision)
+        self.reading = Reading(recipe.training.max_length, recipe.training.eval_batch_size)
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -145,7 +145,7 @@ class Study:
             return {}
         self.engine.expect(answers.evaluate_base, len(self.tasks))
         return {
-            name: self.engine.do(answers.evaluate_base, name, rows=rows, base=self.base, reading=self.reading)
+            name: self.engine.do(answers.evaluate_base, name, rows=rows, base=self.measured, reading=self.reading)
             for name, rows in self.rows.items()
         }
 
@@ -181,7 +181,7 @@ class Study:
             merged=row.merged,
             adapters=one.adapters,
             rows=self.rows,
-            base=self.base,
+            base=self.measured,
             reading=self.reading,
             scale=row.scale,
         )
@@ -250,7 +250,7 @@ class Study:
                 f"{one.label}.{name}",
                 adapter=one.adapters[name],
                 rows=self.rows[name],
-                base=self.base,
+                base=self.measured,
                 reading=self.reading,
             )
             return
@@ -259,7 +259,7 @@ class Study:
             f"{one.label}.{name}",
             adapter=one.adapters[name],
             rows=self.rows[name],
-            base=self.base,
+            base=self.measured,
             reading=self.reading,
             texts=self.recipe.alignment.texts,
         )
@@ -316,7 +316,7 @@ class Study:
             adapters=one.adapters,
             singles=one.singles,
             rows=self.rows,
-            base=self.base,
+            base=self.measured,
             reading=self.reading,
             scale=scale,
             texts=self.recipe.alignment.texts,
@@ -333,7 +333,7 @@ class Study:
             adapters=one.adapters,
             heldout=heldout,
             rows=self.rows,
-            base=self.base,
+            base=self.measured,
             reading=self.reading,
             scale=scale,
         )
@@ -346,7 +346,7 @@ class Study:
             bases=self.bases,
             singles=one.singles,
             rows=self.rows,
-            base=self.base,
+            base=self.measured,
             reading=self.reading,
             scale=scale,
         )
