@@ -65,6 +65,7 @@ from .merging.fuse import fuse as fuse
 from .merging.placement import Changes as Changes
 from .merging.registry import Probe as Probe
 from .merging.rules.regression import reading_groups as reading_groups, rows_read as rows_read
+from .merging.serving import ExportFacts as ExportFacts, export_folder as export_folder
 from .model.generator import Answered as Answered, Generator as Generator, answer_task as answer_task
 
 # the base model

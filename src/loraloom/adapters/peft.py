@@ -131,6 +131,7 @@ def adapter_writer(
     head: Iterable[str] = (),
     forms: Mapping[str, Form] | None = None,
     *,
+    rank: int | None = None,
     kind: str = ADAPTER,
     overwrite: bool = False,
     inputs: Iterable[Path] = (),
@@ -143,12 +144,13 @@ def adapter_writer(
     modules: paths of the layers whose updates will come.
     head: paths of the head's parameters that will come.
     forms: of the modules that are not linear layers.
+    rank: in which every layer is written, widened by zeros; None writes each in its own.
     kind, overwrite, inputs: see `staged_folder`.
 
     Raises LoraloomError where a value does not fit `dtype`.
     """
     with staged_folder(Path(folder), kind=kind, overwrite=overwrite, inputs=inputs) as staged:
-        weights = UpdateFile(staged, dtype, modules, head, forms or {})
+        weights = UpdateFile(staged, dtype, modules, head, forms or {}, rank)
         try:
             yield AdapterWriter(Path(folder), staged, config, weights)
         finally:
@@ -162,6 +164,7 @@ def write_adapter(
     provenance: Mapping[str, Any],
     files: Mapping[str, str] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    rank: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as a PEFT folder, with its head and what comes along with it, and return the folder.
@@ -170,12 +173,13 @@ def write_adapter(
     provenance: the content of loraloom.json.
     files: further text files by name.
     extra: further safetensors files by name, as tensors by name.
+    rank: in which every layer is written, widened by zeros; None writes each in its own.
     overwrite: replace an earlier result of the same `provenance["kind"]`.
 
     Raises LoraloomError where a value does not fit the dtype or the folder may not be written; it is then as it was.
     """
     whole = [*adapter.head, *adapter.copies]
-    place: dict[str, Any] = {"kind": str(provenance.get("kind", ADAPTER)), "overwrite": overwrite}
+    place: dict[str, Any] = {"kind": str(provenance.get("kind", ADAPTER)), "overwrite": overwrite, "rank": rank}
     place["inputs"] = [adapter.path] if adapter.path else []
     with adapter_writer(folder, adapter.config, adapter.dtype, adapter.updates, whole, adapter.forms, **place) as out:
         out.add_head(adapter.head)

@@ -20,15 +20,22 @@ from loraloom.files.tensors import TensorFile, all_finite
 class UpdateFile:
     """The weights of an adapter, written update by update with a scaling of 1 (alpha = r), for B holds it already.
 
-    `names` of further tensors must be told at the start; `forms` as in `Adapter`. `ranks` and `overflowing` tell what
-    was written and what did not fit `dtype`.
+    `names` of further tensors must be told at the start; `forms` as in `Adapter`. Every update is widened to `rank` by
+    zeros where it is given. `ranks` and `overflowing` tell what was written and what did not fit `dtype`.
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, modules: Iterable[str], names: Iterable[str], forms: Mapping[str, Form]
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        modules: Iterable[str],
+        names: Iterable[str],
+        forms: Mapping[str, Form],
+        rank: int | None = None,
     ) -> None:
         self.dtype = dtype
         self.forms = forms
+        self.rank = rank
         self.ranks: dict[str, int] = {}
         self.overflowing: list[str] = []
         self._waiting: dict[str, dict[str, Update]] = {}  # experts of a module that is not whole yet
@@ -40,6 +47,8 @@ class UpdateFile:
         form = self.forms.get(module)
         if self.dtype == torch.float16:
             update = balanced(update)
+        if self.rank:
+            update = widened(update, self.rank)
         if form and form.kind == "experts":
             self._add_expert(module, form, update)
             return
@@ -100,7 +109,7 @@ class UpdateFile:
             return
         rank = self.ranks[outer] = max(one.rank for one in waiting.values())
         for name, count in stored.items():
-            parts = [_widened(waiting[f"{name}.{index}"], rank) for index in range(count)]
+            parts = [widened(waiting[f"{name}.{index}"], rank) for index in range(count)]
             self._write(f"{name}.lora_A.weight", torch.cat([part.A for part in parts]))
             self._write(f"{name}.lora_B.weight", torch.stack([part.B for part in parts], dim=2).flatten(1))
         del self._waiting[outer]
@@ -127,7 +136,10 @@ def _outer(form: Form) -> str:
     return without_wrappers(form.module) if form.kind == "experts" else ""
 
 
-def _widened(update: Update, rank: int) -> Update:
+def widened(update: Update, rank: int) -> Update:
+    """Return the same dW in rank `rank`, by rows of A and columns of B of 0. Raises ValueError where it is larger."""
     more = rank - update.rank
+    if more < 0:
+        raise ValueError(f"an update of rank {update.rank} does not fit rank {rank}")
     pad = torch.nn.functional.pad
     return Update(pad(update.B, (0, more)), pad(update.A, (0, 0, 0, more)))

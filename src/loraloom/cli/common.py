@@ -39,6 +39,15 @@ RecipeOption = Annotated[Path, typer.Option("--recipe", help="Recipe in YAML tha
 Base = Annotated[
     str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or local folder.")
 ]
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="vllm|sglang|llamacpp|ollama",
+        help="Server to write the adapter for: one rank that it takes in every layer, alpha the same, no heads; or why "
+        "it would not take it. docs/serving.md tells what each takes.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the study. Every task draws its own from it.")]
 
 

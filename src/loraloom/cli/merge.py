@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 from typer.core import TyperCommand
 
-from loraloom.cli.common import AsJson, Base, Output, Overwrite, Quiet, RecipeOption, command, read_recipe, typed
+from loraloom.cli.common import (
+    AsJson,
+    Base,
+    Output,
+    Overwrite,
+    Quiet,
+    RecipeOption,
+    ServerOption,
+    command,
+    read_recipe,
+    typed,
+)
 from loraloom.errors import LoraloomError
 from loraloom.settings import AGREEMENT_TEXTS
 
@@ -152,6 +163,7 @@ def merge(
             help="The adapters were trained one on top of the other, in this order (SFT, then DPO): sum them whole.",
         ),
     ] = False,
+    server: ServerOption = None,
     fuse_into: Annotated[
         Path | None,
         typer.Option("--fuse-into", help="Checkpoint folder of the base model. It is written with the result in it."),
@@ -177,6 +189,8 @@ def merge(
 
         if stack:
             _check_stack(context)
+        if server and fuse_into:
+            raise LoraloomError("--for writes an adapter, --fuse-into a whole checkpoint", "leave out one of them")
         paths, options = split_arguments(adapters, rule, _flags(context))
         candidates = to_try(rule, scale, options, recipe, unlabelled)
         look, choose, count = None, None, probe_texts or AGREEMENT_TEXTS
@@ -194,7 +208,7 @@ def merge(
         weight = former_weights(weights, weight)
         named = MergeOptions.rule if rule == AUTO else rule
         asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)
-        asked = replace(asked, targets=cast("Targets", targets), stack=stack, normalise=way)
+        asked = replace(asked, targets=cast("Targets", targets), stack=stack, normalise=way, server=server)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(
             paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look, choose=choose

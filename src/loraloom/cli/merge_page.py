@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraloom.adapters.servers import VLLM, ServedFacts
 from loraloom.cli.terminal import Out
 from loraloom.cli.words import counted
 from loraloom.merging.card import agreement_lines, agreement_table, columns, member_rows, merge_lines
@@ -16,8 +17,6 @@ from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, Merg
 
 if TYPE_CHECKING:
     from loraloom.results import MergeScore, StudyResult
-
-_SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
 
 
 def plan_page(out: Out, facts: MergeFacts) -> None:
@@ -100,9 +99,29 @@ def next_step(out: Out, facts: MergeFacts, folder: Path, align: Sequence[object]
         out.next("write it", "loraloom", *(word for word in sys.argv[1:] if word != "--dry-run"))
     elif isinstance(facts, FusionFacts):
         out.next("serve it", "vllm", "serve", folder)
+    elif isinstance(facts, MergedFacts) and facts.served:
+        serve_steps(out, facts.served, folder, facts.base)
     elif isinstance(facts, MergedFacts) and facts.heads:
         out.next("fit the heads to it, without labels", *align)
-    elif isinstance(facts, MergedFacts) and facts.output_rank <= _SERVED[-1]:
-        rank = next(rank for rank in _SERVED if rank >= facts.output_rank)
-        lora = ("--enable-lora", "--lora-modules", f"merged={folder}", "--max-lora-rank", rank)
-        out.next("serve it", "vllm", "serve", facts.base or "BASE", *lora)
+    elif isinstance(facts, MergedFacts) and facts.output_rank <= VLLM.ranks[-1]:
+        rank = next(rank for rank in VLLM.ranks if rank >= facts.output_rank)
+        serve_steps(out, ServedFacts(VLLM.name, rank), folder, facts.base)
+
+
+def serve_steps(out: Out, served: ServedFacts, folder: Path, base: str | None) -> None:
+    """Print the commands by which a server takes the adapter in `folder`; docs/serving.md tells more of them."""
+    base, named = base or "BASE", f"merged={folder}"
+    if served.server == "vllm":
+        rank = ("--max-lora-rank", served.rank)
+        out.next("serve it", "vllm", "serve", base, "--enable-lora", "--lora-modules", named, *rank)
+    elif served.server == "sglang":
+        launch = ("python", "-m", "sglang.launch_server", "--model-path", base)
+        out.next("serve it", *launch, "--enable-lora", "--lora-paths", named)
+    else:
+        gguf = f"{folder.name}.gguf"
+        where = ("--base", base, "--outfile", gguf)
+        out.next("convert it, in llama.cpp's folder", "python", "convert_lora_to_gguf.py", folder.resolve(), *where)
+        if served.server == "llamacpp":
+            out.next("serve it", "llama-server", "-m", "BASE.gguf", "--lora", gguf)
+        else:
+            out.next(f"serve it, by a Modelfile with FROM BASE and ADAPTER ./{gguf}", "ollama", "create", "merged")

@@ -114,6 +114,12 @@ def remove_leftovers(folder: Path) -> None:
         warnings.warn(f"{folder}: removed {what} left half-written{back}", stacklevel=1)
 
 
+def make_readable(folder: Path) -> None:
+    """Let everybody read what lies in `folder`: what serves it is often another user, in a container."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 @contextmanager
 def _staging(parent: Path) -> Iterator[Path]:
     """Yield a hidden folder in `parent`, locked as long as this process lives and removed at the end."""

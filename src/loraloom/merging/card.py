@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loraloom.adapters.servers import ServedFacts, get_server
 from loraloom.merging.choice import AgreementFacts, CandidateFacts
 from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
 from loraloom.merging.registry import get_rule, option_flag
@@ -61,6 +62,8 @@ def merge_lines(facts: MergeFacts) -> Lines:
         lines += _fused(facts)
     elif isinstance(facts, ForecastFacts):
         lines += _forecast(facts)
+    if facts.served:
+        lines.append(("written for", served_line(facts.served)))
     lines += agreement_lines(facts.agreement) if facts.agreement else []
     if facts.stack is not None:
         lines.append(("stack", "; ".join([", then ".join(one.name for one in facts.inputs), *facts.stack])))
@@ -70,6 +73,11 @@ def merge_lines(facts: MergeFacts) -> Lines:
     if facts.left_out:
         lines.append(("left out", _grouped(facts.left_out)))
     return lines
+
+
+def served_line(served: ServedFacts) -> str:
+    """Return the server that an adapter is written for, and how."""
+    return f"{get_server(served.server).title}: rank and alpha {served.rank} in every layer"
 
 
 def agreement_table(facts: AgreementFacts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

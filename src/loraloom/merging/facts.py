@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from loraloom.adapters.peft import PROVENANCE, read_provenance
+from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError
@@ -83,6 +84,7 @@ class MergeFacts:
     normalise: what was made equal of all inputs, before the weights.
     carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
     agreement: every candidate that was tried where rule or scale were chosen without labels.
+    served: the server that the result is written for, and its rank there.
     """
 
     kind: str
@@ -108,6 +110,7 @@ class MergeFacts:
     warnings: list[str]
     versions: dict[str, str]
     agreement: AgreementFacts | None = field(default=None, kw_only=True)
+    served: ServedFacts | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(
@@ -142,6 +145,7 @@ class MergeFacts:
             warnings=plan.warnings + (drowned(in_force) if plan.normalise == "none" and not plan.stack else []),
             versions={"loraloom": version("loraloom"), "torch": torch.__version__},
             agreement=plan.agreement,
+            served=plan.served,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from loraloom.adapters.peft import adapter_writer
 from loraloom.adapters.together import Targets
 from loraloom.adapters.update import Adapter
+from loraloom.files.atomic import make_readable
 from loraloom.merging.card import merged_card
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
@@ -70,6 +71,7 @@ def merge(
     targets: Targets = "union",
     stack: bool = False,
     normalise: Normalise = "none",
+    server: str | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
     **options: Any,
@@ -89,6 +91,7 @@ def merge(
     stack: whether they were trained one on top of the other, in this order: they are summed whole.
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
       each does to its own inputs, which takes statistics.
+    server: for which `write_merged` writes the result: "vllm", "sglang", "llamacpp" or "ollama"; see `SERVERS`.
     statistics: of each adapter's inputs, by name or in the adapters' order, for what needs them.
     probe: base model and texts of each task, for rules that need them.
     options: the rule's own, as `density=0.3`; `loraloom rules NAME` tells a rule's.
@@ -96,6 +99,7 @@ def merge(
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
     asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise)
+    asked = replace(asked, server=server)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 
@@ -121,7 +125,8 @@ def write_merged(
     plan = merged if isinstance(merged, Plan) else merged.plan
     head, layers, copies = plan.head, {}, plan.copies
     readouts: dict[str, dict[str, Tensor]] = {}
-    place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders}
+    rank = plan.served.rank if plan.served else None
+    place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders, "rank": rank}
     with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms, **place) as out:
         out.add_head(head)
         out.add_head(copies)
@@ -137,4 +142,6 @@ def write_merged(
         extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
         extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
         out.finish(asdict(facts), {"README.md": merged_card(facts)}, extra, plan.carried)
+    if plan.served:
+        make_readable(Path(folder))
     return Path(folder)

@@ -31,6 +31,7 @@ class MergeOptions:
     stack: whether they were trained one on top of the other, in this order: their sum on the first one's base, whole.
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
         each does to its own inputs, which takes statistics; see `merging.normalise`.
+    server: what the result is written for: a name of `adapters.servers.SERVERS`; None for an ordinary PEFT adapter.
     """
 
     rule: str = "tsv"
@@ -45,3 +46,4 @@ class MergeOptions:
     targets: Targets = "union"
     stack: bool = False
     normalise: Normalise = "none"
+    server: str | None = None

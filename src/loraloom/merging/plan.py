@@ -16,6 +16,7 @@ from torch import Tensor
 from loraloom.adapters.beside import carry
 from loraloom.adapters.config import CONFIG, merged_config
 from loraloom.adapters.lowrank import Shared, no_update, truncate, truncate_dense
+from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets, common_copies, equal_adapters, layers_of_all
 from loraloom.adapters.update import Adapter, Form, Shape, Update
 from loraloom.errors import LoraloomError, raise_problems
@@ -26,6 +27,7 @@ from loraloom.merging.normalise import energies, factors_of, normalise_problems
 from loraloom.merging.options import Heads, MergeOptions, Normalise
 from loraloom.merging.problems import (
     dropped_layers,
+    for_server,
     head_problems,
     is_alone,
     leaves_as_it_is,
@@ -74,6 +76,7 @@ class Plan:
     as_it_is: one input takes part and no option of the rule was asked for: it comes back as it is, without the rule.
     stack: what is known of the inputs' bases, where they are summed as trained one on top of the other.
     normalise: what was made equal before the weights; factors: by input and module path, 1 where none is.
+    served: the server that the result is written for, and its rank there.
     """
 
     members: dict[str, Adapter]
@@ -94,6 +97,7 @@ class Plan:
     stack: Stack | None = None
     normalise: Normalise = "none"
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    served: ServedFacts | None = None
 
     @property
     def space(self) -> str:
@@ -337,7 +341,7 @@ def make_plan(
     if weights is None:
         weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
     scale, scale_from = _scale(found, options, is_alone(options, len(members)))
-    return Plan(
+    plan = Plan(
         members=dict(zip(names, members, strict=True)),
         rule=found,
         options=chosen,
@@ -357,6 +361,7 @@ def make_plan(
         normalise=options.normalise,
         factors=factors,
     )
+    return replace(plan, served=for_server(options.server, plan)) if options.server else plan
 
 
 def _scale(rule: Rule, options: MergeOptions, alone: bool) -> tuple[float, ScaleFrom]:

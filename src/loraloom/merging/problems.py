@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
+from loraloom.adapters.servers import ServedFacts, fit_server, get_server
 from loraloom.adapters.together import Targets, compatibility_problems, layer_problems
 from loraloom.adapters.update import Adapter
 from loraloom.errors import did_you_mean
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.registry import Probe, Rule
 from loraloom.statistics.file import Statistics
+
+if TYPE_CHECKING:
+    from loraloom.merging.plan import Plan
 
 
 def together_problems(members: Sequence[Adapter], options: MergeOptions) -> list[str]:
@@ -131,3 +135,13 @@ def unseen_layers(name: str, statistics: Statistics, layers: Collection[str]) ->
     count = sum(module not in statistics.layers for module in layers)
     told = f"its statistics lack {count} of the layers, which it does not adapt: there it has no say"
     return [f"{name}: {told}"] if count else []
+
+
+def for_server(name: str, plan: Plan) -> ServedFacts:
+    """Return how a merge is written for the server of this name, whatever ranks its layers come out with.
+
+    Raises LoraloomError with every reason why the server would not take it as it is meant.
+    """
+    ranks = {module: plan.rank or plan.bound(module) for module in plan.modules}
+    turned = bool(plan.config.get("fan_in_fan_out"))
+    return fit_server(get_server(name), "the merge", ranks, plan.forms, turned=turned, head=plan.head)
