@@ -66,6 +66,10 @@ def deep(levels: int) -> Any:
             lambda c: c["merges"][0].update(recovered={"mood": {"value": 0.5, "stderr": 0.1}}),
             "merges.0.recovered: not one for each task",
         ),
+        (
+            lambda c: c["merges"][0].update(kept_probability={"mood": {"value": 0.5, "stderr": 0.1}}),
+            "merges.0.kept_probability: not one for each task",
+        ),
         (lambda c: c["interference"][0].update(values=[]), "interference.0.values: not one for each layer"),
         (lambda c: c["interference"][1]["values"][0].append([1.0]), "interference.1.values: not one for each layer"),
         (lambda c: c["interference"][1]["values"][0].pop(), "interference.1.values: not one for each layer"),

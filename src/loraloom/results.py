@@ -46,7 +46,9 @@ class Score(_Record):
 
     value: _Figure
     stderr: _Figure
-    more: dict[str, Score] = Field({}, description="by metric, of tasks of answers; `loss` in nats a token")
+    more: dict[str, Score] = Field(
+        {}, description="by metric, of tasks of answers; `loss` in nats a token, `probability` of a whole answer"
+    )
 
     @model_serializer(mode="wrap")
     def _short(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -104,7 +106,13 @@ class MergeScore(_Record):
     split: Literal["heldout", "test"]
     scale_chosen_with_labels: bool = Field(description="true where the held-out labels chose this scale")
     scores: dict[str, Score] = Field(
-        description="by task; of answers the task's metric on test rows, recovered loss on held-out ones"
+        description="by task; of answers the task's metric on test rows, `kept_probability` on held-out ones, or where "
+        "that is not there `recovered`"
+    )
+    kept_probability: dict[str, Score] = Field(
+        {},
+        description="by task of answers: mean probability of the whole right answer / the single adapter's; where "
+        "the latter is below 0.02 on held-out rows, recovered loss, not below 0",
     )
     recovered: dict[str, Score] = Field(
         {}, description="by task of answers: (loss of base - loss) / (loss of base - loss of the single adapter)"
@@ -239,8 +247,11 @@ def _misfits(result: StudyResult) -> list[str]:
     for at, merge in enumerate(result.merges):
         if merge.scores.keys() != known["task"]:
             problems.append(f"merges.{at}.scores: not one for each task")
-        if merge.recovered and merge.recovered.keys() != known["task"]:
-            problems.append(f"merges.{at}.recovered: not one for each task")
+        problems += [
+            f"merges.{at}.{field}: not one for each task"
+            for field in ("kept_probability", "recovered")
+            if getattr(merge, field) and getattr(merge, field).keys() != known["task"]
+        ]
     for at, table in enumerate(result.interference):
         if sorted(table.tasks) != sorted(tasks) or table.layers != result.interference[0].layers:
             problems.append(f"interference.{at}: of other tasks or layers than the study")
@@ -254,6 +265,7 @@ def _identity(record: BaseModel) -> str:
     figures = {
         "score",
         "scores",
+        "kept_probability",
         "recovered",
         "average",
         "resamples",

@@ -415,8 +415,7 @@ def test_the_summary_fits_whatever_it_holds(capsys: pytest.CaptureFixture[str]) 
         heldout=None,
         by_seed={},
         resamples=(),
-        recovered={},
-        recovered_average=None,
+        shares={},
     )
     long = "an init with a name of many words that says all of it"
     rows = [SummaryRow(long, score, merged, merged, 1.0, 10.55), SummaryRow("b", None, None, None, None, None)]

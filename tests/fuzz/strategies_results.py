@@ -57,14 +57,15 @@ def study() -> dict[str, Any]:
 
 
 def answers() -> dict[str, Any]:
-    """Return the same study of tasks of answers: with the base model alone, further metrics and recovered loss."""
+    """Return the same study of tasks of answers: with the base model alone, further metrics and shares kept."""
     content = study()
-    score = {**SCORE, "more": {"rouge_l": SCORE, "loss": {"value": 1.2, "stderr": 0.1}}}
+    score = {**SCORE, "more": {"rouge_l": SCORE, "loss": {"value": 1.2, "stderr": 0.1}, "probability": SCORE}}
     content["bases"] = [{"task": task["name"], "score": score} for task in content["tasks"]]
     for single in content["singles"]:
         single["score"] = score
     for merge in content["merges"]:
-        merge["recovered"] = dict.fromkeys(merge["scores"], SCORE)
+        for share in ("kept_probability", "recovered"):
+            merge[share] = dict.fromkeys(merge["scores"], SCORE)
         if merge["split"] == "test":
             merge["scores"] = dict.fromkeys(merge["scores"], score)
     return dict(json.loads(json.dumps(content)))

@@ -117,8 +117,12 @@ def test_a_base_without_generation_config_writes(tmp_path: Path) -> None:
     task = tiny.asked(rows=6, chat=False)
     found = answer_task(Generator(str(base)), {}, task, task.test)
     assert len(found.answers) == len(task.test)
-    assert found.score.more.keys() == {"token_f1", "loss"}
+    assert found.score.more.keys() == {"token_f1", "loss", "probability"}
     assert found.score.more["loss"].value == pytest.approx(float(found.losses[:, 0].sum() / found.losses[:, 1].sum()))
+    chances = torch.exp(-found.losses[:, 0])
+    assert found.score.more["probability"].value == pytest.approx(float(chances.mean()))
+    error = float(chances.std(correction=0)) / len(chances) ** 0.5
+    assert found.score.more["probability"].stderr == pytest.approx(error)
 
 
 def test_in_bfloat16_the_losses_are_those_of_float32_to_its_precision(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def make_result(
 
 
 def make_answers(**changes: Any) -> StudyResult:
-    """Build a study of tasks of answers: the base model alone, losses beside the metric, recovered loss by task."""
+    """Build a study of tasks of answers: the base model alone, losses beside the metric, shares kept by task."""
     result = make_result(aligned=(False,), **changes)
     own = dict(zip(TASKS, (1.0, 1.1, 1.2, 1.3), strict=True))  # nats a token; the base model's are twice these
 
@@ -152,12 +152,12 @@ def make_answers(**changes: Any) -> StudyResult:
     def answered(merge: MergeScore) -> MergeScore:
         shares = {task: score.value - 0.1 * at for at, (task, score) in enumerate(merge.scores.items())}
         recovered = {task: Score(value=value, stderr=0.02) for task, value in shares.items()}
+        kept = {task: Score(value=value**2, stderr=0.03) for task, value in shares.items()}
+        both = {"kept_probability": kept, "recovered": recovered}
         if merge.split == "heldout":
-            return merge.model_copy(
-                update={"scores": recovered, "recovered": recovered, "average": average(recovered.values())}
-            )
+            return merge.model_copy(update={"scores": kept, "average": average(kept.values()), **both})
         scores = {task: told(score, own[task] * (2 - shares[task])) for task, score in merge.scores.items()}
-        return merge.model_copy(update={"scores": scores, "recovered": recovered, "kept": 0.0})
+        return merge.model_copy(update={"scores": scores, "kept": 0.0, **both})
 
     return result.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""What the report says of tasks of answers: beside the base model, by recovered loss, and nothing of heads."""
+"""What the report says of tasks of answers: beside the base model, by what is kept, and nothing of heads."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from loraloom.report import (
     verdict,
     write_report,
 )
-from loraloom.report.aggregate import Figures
+from loraloom.report.aggregate import SHARES, Figures
 from loraloom.report.charts import charts
 from loraloom.report.page import tiles
 from loraloom.report.tables import points, share
 from loraloom.report.verdict import comparisons
-from loraloom.results import MergeScore, Score, StudyResult
+from loraloom.results import MergeScore, Score, StudyResult, average
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "gen6-smollm2-seed0.json"
 BASE = "base model alone"
 
 
@@ -52,7 +53,7 @@ def test_the_base_model_is_a_row_of_every_table(answers: StudyResult) -> None:
     summary, merged, single = summary_table(answers), merged_table(answers), single_table(answers)
     assert column(summary, "init")[0] == BASE
     assert column(summary, "merged")[0] == points(base)
-    assert merged.rows[0][:4] == (BASE, "–", points(base), "0 %")
+    assert merged.rows[0][:5] == (BASE, "–", points(base), "–", "0 %")
     assert [column(merged, task)[0] for task in scores] == [points(score) for score in scores.values()]
     assert column(single, BASE) == [*(points(score) for score in scores.values()), points(base)]
     for table in metric_tables(answers):
@@ -61,24 +62,51 @@ def test_the_base_model_is_a_row_of_every_table(answers: StudyResult) -> None:
         assert all(len(row) == len(table.columns) for row in table.rows)
 
 
-def test_recovered_loss_is_told_as_mean_and_worst_task(answers: StudyResult) -> None:
+def older(result: StudyResult) -> StudyResult:
+    """Return the study as versions wrote it that knew of recovered loss alone."""
+
+    def without(merge: MergeScore) -> MergeScore:
+        held = {"scores": merge.recovered, "average": average(merge.recovered.values())}
+        return merge.model_copy(update={"kept_probability": {}, **(held if merge.split == "heldout" else {})})
+
+    return result.model_copy(update={"merges": [without(merge) for merge in result.merges]})
+
+
+def test_what_is_kept_is_told_as_mean_and_worst_task(answers: StudyResult) -> None:
     """Against the records: over seeds by task, and the least of the tasks by name."""
     records = records_of(answers, "osrm", "ties", "core")
-    by_task = {task: mean(one.recovered[task].value for one in records) for task in records[0].recovered}
-    task = min(by_task, key=lambda name: by_task[name])
-    row = next(row for row in merged_table(answers).rows if row[:2] == ("osrm", "ties · core"))
-    assert row[3].startswith(f"{100 * mean(by_task.values()):.1f} ±")
-    assert row[4].startswith(f"{task} {100 * by_task[task]:.1f} ±")
-    assert row[3].endswith("\u00a0%")
-    own = next(row for row in merged_table(answers).rows if row[:2] == ("osrm", "each task's own adapter"))
-    assert own[3] == "100 %"
+    kept, gain = (
+        {task: mean(getattr(one, share)[task].value for one in records) for task in records[0].recovered}
+        for share in ("kept_probability", "recovered")
+    )
+    for result, shares in ((answers, (kept, gain)), (older(answers), (gain,))):
+        table = merged_table(result)
+        row = next(row for row in table.rows if row[:2] == ("osrm", "ties · core"))
+        for place, by_task in enumerate(shares, start=3):
+            assert row[place].startswith(f"{100 * mean(by_task.values()):.1f} ±")
+            assert row[place].endswith("\u00a0%")
+        task = min(shares[0], key=lambda name: shares[0][name])
+        assert row[3 + len(shares)].startswith(f"{task} {100 * shares[0][task]:.1f} ±")
+        own = next(row for row in table.rows if row[:2] == ("osrm", "each task's own adapter"))
+        assert own[3 : 3 + len(shares)] == tuple("100 %" for _ in shares)
+        names = ("probability kept", "recovered loss")[-len(shares) :]
+        assert table.columns[3 : 4 + len(shares)] == (*names, "worst task")
+
+
+def test_a_results_file_from_before_probability_is_read_and_shown(tmp_path: Path) -> None:
+    """The study that the documentation tells of, as it was written then."""
+    result = StudyResult.load(RESULTS)
+    assert verdict(result).startswith("Picked on held-out rows by recovered loss: tsv")
+    html = write_report(result, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Probability kept" not in html
+    assert "held-out recovered loss" in html
 
 
 def test_every_metric_of_every_task_is_told(answers: StudyResult) -> None:
     """Losses in nats a token, all else in points; of the base model, each own adapter and each merge."""
     found = metric_tables(answers)
     assert [table.caption for table in found] == [f"{task.name}: every metric" for task in answers.tasks]
-    assert found[0].columns == ("init", "rule", "exact_match", "rouge_l", "loss (nats a token)", "recovered loss")
+    assert found[0].columns == ("init", "rule", "exact_match", "rouge_l", "loss (nats a token)", *SHARES)
     assert len(found[0].rows) == 1 + 4 + 4 * 3
     assert found[1].rows[0][4] == "2.200 ±0.050"
     assert found[1].rows[1][4].startswith("1.100 ±")
@@ -92,6 +120,7 @@ def test_nothing_is_said_of_heads_or_of_points_kept(answers: StudyResult, tmp_pa
     told = [shown, verdict(answers), markdown_tables(answers), json.dumps(tiles(answers))]
     for text in told:
         assert not re.search(r"\bheads?\b", re.sub(r"</?(head|thead)>", "", text))
+        text = re.sub(r'probability kept|["#-]kept["-]', "", text, flags=re.IGNORECASE)  # the chart's name too
         assert not re.search(r"\bkept\b", text, flags=re.IGNORECASE)
         assert "majority" not in text.replace('kind == "majority"', "")
     assert "Recovered loss" in shown
@@ -99,53 +128,59 @@ def test_nothing_is_said_of_heads_or_of_points_kept(answers: StudyResult, tmp_pa
     assert "Every metric of every task" in shown
 
 
-def test_charts_show_recovered_loss_in_per_cent_and_the_base_model(answers: StudyResult) -> None:
-    """Held-out curves are of recovered loss, test marks of mean and worst task, and the base model is a line."""
+@pytest.mark.parametrize(("share", "field"), SHARES.items())
+def test_charts_show_what_is_kept_in_per_cent(answers: StudyResult, share: str, field: str) -> None:
+    """Held-out curves are of it, test marks of mean and worst task; of recovered loss the base model is a line."""
+    answers = answers if field == "kept_probability" else older(answers)
     drawn: dict[str, Any] = {chart.id: chart for chart in charts(Figures(answers))}
-    assert list(drawn) == ["merged", "recovered", "scale", "interference", "layers", "single"]
+    assert list(drawn) == ["merged", "kept", "scale", "interference", "layers", "single"]
     scale = drawn["scale"].views[0].panels
     assert [panel.title for panel in scale] == [""]
-    assert scale[0].layout["yaxis"]["title"]["text"] == "held-out recovered loss, %"
-    assert "Held-out recovered loss against scale" in scale[0].alt
+    assert scale[0].layout["yaxis"]["title"]["text"] == f"held-out {share}, %"
+    assert f"Held-out {share} against scale" in scale[0].alt
     assert ("dotted", BASE) in drawn["merged"].keys
-    recovered = drawn["recovered"].views[0].panels[0]
-    assert recovered.layout["xaxis"]["title"]["text"] == "recovered loss, %"
+    kept = drawn["kept"].views[0].panels[0]
+    assert (("dotted", BASE) in drawn["kept"].keys) == (share == "recovered loss")
+    assert kept.layout["xaxis"]["title"]["text"] == f"{share}, %"
     records = records_of(answers, "osrm", "task_arithmetic", "full")
-    by_task = {task: 100 * mean(one.recovered[task].value for one in records) for task in records[0].recovered}
-    marks = {trace["marker"]["symbol"]: trace["x"][0] for trace in recovered.data if trace["name"] == "osrm"}
+    found = [getattr(one, field) for one in records]
+    by_task = {task: 100 * mean(one[task].value for one in found) for task in found[0]}
+    marks = {trace["marker"]["symbol"]: trace["x"][0] for trace in kept.data if trace["name"] == "osrm"}
     worst = next(value for symbol, value in marks.items() if symbol.endswith("-open"))
     average = next(value for symbol, value in marks.items() if not symbol.endswith("-open"))
     assert (worst, average) == (pytest.approx(min(by_task.values())), pytest.approx(mean(by_task.values())))
-    assert "cut off" not in drawn["recovered"].caption + drawn["scale"].caption
+    assert "cut off" not in drawn["kept"].caption + drawn["scale"].caption
 
 
 def test_a_merge_that_breaks_the_model_leaves_the_others_readable(answers: StudyResult) -> None:
     """Thousands of per cent below the base model are cut off, and that is told; the table has them."""
     broken = {task.name: Score(value=-40.0, stderr=3.0) for task in answers.tasks}
-    merges = [merge.model_copy(update={"recovered": broken}) for merge in answers.merges]
+    merges = [merge.model_copy(update={"kept_probability": broken, "recovered": broken}) for merge in answers.merges]
     merges = [
         merge.model_copy(update={"average": broken["topic"]}) if merge.split == "heldout" else merge for merge in merges
     ]
     drawn = {chart.id: chart for chart in charts(Figures(answers.model_copy(update={"merges": merges})))}
-    for chart in (drawn["recovered"], drawn["scale"]):
+    for chart in (drawn["kept"], drawn["scale"]):
         assert "beyond −100 or 200 % is cut off" in chart.caption
-    low, high = drawn["recovered"].views[0].panels[0].layout["xaxis"]["range"]
+    low, high = drawn["kept"].views[0].panels[0].layout["xaxis"]["range"]
     assert -110 < low < -100 < 100 < high
     for view in drawn["scale"].views:
         low, high = view.panels[0].layout["yaxis"]["range"]
         assert -110 < low < 0 < 100 < high
-    assert any("−4000.0 ±" in cell for row in drawn["recovered"].tables[0].rows for cell in row)
+    assert any("−4000.0 ±" in cell for row in drawn["kept"].tables[0].rows for cell in row)
 
 
-def test_the_verdict_tells_base_adapters_and_recovered_loss(answers: StudyResult) -> None:
-    """The best by held-out recovered loss, in points and in recovered loss, its rivals too; differences are paired."""
+def test_the_verdict_tells_base_adapters_and_what_is_kept(answers: StudyResult) -> None:
+    """The best by what is kept on held-out rows, in points and in shares, its rivals too; differences are paired."""
     told = verdict(answers)
     base = base_average(answers)
-    assert told.startswith("Picked on held-out rows by recovered loss: osrm merged by task_arithmetic reaches")
+    assert told.startswith("Picked on held-out rows by probability kept: osrm merged by task_arithmetic reaches")
     assert f"(base model alone {points(base)}, its adapters alone " in told
-    assert re.search(r"recovers \d+\.\d ±\d\.\d\s% of what they gain in loss, on the worst task, topic, \d+", told)
-    assert re.search(r"In points it stands \+.* against orthonormal \(task_arithmetic; recovers \d+\.\d", told)
-    assert [name for name, _, _ in tiles(answers)][:3] == ["Best merged average", "Base model alone", "Recovered loss"]
+    assert re.search(r", keeps \d+\.\d ±\d\.\d\s% of the probability that they give to the right answers and ", told)
+    assert re.search(r"recovers \d+\.\d ±\d\.\d\s% of what they gain in loss; on the worst task by probability", told)
+    assert re.search(r"by probability kept, topic, \d+", told)
+    assert re.search(r"In points it stands \+.* against orthonormal \(task_arithmetic; keeps \d+\.\d", told)
+    assert [name for name, _, _ in tiles(answers)][2] == "Probability kept"
     noise = tuple(0.001 * step for step in range(20))
     merges = [
         merge.model_copy(update={"resamples": [merge.average.value + one for one in noise]}) for merge in answers.merges
@@ -166,33 +201,31 @@ def test_an_own_adapter_that_gains_nothing_is_named(answers: StudyResult) -> Non
     assert verdict(answers.model_copy(update={"singles": worse})).endswith("0 % counts as recovered: grammar (lora).")
 
 
-def test_terminal_tables_have_the_base_model_and_recovered_loss(answers: StudyResult) -> None:
+def test_terminal_tables_have_the_base_model_and_what_is_kept(answers: StudyResult) -> None:
     """`run` tells inits, `compare` rules; both begin with the base model."""
     base = base_average(answers)
     assert base is not None
     _, columns, cells = study_table(summary_rows(answers), base)
-    assert columns == ("init", "single", "merged", "recovered", "worst task", "interference")
-    assert cells[0][:4] == (BASE, "", f"{100 * base.value:.1f}", "0%")
+    assert columns == ("init", "single", "merged", "kept", "recovered", "worst task", "interference")
+    assert cells[0][:5] == (BASE, "", f"{100 * base.value:.1f}", "", "0%")
     best = summary_rows(answers)[0].as_trained
     assert best is not None
-    assert best.recovered_average is not None
-    assert best.worst is not None
-    assert cells[1][3:5] == (
-        f"{100 * best.recovered_average.value:.0f}%",
-        f"{100 * best.worst[1].value:.0f}% {best.worst[0]}",
-    )
+    kept, gain = best.shares["probability kept"], best.shares["recovered loss"]
+    task, least = kept.worst
+    means = [f"{100 * one.average.value:.0f}%" for one in (kept, gain)]
+    assert cells[1][3:6] == (*means, f"{100 * least.value:.0f}% {task}")
     _, columns, cells = rules_table(answers)
-    assert columns == ("rule", "average", "recovered loss", "worst task", "scale", "rank")
+    assert columns == ("rule", "average", "probability kept", "recovered loss", "worst task", "scale", "rank")
     assert [row[0] for row in cells[:2]] == [BASE, "each task's own adapter"]
     assert all(len(row) == len(columns) for row in cells)
 
 
 def test_a_study_of_which_parts_are_missing_still_makes_a_page(answers: StudyResult, tmp_path: Path) -> None:
-    """Merges without recovered loss, and no merges at all."""
-    merges = [merge.model_copy(update={"recovered": {}}) for merge in answers.merges]
+    """Merges without what they keep, and no merges at all."""
+    merges = [merge.model_copy(update={"kept_probability": {}, "recovered": {}}) for merge in answers.merges]
     partial = answers.model_copy(update={"merges": merges})
     html = write_report(partial, tmp_path / "partial.html").read_text(encoding="utf-8")
-    assert 'data-chart="recovered"' not in html
+    assert 'data-chart="kept"' not in html
     assert "not measured" in html
     bare = answers.model_copy(update={"merges": [], "singles": [], "interference": []})
     html = write_report(bare, tmp_path / "bare.html").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from loraloom.files.hashing import task_seed
 from loraloom.model.generator import Generator
 from loraloom.results import StudyResult
 from loraloom.settings import LoraSettings, TrainingSettings
-from loraloom.study.answers import recovered
+from loraloom.study.answers import KNOWN, kept_probability, recovered
 from loraloom.study.compare import compare
 from loraloom.study.export import run_study
 from loraloom.study.recipe import MergeSettings, Recipe
@@ -66,7 +66,9 @@ def test_training_learns_to_answer_and_leaves_an_ordinary_adapter(kind: str, tmp
 def test_a_study_tells_base_single_and_merged(written: Path) -> None:
     result = StudyResult.load(written / "study" / "results.json")
     assert [one.task for one in result.bases] == ["mood", "tone"]
-    assert all(one.score.more.keys() == {"exact_match", "loss"} for one in (*result.bases, *result.singles))
+    assert all(
+        one.score.more.keys() == {"exact_match", "loss", "probability"} for one in (*result.bases, *result.singles)
+    )
     assert {one.aligned for one in result.merges} == {False}
     tested = [one for one in result.merges if one.split == "test"]
     assert len(tested) == 4
@@ -77,9 +79,12 @@ def test_a_study_tells_base_single_and_merged(written: Path) -> None:
             loss = {name: found.more["loss"].value for name, found in zip("bsm", (base, single, score), strict=True)}
             share = (loss["b"] - loss["m"]) / (loss["b"] - loss["s"])
             assert one.recovered[task].value == pytest.approx(share, abs=1e-9)
+            chance = [found.more["probability"].value for found in (single, score)]
+            kept = one.kept_probability[task].value
+            assert kept in (pytest.approx(chance[1] / chance[0]), pytest.approx(max(share, 0.0), abs=1e-9))
     heldout = [one for one in result.merges if one.split == "heldout"]
-    assert all(one.scores == one.recovered for one in heldout)
-    # the scale that is tested is the best by recovered loss
+    assert all(one.scores == one.kept_probability for one in heldout)
+    # the scale that is tested is the best by what is kept
     for one in tested:
         rivals = [row for row in heldout if (row.init, row.rule) == (one.init, one.rule)]
         assert one.scale == max(rivals, key=lambda row: row.average.value).scale
@@ -104,11 +109,13 @@ def test_given_adapters_are_compared_and_measured_by_hand_as_in_the_study(writte
     found = compare(adapters, recipe, tmp_path / "table", rules=["task_arithmetic"], scales=[0.5])
     _, columns, cells = rules_table(found)
     assert [row[0] for row in cells] == ["base model alone", "each task's own adapter", "task_arithmetic"]
-    shares = {task: score.value for task, score in found.merges[-1].recovered.items()}
-    worst = min(shares, key=lambda task: shares[task])
+    kept = {task: score.value for task, score in found.merges[-1].kept_probability.items()}
+    gain = [score.value for score in found.merges[-1].recovered.values()]
+    worst = min(kept, key=lambda task: kept[task])
     told = dict(zip(columns, cells[2], strict=True))
-    assert told["recovered loss"] == f"{100 * np.mean(list(shares.values())):.0f}%"
-    assert told["worst task"] == f"{100 * shares[worst]:.0f}% {worst}"
+    assert told["recovered loss"] == f"{100 * np.mean(gain):.0f}%"
+    assert told["probability kept"] == f"{100 * np.mean(list(kept.values())):.0f}%"
+    assert told["worst task"] == f"{100 * kept[worst]:.0f}% {worst}"
     before = StudyResult.load(written / "study" / "results.json")
     singles = {one.task: one.score for one in before.singles if one.init == "LoRA"}
     assert {one.task: one.score for one in found.singles} == singles
@@ -154,6 +161,40 @@ def test_recovered_loss_is_the_share_of_the_gain_and_its_error_is_over_rows() ->
     drawn = [share(torch.as_tensor(rows)) for rows in resampled_rows(50, 3)]
     assert score.stderr == pytest.approx(float(np.std(drawn, ddof=1)))
     assert recovered(base, base, merged, seed=0).value == 0  # nothing was gained, nothing can be kept
+
+
+def test_kept_probability_is_of_whole_answers_and_its_error_is_over_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    single, merged = 4 * torch.rand(2, 50, 2, generator=generator, dtype=torch.float64)
+    score = kept_probability(single, merged, seed=3)
+
+    def share(rows: Tensor) -> float:
+        own, kept = (float(torch.exp(-one[rows, 0]).mean()) for one in (single, merged))
+        return kept / own
+
+    assert score.value == pytest.approx(share(torch.arange(50)))
+    drawn = [share(torch.as_tensor(rows)) for rows in resampled_rows(50, 3)]
+    assert score.stderr == pytest.approx(float(np.std(drawn, ddof=1)))
+    assert kept_probability(single + 1000, merged, seed=0).value == 0  # nothing is given, nothing can be kept
+
+
+def test_the_last_tenths_of_a_nat_count() -> None:
+    """A date of which a merge recovers 0.8 of the loss is hardly ever right: what is kept of its probability tells."""
+    rows = torch.ones(20, 2, dtype=torch.float64) * torch.tensor([1.0, 10.0])
+    base, single, merged = (rows * torch.tensor([nats, 1.0]) for nats in (15.0, 0.4, 3.3))
+    assert recovered(base, single, merged, seed=0).value > 0.8
+    assert kept_probability(single, merged, seed=0).value < 0.06
+
+
+def test_what_has_no_probability_to_keep_is_judged_by_its_loss(written: Path) -> None:
+    """Single adapters that give right answers next to nothing: named in the notes, and recovered loss is kept."""
+    result = StudyResult.load(written / "study" / "results.json")
+    unknown = [note for note in result.notes if f"a probability below {KNOWN}" in note]
+    for one in result.merges:
+        for task in one.scores:
+            name = f"{task} ({one.init})"
+            judged = max(one.recovered[task].value, 0.0) == pytest.approx(one.kept_probability[task].value, abs=1e-12)
+            assert judged == any(name in note for note in unknown)
 
 
 def test_kinds_that_need_two_models_are_refused_together(written: Path, tmp_path: Path) -> None:

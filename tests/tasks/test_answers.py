@@ -242,6 +242,6 @@ def test_expected_answers_that_a_metric_cannot_measure_are_told() -> None:
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    assert set(get_args(AnswerMetric)) == {*get_args(TextMetric), "loss"}
+    assert set(get_args(AnswerMetric)) == {*get_args(TextMetric), "loss", "probability"}
     with pytest.raises(LoraloomError, match="did you mean 'exact_match'"):
         answer_values("exactmatch", ["a"], ["a"])

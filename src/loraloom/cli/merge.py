@@ -339,6 +339,8 @@ def rules(
 
 def _row(one: Merged) -> dict[str, Any]:
     """Return a rule's row of the comparison as JSON would hold it; `labels`: whether they chose its scale."""
+    from loraloom.report.aggregate import SHARES
+
     return {
         "rule": one.rule,
         "space": one.space,
@@ -346,7 +348,9 @@ def _row(one: Merged) -> dict[str, Any]:
         "average": one.average.value,
         "stderr": one.average.stderr,
         "kept": one.kept,
-        **({"recovered": {task: score.value for task, score in one.recovered.items()}} if one.recovered else {}),
+        **{
+            SHARES[name]: {task: score.value for task, score in kept.tasks.items()} for name, kept in one.shares.items()
+        },
         "heldout": one.heldout,
         "scales": list(one.scales),
         "labels": one.scale_chosen_with_labels,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraloom.study.recipe import Recipe
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML. recipes/ has examples.")]
+_SHARES = {"probability kept": "kept", "recovered loss": "recovered"}  # of the single adapters, in a narrow table
 StudyFolder = Annotated[Path, typer.Argument(help="Folder of a study, as `loraloom run` writes it.")]
 
 study_app = typer.Typer(
@@ -264,23 +265,28 @@ def study_table(
 ) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     """Return title, columns and rows of a study's summary, short enough for 80 characters.
 
-    base: what the base model alone scores on tasks of answers; it gets a row, and recovered loss its columns.
+    base: what the base model alone scores on tasks of answers; it gets a row, and what is kept its columns.
     """
+    from loraloom.cli.terminal import base_cells, share_cells
+
     rules = {merged.rule for row in rows for merged in (row.as_trained, row.aligned) if merged}
     legend = "".join(f", {_short(rule)}: {rule}" for rule in sorted(rules) if _short(rule) != rule)
-    kept = ("recovered", "worst task") if base else ("kept", "+ aligned", "kept")
+    best = [row.as_trained for row in rows if row.as_trained]
+    shares = [name for name in _SHARES if any(name in merged.shares for merged in best)] or list(_SHARES)[-1:]
+    kept = (*(_SHARES[name] for name in shares), "worst task") if base else ("kept", "+ aligned", "kept")
     columns = ("init", "single", "merged", *kept, "interference")
     shown: list[tuple[str, ...]] = [
         (
             row.init,
             _points(row.single),
-            *(_recovered(row.as_trained) if base else (*_merged(row.as_trained), *_merged(row.aligned))),
+            _merged(row.as_trained)[0],
+            *(share_cells(row.as_trained, shares) if base else (_merged(row.as_trained)[1], *_merged(row.aligned))),
             f"{_decimals(row.interference_before)} → {_decimals(row.interference_after)}",
         )
         for row in rows
     ]
     if base:
-        shown.insert(0, ("base model alone", "", _points(base), "0%", "", ""))
+        shown.insert(0, ("base model alone", "", _points(base), *base_cells(shares), "", ""))
     return f"Averages over tasks with rule and scale{legend}", columns, shown
 
 
@@ -299,10 +305,15 @@ def _summary(row: SummaryRow) -> dict[str, Any]:
 def _merged_facts(merged: Merged | None) -> dict[str, Any] | None:
     if merged is None:
         return None
-    recovered = {}
-    if merged.recovered_average:
-        by_task = {task: score.model_dump() for task, score in merged.recovered.items()}
-        recovered = {"recovered": {"average": merged.recovered_average.model_dump(), "tasks": by_task}}
+    from loraloom.report.aggregate import SHARES
+
+    shares = {
+        SHARES[name]: {
+            "average": one.average.model_dump(),
+            "tasks": {task: score.model_dump() for task, score in one.tasks.items()},
+        }
+        for name, one in merged.shares.items()
+    }
     return {
         "rule": merged.rule,
         "space": merged.space,
@@ -311,7 +322,7 @@ def _merged_facts(merged: Merged | None) -> dict[str, Any] | None:
         "scale_chosen_with_labels": merged.scale_chosen_with_labels,
         "average": merged.average.model_dump(),
         "kept": merged.kept,
-        **recovered,
+        **shares,
     }
 
 
@@ -322,13 +333,6 @@ def _merged(merged: Merged | None) -> tuple[str, str]:
     low, high = min(merged.scales), max(merged.scales)
     scale = f"{low:.2g}" if low == high else f"{low:.2g}-{high:.2g}"
     return f"{_points(merged.average)} {_short(merged.rule)} {scale}", f"{100 * merged.kept:.0f}%"
-
-
-def _recovered(merged: Merged | None) -> tuple[str, ...]:
-    """Return score with rule and scale, and the recovered loss, mean over tasks and of the worst."""
-    from loraloom.cli.terminal import recovered_cells
-
-    return (_merged(merged)[0], *recovered_cells(merged)) if merged else ("-", "-", "-")
 
 
 def _short(rule: str) -> str:

@@ -197,40 +197,51 @@ def _cell(text: str) -> Text:
 def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     """Return title, columns and rows of a comparison of rules, the best on held-out rows first.
 
-    Of answers the base model and each task's own adapter stand before them, and recovered loss beside the average.
+    Of answers the base model and each task's own adapter stand before them, and what is kept of the latter beside
+    the average.
     """
     from loraloom.report import base_average, merged_rows
+    from loraloom.report.aggregate import Figures
     from loraloom.report.tables import BASE, OWN
     from loraloom.results import average
 
     rows = sorted(merged_rows(result), key=lambda row: (row.aligned, -(row.heldout or 0.0)))
-    base = base_average(result)
+    base, shares = base_average(result), Figures(result).shares
     shown: list[tuple[str, ...]] = [
         (
             row.label,
             *(() if base else ("aligned" if row.aligned else "as trained",)),
             _points(row.average),
-            *(recovered_cells(row) if base else (f"{100 * row.kept:.1f}%",)),
+            *(share_cells(row, shares) if base else (f"{100 * row.kept:.1f}%",)),
             ", ".join(f"{scale:g}" for scale in row.scales),
             ", ".join(map(str, row.output_ranks)),
         )
         for row in rows
     ]
     if not base:
-        columns = ("rule", "heads", "average", "kept", "scale", "rank")
-        return "Test rows; scales chosen on held-out rows, with their labels", columns, shown
+        heads = ("rule", "heads", "average", "kept", "scale", "rank")
+        return "Test rows; scales chosen on held-out rows, with their labels", heads, shown
     own = average(single.score for single in result.singles)
-    alone = [(BASE, _points(base), "0%", "", "", ""), (OWN, _points(own), "100%", "", "", "")]
-    columns = ("rule", "average", "recovered loss", "worst task", "scale", "rank")
-    return "Test rows; scales chosen on held-out rows by recovered loss, of their right answers", columns, alone + shown
+    alone: list[tuple[str, ...]] = [
+        (BASE, _points(base), *base_cells(shares), "", "", ""),
+        (OWN, _points(own), *["100%" for _ in shares], "", "", ""),
+    ]
+    columns = ("rule", "average", *shares, "worst task", "scale", "rank")
+    return f"Test rows; scales chosen on held-out rows by {shares[0]}, of their right answers", columns, alone + shown
 
 
-def recovered_cells(row: Merged) -> tuple[str, str]:
-    """Return the recovered loss of a merged adapter, mean over tasks and of the worst task by name."""
-    if row.recovered_average is None or row.worst is None:
-        return "-", "-"
-    task, least = row.worst
-    return f"{100 * row.recovered_average.value:.0f}%", f"{100 * least.value:.0f}% {task}"
+def share_cells(row: Merged | None, shares: Sequence[str]) -> tuple[str, ...]:
+    """Return what a merged adapter keeps of the single ones: every share's mean, and the worst task of the first."""
+    if row is None or row.share is None:
+        return tuple("-" for _ in [*shares, ""])
+    task, least = row.share.worst
+    means = [f"{100 * row.shares[name].average.value:.0f}%" if name in row.shares else "-" for name in shares]
+    return (*means, f"{100 * least.value:.0f}% {task}")
+
+
+def base_cells(shares: Sequence[str]) -> tuple[str, ...]:
+    """Return what the base model recovers of them by definition."""
+    return tuple("0%" if name == "recovered loss" else "" for name in shares)
 
 
 def _points(score: Score) -> str:

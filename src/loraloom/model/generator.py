@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from datasets import Dataset
@@ -21,7 +21,7 @@ from loraloom.model.runner import device, in_bfloat16, switched_in
 from loraloom.model.tokens import IGNORED, Batch
 from loraloom.results import Score
 from loraloom.settings import Precision
-from loraloom.tasks.answers import answer_score, loss_score
+from loraloom.tasks.answers import TokenMetric, answer_score, loss_score, probability_score
 from loraloom.tasks.task import Task
 
 
@@ -29,8 +29,9 @@ from loraloom.tasks.task import Task
 class Answered:
     """What a model made of the prompts of some rows.
 
-    score: the task's first metric, the others in `more`; the loss is always among them. answers: as it wrote them, a
-    text a row. losses: (k, 2) float64, nats and tokens of the right answers, a row each.
+    score: the task's first metric, the others in `more`; loss and probability of the right answers are always
+    among them. answers: as it wrote them, a text a row. losses: (k, 2) float64, nats and tokens of the right answers,
+    a row each.
     """
 
     score: Score
@@ -55,10 +56,11 @@ def answer_task(generator: Generator, updates: Mapping[str, Update], task: Task,
     more: dict[str, Score] = {
         metric: answer_score(metric, answers, expected, kind.tolerance)
         for metric in (task.metric, *task.also)
-        if metric != "loss"
+        if metric not in get_args(TokenMetric)
     }
     first = more.pop(task.metric)
-    more["loss"] = loss_score(losses[:, 0].tolist(), losses[:, 1].tolist())
+    nats, tokens = losses[:, 0].tolist(), losses[:, 1].tolist()
+    more |= {"loss": loss_score(nats, tokens), "probability": probability_score(nats)}
     return Answered(Score(value=first.value, stderr=first.stderr, more=more), answers, losses)
 
 

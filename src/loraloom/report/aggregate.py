@@ -25,6 +25,9 @@ STAGES: dict[Stage, str] = {
     ("after", "BA"): "after training, |B A h|",
 }
 HEADS = {False: "as trained", True: "aligned"}
+# what is kept of the single adapters by merges that write, and its field of MergeScore; held-out rows judge by the
+# first that a study has, of which older ones have the second alone
+SHARES = {"probability kept": "kept_probability", "recovered loss": "recovered"}
 
 
 def over_seeds(scores: Sequence[Score]) -> Score:
@@ -42,13 +45,26 @@ def over_seeds(scores: Sequence[Score]) -> Score:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a merge keeps of the single adapters, by task and as the mean over tasks."""
+
+    tasks: dict[str, Score]
+    average: Score
+
+    @property
+    def worst(self) -> tuple[str, Score]:
+        """The task of which least is kept, with what is."""
+        return min(self.tasks.items(), key=lambda item: item[1].value)
+
+
+@dataclass(frozen=True)
 class Merged:
     """One way to merge one init's adapters on the test split, over seeds.
 
     `heldout` is the held-out average at the same scales, None where the study did not measure it; `by_seed` the test
     average of every seed; `resamples` that of every resample of the test rows, mean over seeds, empty where not kept.
-    Of tasks of answers, `recovered` and `recovered_average` are the recovered loss by task and its mean over tasks, and
-    `heldout` is that mean on held-out rows; else empty and None.
+    `shares` are those of tasks of answers, by name as in SHARES, else empty; `heldout` is the average of the first of
+    them on held-out rows.
     """
 
     init: str
@@ -65,13 +81,12 @@ class Merged:
     heldout: float | None
     by_seed: dict[int, float]
     resamples: tuple[float, ...]
-    recovered: dict[str, Score]
-    recovered_average: Score | None
+    shares: dict[str, Share]
 
     @property
-    def worst(self) -> tuple[str, Score] | None:
-        """The task of least recovered loss, with it."""
-        return min(self.recovered.items(), key=lambda item: item[1].value, default=None)
+    def share(self) -> Share | None:
+        """The share of the single adapters by which held-out rows judge."""
+        return next(iter(self.shares.values()), None)
 
 
 @dataclass(frozen=True)
@@ -106,8 +121,19 @@ class Figures:
 
     @property
     def written(self) -> bool:
-        """Tell whether the tasks are of answers: measured against the base model, by recovered loss, without heads."""
+        """Tell whether the tasks are of answers: measured against the base model, by what is kept, without heads."""
         return self.base_average is not None
+
+    @cached_property
+    def shares(self) -> tuple[str, ...]:
+        """Names of the shares of the single adapters that were measured, of SHARES, the one that judges first."""
+        found = [name for name, field in SHARES.items() if any(getattr(merge, field) for merge in self.result.merges)]
+        return tuple(found) or tuple(SHARES)[-1:]
+
+    @property
+    def judge(self) -> str:
+        """What held-out rows judge merges by: the average, or of answers a share of the single adapters."""
+        return self.shares[0] if self.written else "average"
 
     def heads(self, aligned: bool) -> str:
         """Return `, heads` and which, to be put after the name of a merge; nothing where there are none."""
@@ -160,7 +186,6 @@ class Figures:
         for (_, init, aligned, chosen, _), merges in groups.items():
             seen = [heldout.get((m.way, init, aligned, m.seed, round(m.scale, 9))) for m in merges]
             known = [value for value in seen if value is not None]
-            recovered = [m.recovered for m in merges] if all(m.recovered for m in merges) else []
             rows.append(
                 Merged(
                     init=init,
@@ -177,8 +202,7 @@ class Figures:
                     heldout=float(np.mean(known)) if len(known) == len(merges) else None,
                     by_seed={merge.seed: merge.average.value for merge in merges},
                     resamples=_mean_resamples(merges),
-                    recovered={t: over_seeds([one[t] for one in recovered]) for t in self.tasks if recovered},
-                    recovered_average=over_seeds([average(one.values()) for one in recovered]) if recovered else None,
+                    shares=_shares(merges),
                 )
             )
         order = list(self.labels.values())
@@ -278,6 +302,17 @@ def _mean_resamples(merges: Sequence[MergeScore]) -> tuple[float, ...]:
     if len({len(merge.resamples) for merge in merges}) > 1:
         return ()
     return tuple(np.mean([merge.resamples for merge in merges], axis=0).tolist())
+
+
+def _shares(merges: Sequence[MergeScore]) -> dict[str, Share]:
+    """Return what is kept over seeds, by name; nothing of what a seed lacks."""
+    found = {}
+    for name, field in SHARES.items():
+        seeds: list[dict[str, Score]] = [getattr(merge, field) for merge in merges]
+        if all(seeds):
+            by_task = {task: over_seeds([one[task] for one in seeds]) for task in seeds[0]}
+            found[name] = Share(by_task, over_seeds([average(one.values()) for one in seeds]))
+    return found
 
 
 def _group(merges: Iterable[MergeScore]) -> dict[tuple[Any, ...], list[MergeScore]]:

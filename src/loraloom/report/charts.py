@@ -11,17 +11,32 @@ import numpy as np
 from loraloom.report.aggregate import HEADS, Figures
 from loraloom.report.figure import Chart, Json, Panel, View, color_of, layout_of, line, padded, plain, symbol_of
 from loraloom.report.maps import heat_chart, layer_chart
-from loraloom.report.tables import BASE, MISSING, NONE, OWN, Table, points, share, single_table, worst_text
+from loraloom.report.tables import (
+    BASE,
+    MISSING,
+    NONE,
+    OWN,
+    Table,
+    average_share,
+    points,
+    share,
+    single_table,
+    worst_text,
+)
 from loraloom.results import Score
 
+_ENDS = {
+    "probability kept": "100 % is each task's own adapter, 0 % that right answers are not to be expected",
+    "recovered loss": "100 % is each task's own adapter, 0 % the base model",
+}
 _SLOT = 13
 _TALL: Json = {"yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
-_WIDEST = (-100.0, 200.0)  # per cent of recovered loss that are drawn; a merge that breaks a model has thousands below
+_WIDEST = (-100.0, 200.0)  # per cent of what is kept that are drawn; a merge that breaks a model has thousands below
 
 
 def charts(figures: Figures) -> list[Chart]:
     """Return the charts that the study has data for, in the order of the page."""
-    makers = (merged_chart, recovered_chart, scale_chart, heat_chart, layer_chart, single_chart)
+    makers = (merged_chart, kept_chart, scale_chart, heat_chart, layer_chart, single_chart)
     return [chart for chart in (make(figures) for make in makers) if chart is not None]
 
 
@@ -108,43 +123,50 @@ def _by_init(
     return Table(caption, (*columns, *figures.inits), rows, headers=len(columns))
 
 
-def recovered_chart(figures: Figures) -> Chart | None:
-    """Recovered loss of answers by rule and init: the mean over tasks, and the worst task."""
-    rows = [row for row in figures.merged if row.recovered_average and row.worst]
+def kept_chart(figures: Figures) -> Chart | None:
+    """What answers keep of the single adapters by rule and init: the mean over tasks, and the worst task."""
+    what, rows = figures.judge, [row for row in figures.merged if row.share]
     if not (figures.written and rows):
         return None
     bands: dict[str, list[_Dot]] = {}
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in sorted(rows, key=lambda row: list(figures.labels.values()).index(row.label)):
-        assert row.recovered_average
-        assert row.worst
+        assert row.share
+        (task, least), average = row.share.worst, row.share.average
         init, chosen = figures.inits.index(row.init), "yes" if row.scale_chosen_with_labels else "no"
-        mean, worst = share(row.recovered_average), worst_text(row)
+        mean, worst = share(average), f"{task} {share(least)}"
         cells.setdefault((row.label, chosen, "mean"), {})[row.init] = mean
         cells.setdefault((row.label, chosen, "worst task"), {})[row.init] = worst
         dots = (
-            _Dot(init, _within(row.worst[1]), f"worst task: {worst}", filled=False, shift=-0.2),
-            _Dot(init, _within(row.recovered_average), f"mean: {mean}", shift=0.2),
+            _Dot(init, _within(least), f"worst task: {worst}", filled=False, shift=-0.2),
+            _Dot(init, _within(average), f"mean: {mean}", shift=0.2),
         )
         bands.setdefault(row.label, []).extend(dots)
-    data, layout = _dots(figures, bands, lines=[0.0, 100.0], unit="recovered loss, %")
+    data, layout = _dots(figures, bands, lines=[0.0, 100.0], unit=f"{what}, %")
     layout["xaxis"]["range"] = _cut(layout["xaxis"]["range"])
-    layout["shapes"] += [_upright(100, "dash"), _upright(0, "dot")]
-    drawn = [
-        score.value for row in rows for score in (row.recovered_average, row.worst[1] if row.worst else None) if score
+    layout["shapes"] += [_upright(100, "dash"), *([_upright(0, "dot")] if what == "recovered loss" else [])]
+    drawn = [score.value for row in rows if row.share for score in (row.share.average, row.share.worst[1])]
+    said = [
+        f"{row.init} with {row.label} {share(average_share(row, what))}, worst task {worst_text(row)}" for row in rows
     ]
-    said = [f"{row.init} with {row.label} {share(row.recovered_average)}, worst task {worst_text(row)}" for row in rows]
     return Chart(
-        id="recovered",
+        id="kept",
         title="How much of what each adapter learnt is left?",
-        caption="Recovered loss on the test rows: 100 % is each task's own adapter, 0 % the base model. Every merged "
+        caption=f"{what.capitalize()} on the test rows: {_ENDS[what]}. Every merged "
         "adapter has two marks: the mean over tasks, and its worst task. Look for two that lie close together and far "
         f"right: such a merge sacrifices no task.{_edges(drawn)}",
-        views=[View("", [Panel("", f"Recovered loss on the test rows: {'; '.join(said)}.", data, layout)])],
+        views=[View("", [Panel("", f"{what.capitalize()} on the test rows: {'; '.join(said)}.", data, layout)])],
         tables=[
-            _by_init(figures, "Recovered loss on the test rows", ("rule", "scale chosen with labels", "of"), cells)
+            _by_init(
+                figures, f"{what.capitalize()} on the test rows", ("rule", "scale chosen with labels", "of"), cells
+            )
         ],
-        keys=(("filled", "mean over tasks"), ("open", "worst task"), ("dashed", OWN), ("dotted", BASE)),
+        keys=(
+            ("filled", "mean over tasks"),
+            ("open", "worst task"),
+            ("dashed", OWN),
+            *((("dotted", BASE),) if what == "recovered loss" else ()),
+        ),
     )
 
 
@@ -158,7 +180,7 @@ def scale_chart(figures: Figures) -> Chart | None:
     unit = ""
     if figures.written:
         drawn = [score.value for sweep in figures.sweeps for score in sweep.averages]
-        unit = " They are measured by recovered loss: 100 % is each task's own adapter, 0 % the base model."
+        unit = f" They are measured by {figures.judge}: {_ENDS[figures.judge]}."
         unit += _edges(drawn)
     return Chart(
         id="scale",
@@ -199,7 +221,7 @@ def _scale_panel(figures: Figures, label: str, aligned: bool) -> Panel:
 
 def _heldout(figures: Figures) -> str:
     """Name what held-out rows judge by."""
-    return "Held-out recovered loss" if figures.written else "Held-out average"
+    return f"Held-out {figures.judge}"
 
 
 def _scale_table(figures: Figures, label: str) -> Table:
@@ -296,14 +318,14 @@ def _dots(
 
 
 def _within(score: Score) -> Score:
-    """Return a recovered loss at the edge of what is drawn where it lies beyond, without its error there."""
+    """Return what is kept at the edge of what is drawn where it lies beyond, without its error there."""
     low, high = (bound / 100 for bound in _WIDEST)
     inside = low <= score.value <= high
     return score if inside else Score(value=min(max(score.value, low), high), stderr=0.0)
 
 
 def _edges(values: Iterable[float]) -> str:
-    """Tell that recovered losses are cut off where some are."""
+    """Tell that some of what is kept is cut off where some are."""
     low, high = _WIDEST
     if all(low <= 100 * value <= high for value in values):
         return ""
@@ -311,7 +333,7 @@ def _edges(values: Iterable[float]) -> str:
 
 
 def _cut(bounds: list[float]) -> list[float]:
-    """Return the bounds of an axis within what is drawn of recovered losses."""
+    """Return the bounds of an axis within what is drawn of shares kept."""
     pad = 0.02 * (_WIDEST[1] - _WIDEST[0])
     return [max(bounds[0], _WIDEST[0] - pad), min(bounds[1], _WIDEST[1] + pad)]
 

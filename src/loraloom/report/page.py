@@ -16,6 +16,7 @@ from loraloom.report.aggregate import Figures, Merged
 from loraloom.report.charts import charts
 from loraloom.report.figure import Chart, color_of, symbol_of
 from loraloom.report.tables import (
+    average_share,
     merged_table,
     metric_tables,
     points,
@@ -61,6 +62,7 @@ def render(result: StudyResult) -> str:
         transcript=transcript_table(result),
         metrics=metric_tables(result),
         written=figures.written,
+        judge=figures.judge,
         unranked=any(row.heldout is None for row in figures.merged),
         charts=drawn,
         legend=[(name, color_of(index), symbol_of(index)) for index, name in enumerate(figures.inits)],
@@ -83,7 +85,8 @@ def tiles(result: StudyResult) -> list[tuple[str, str, str]]:
         single = f"its adapters alone reach {points(figures.single_averages.get(best.init))}"
         if figures.written:
             found.append(("Base model alone", points(figures.base_average), single))
-            found.append(("Recovered loss", share(best.recovered_average), f"worst task: {worst_text(best)}"))
+            kept = share(average_share(best, figures.judge))
+            found.append((figures.judge.capitalize(), kept, f"worst task: {worst_text(best)}"))
         else:
             found.append(("Kept of single-task", f"{100 * best.kept:.1f} %", single))
     for comparison in comparisons(result, aligned=best.aligned)[:1] if best else ():

@@ -45,13 +45,21 @@ def points(score: Score | None) -> str:
 
 
 def share(score: Score | None) -> str:
-    """Format a recovered loss in per cent with its standard error; no line ends before the sign."""
+    """Format a share of the single adapters in per cent with its standard error; no line ends before the sign."""
     return MISSING if score is None else f"{points(score)}\u00a0%"
 
 
-def worst_text(row: Merged) -> str:
-    """Format the task of least recovered loss, with it."""
-    return MISSING if row.worst is None else f"{row.worst[0]} {share(row.worst[1])}"
+def worst_text(row: Merged | None) -> str:
+    """Format the task of which least is kept, with what is."""
+    if row is None or row.share is None:
+        return MISSING
+    task, least = row.share.worst
+    return f"{task} {share(least)}"
+
+
+def average_share(row: Merged | None, name: str) -> Score | None:
+    """Return what a merge keeps of the single adapters on average, None where it was not measured."""
+    return row.shares[name].average if row and name in row.shares else None
 
 
 def metric_text(metric: str, score: Score | None) -> str:
@@ -110,8 +118,8 @@ def summary_table(result: StudyResult) -> Table:
             heads = figures.heads(aligned)
             columns[f"merged{heads}"] = [points(row.average if row else None) for row in best]
             if figures.written:
-                columns["recovered loss"] = [share(row.recovered_average if row else None) for row in best]
-                columns["worst task"] = [worst_text(row) if row else MISSING for row in best]
+                columns |= {name: [share(average_share(row, name)) for row in best] for name in figures.shares}
+                columns["worst task"] = [worst_text(row) for row in best]
             else:
                 columns[f"kept{heads}"] = [f"{100 * row.kept:.1f} %" if row else MISSING for row in best]
             columns[f"rule{heads}"] = [_rule_text(row) if row else MISSING for row in best]
@@ -134,7 +142,7 @@ def merged_table(result: StudyResult) -> Table:
             row.label,
             *(() if figures.written else (HEADS[row.aligned],)),
             points(row.average),
-            *((share(row.recovered_average), worst_text(row)) if figures.written else (f"{100 * row.kept:.1f} %",)),
+            *(_kept(figures, row) if figures.written else (f"{100 * row.kept:.1f} %",)),
             *(points(row.scores.get(task)) for task in figures.tasks),
             ", ".join(map(str, row.output_ranks)),
             scales_text(row.scales),
@@ -148,7 +156,7 @@ def merged_table(result: StudyResult) -> Table:
             init,
             rule,
             points(mean),
-            kept,
+            *kept,
             NONE,
             *(points(scores.get(task)) for task in figures.tasks),
             *[NONE] * len(tail),
@@ -158,7 +166,7 @@ def merged_table(result: StudyResult) -> Table:
     columns = (
         *(("init", "rule") if figures.written else ("init", "rule", "heads")),
         "average",
-        *(("recovered loss", "worst task") if figures.written else ("kept",)),
+        *((*figures.shares, "worst task") if figures.written else ("kept",)),
         *figures.tasks,
         *tail,
     )
@@ -166,12 +174,23 @@ def merged_table(result: StudyResult) -> Table:
     return Table("Merged adapters on the test rows, task by task", columns, (*alone, *rows), headers)
 
 
-def _alone(figures: Figures) -> list[tuple[str, str, Score | None, str, dict[str, Score]]]:
-    """Return what answers are measured against: name, rule, average, recovered loss by definition, scores by task."""
+def _kept(figures: Figures, row: Merged) -> list[str]:
+    """Return what a merge keeps of the single adapters, by every share, and of the worst task by the first."""
+    return [*(share(average_share(row, name)) for name in figures.shares), worst_text(row)]
+
+
+def base_shares(figures: Figures) -> list[str]:
+    """Return what the base model keeps of the single adapters by definition: no loss is recovered without any."""
+    return ["0 %" if name == "recovered loss" else NONE for name in figures.shares]
+
+
+def _alone(figures: Figures) -> list[tuple[str, str, Score | None, list[str], dict[str, Score]]]:
+    """Return what answers are measured against: name, rule, average, shares by definition, scores by task."""
     if not figures.written:
         return []
-    own = [(init, OWN, mean, "100 %", figures.singles[init]) for init, mean in figures.single_averages.items()]
-    return [(BASE, NONE, figures.base_average, "0 %", figures.bases), *own]
+    whole = ["100 %" for _ in figures.shares]
+    own = [(init, OWN, mean, whole, figures.singles[init]) for init, mean in figures.single_averages.items()]
+    return [(BASE, NONE, figures.base_average, base_shares(figures), figures.bases), *own]
 
 
 def metric_tables(result: StudyResult) -> list[Table]:
@@ -183,21 +202,21 @@ def metric_tables(result: StudyResult) -> list[Table]:
 def _metric_table(figures: Figures, task: str, metric: str) -> Table:
     more = list(figures.bases[task].more)
     scored = [(init, rule, scores.get(task), kept) for init, rule, _, kept, scores in _alone(figures)]
-    scored += [
-        (row.init, _rule_text(row), row.scores.get(task), share(row.recovered.get(task))) for row in figures.merged
-    ]
+    for row in figures.merged:
+        by_task = [row.shares[name].tasks if name in row.shares else {} for name in figures.shares]
+        scored.append((row.init, _rule_text(row), row.scores.get(task), [share(one.get(task)) for one in by_task]))
     rows = tuple(
         (
             init,
             rule,
             points(score),
             *(metric_text(name, score.more.get(name) if score else None) for name in more),
-            recovered,
+            *kept,
         )
-        for init, rule, score, recovered in scored
+        for init, rule, score, kept in scored
     )
     names = ("loss (nats a token)" if name == "loss" else name for name in more)
-    return Table(f"{task}: every metric", ("init", "rule", metric, *names, "recovered loss"), rows, headers=2)
+    return Table(f"{task}: every metric", ("init", "rule", metric, *names, *figures.shares), rows, headers=2)
 
 
 def single_table(result: StudyResult) -> Table:

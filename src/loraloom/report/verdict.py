@@ -12,6 +12,10 @@ from loraloom.report.aggregate import HEADS, Figures, Merged
 from loraloom.report.tables import points, share
 from loraloom.results import StudyResult
 
+_SHARES = {
+    "probability kept": "keeps {} of the probability that they give to the right answers",
+    "recovered loss": "recovers {} of what they gain in loss",
+}
 _NAMED = 3  # rivals that a sentence names; the table has all
 
 
@@ -90,7 +94,7 @@ def _sentence(result: StudyResult, aligned: bool) -> str:
         return ""
     picked = "Picked on held-out rows" if ours.heldout is not None else "Picked on the test rows, which flatters it"
     if figures.written and ours.heldout is not None:
-        picked += " by recovered loss"
+        picked += f" by {figures.judge}"
     several = len(figures.inits) > 1
     subject = f"{ours.init} merged by {ours.label}" if several else ours.label
     reached = f"{subject} reaches {points(ours.average)} points"
@@ -119,22 +123,22 @@ def _gainless(figures: Figures) -> str:
 
 
 def _kept(figures: Figures, ours: Merged) -> str:
-    """Tell how much of its adapters a merge keeps: of answers, how much of their gain in loss over the base model."""
+    """Tell how much of its adapters a merge keeps: of answers, of their probability and gain in loss."""
     if not figures.written:
         return f", {100 * ours.kept:.1f} % of its adapters alone"
     between = f" (base model alone {points(figures.base_average)}"
     if ours.init in figures.single_averages:
         between += f", its adapters alone {points(figures.single_averages[ours.init])}"
-    if ours.worst is None:
+    if ours.share is None:
         return f"{between})"
-    task, least = ours.worst
-    recovered = f"recovers {share(ours.recovered_average)} of what they gain in loss"
-    return f"{between}) and {recovered}, on the worst task, {task}, {share(least)}"
+    kept = " and ".join(_SHARES[name].format(share(one.average)) for name, one in ours.shares.items())
+    task, least = ours.share.worst
+    return f"{between}), {kept}; on the worst task by {figures.judge}, {task}, {share(least)}"
 
 
 def _rival(other: Merged, several: bool) -> str:
-    """Name a rival by its init where there are several, and by its rule; of answers with its recovered loss."""
+    """Name a rival by its init where there are several, and by its rule; of answers with what it keeps."""
     about = [other.label] if several else []
-    about += [f"recovers {share(other.recovered_average)}"] if other.recovered else []
+    about += [f"keeps {share(other.share.average)}"] if other.share else []
     name = other.init if several else other.label
     return f"{name} ({'; '.join(about)})" if about else name

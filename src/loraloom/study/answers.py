@@ -1,7 +1,7 @@
 """The stages that evaluate tasks of answers, by the loss of the right answer and by what a model writes.
 
-Held-out rows are measured by the loss alone, which is far less noisy than whether an answer is right, and needs no
-writing; test rows by every metric.
+Held-out rows are measured by the losses of right answers alone, which are far less noisy than whether a written answer
+is right; test rows by every metric.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -32,15 +33,16 @@ from loraloom.tasks.task import Task
 
 LOSSES, ANSWERS, TRANSCRIPT = "losses.safetensors", "answers.jsonl", "transcript.json"
 TRANSCRIBED = 3  # prompts a task
+KNOWN = 0.02  # mean probability of right answers of which a share can be kept: that of one row in fifty
 
 
-@stage("base", version=1)
+@stage("base", version=2)
 def evaluate_base(folder: Path, context: Context, *, rows: Rows, base: Base, reading: Reading) -> None:
     """Evaluate the base model alone on a task's test rows; keep its losses on held-out ones too."""
     _write_alone(folder, context, {}, rows, base, reading)
 
 
-@stage("single", version=1)
+@stage("single", version=2)
 def evaluate_single(
     folder: Path, context: Context, *, adapter: Output, rows: Rows, base: Base, reading: Reading
 ) -> None:
@@ -53,7 +55,7 @@ def alone_score(output: Output) -> Score:
     return Score(**_read(output)["test"])
 
 
-@stage("heldout", version=1)
+@stage("heldout", version=2)
 def evaluate_heldout(
     folder: Path,
     context: Context,
@@ -66,16 +68,14 @@ def evaluate_heldout(
     reading: Reading,
     scale: float,
 ) -> None:
-    """Measure how much of each single adapter's gain in loss a merged adapter keeps on held-out rows."""
-    generator = context.generator(base, reading)
-    scores = {}
+    """Measure what a merged adapter keeps of each single adapter's probability and gain in loss on held-out rows."""
+    generator, losses = context.generator(base, reading), {}
     for name, adapter in merged_adapters(merged.path / ADAPTER, scale, rows).items():
-        losses = generator.losses(adapter.updates, generator.encode(rows[name].task.heldout))
-        scores[name] = _recovered(name, bases[name], singles[name], losses, "heldout").model_dump()
-    write_json(folder / SCORES, {"recovered": scores})
+        losses[name] = generator.losses(adapter.updates, generator.encode(rows[name].task.heldout))
+    write_json(folder / SCORES, _shares(bases, singles, losses, "heldout"))
 
 
-@stage("test", version=1)
+@stage("test", version=2)
 def evaluate_test(
     folder: Path,
     context: Context,
@@ -93,12 +93,8 @@ def evaluate_test(
     for name, adapter in merged_adapters(merged.path / ADAPTER, scale, rows).items():
         found[name] = answer_task(generator, adapter.updates, rows[name].task, rows[name].task.test)
         write_answers(folder / f"{name}.{ANSWERS}", rows[name].task.test, found[name].answers)
-    recovered = {
-        name: _recovered(name, bases[name], singles[name], one.losses, "test").model_dump()
-        for name, one in found.items()
-    }
-    scores = {name: one.score.model_dump() for name, one in found.items()}
-    write_json(folder / SCORES, {"as_trained": scores, "recovered": recovered})
+    shares = _shares(bases, singles, {name: one.losses for name, one in found.items()}, "test")
+    write_json(folder / SCORES, {"as_trained": {name: one.score.model_dump() for name, one in found.items()}, **shares})
     resamples = np.mean([_resampled(rows[name], one.answers) for name, one in found.items()], axis=0)
     write_json(folder / RESAMPLES, {"as_trained": [float(value) for value in resamples]})
 
@@ -144,9 +140,32 @@ def read_transcript(output: Output) -> list[Answers]:
     return [Answers(**one) for one in json.loads((output.path / TRANSCRIPT).read_text(encoding="utf-8"))]
 
 
-def read_recovered(output: Output) -> dict[str, Score]:
-    """Read the recovered loss by task that an evaluation of a merged adapter wrote."""
-    return {name: Score(**value) for name, value in _read(output)["recovered"].items()}
+def read_shares(output: Output) -> dict[str, dict[str, Score]]:
+    """Read `kept_probability` and `recovered`, each by task, that an evaluation of a merged adapter wrote."""
+    found = _read(output)
+    return {
+        share: {name: Score(**value) for name, value in found[share].items()}
+        for share in ("kept_probability", "recovered")
+    }
+
+
+def is_known(single: Output) -> bool:
+    """Tell whether a single adapter gives the right answers of held-out rows a probability to take a share of."""
+    return float(torch.exp(-load_file(single.path / LOSSES)["heldout"][:, 0]).mean()) >= KNOWN
+
+
+def kept_probability(single: Tensor, merged: Tensor, seed: int) -> Score:
+    """Return mean probability of the right answers by merged / by single, with its error over rows.
+
+    single, merged: (k, 2) float64, nats and tokens of the same right answers, as `Generator.losses` gives them.
+    seed: of the resamples of rows from which the error is taken.
+    """
+    chances = np.stack([np.exp(-one[:, 0].numpy()) for one in (single, merged)])
+    drawn = resampled_rows(chances.shape[1], seed)
+    own, kept = chances.sum(axis=1)
+    owns, keeps = chances[:, drawn].sum(axis=2)
+    shares = np.divide(keeps, owns, out=np.zeros_like(owns), where=owns > 0)
+    return Score(value=float(kept / own) if own > 0 else 0.0, stderr=float(np.std(shares, ddof=1)))
 
 
 def recovered(base: Tensor, single: Tensor, merged: Tensor, seed: int) -> Score:
@@ -170,9 +189,20 @@ def _share(nats: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.where(gain > 0, (nats[0] - nats[2]) / np.where(gain > 0, gain, 1.0), 0.0))
 
 
-def _recovered(name: str, base: Output, single: Output, losses: Tensor, split: str) -> Score:
-    before, own = (load_file(output.path / LOSSES)[split] for output in (base, single))
-    return recovered(before, own, losses, seed=task_seed(0, name))
+def _shares(
+    bases: Mapping[str, Output], singles: Mapping[str, Output], losses: Mapping[str, Tensor], split: str
+) -> dict[str, dict[str, Any]]:
+    """Return what is kept of probability and of gain in loss, each by task, as `read_shares` reads it."""
+    found: dict[str, dict[str, Any]] = {"kept_probability": {}, "recovered": {}}
+    for name, merged in losses.items():
+        base, single = (load_file(one[name].path / LOSSES)[split] for one in (bases, singles))
+        gain = recovered(base, single, merged, seed=task_seed(0, name))
+        if is_known(singles[name]):
+            kept = kept_probability(single, merged, seed=task_seed(0, name))
+        else:
+            kept = Score(value=max(gain.value, 0.0), stderr=gain.stderr)
+        found["kept_probability"][name], found["recovered"][name] = kept.model_dump(), gain.model_dump()
+    return found
 
 
 def _write_alone(

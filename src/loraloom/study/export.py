@@ -150,7 +150,7 @@ def _merge_score(
     tested, written = split == "test", study.recipe.generates
     scores = stages.read_scores(output, aligned) if tested else study.judged(output, aligned)
     together = average(scores.values())
-    if written and not tested:  # recovered loss is a share of the single adapters' gain already
+    if written and not tested:  # the scores are shares of the single adapters' already
         kept = together.value
     else:
         kept = _kept(together, [study.alone(single, split) for single in one.singles.values()])
@@ -162,10 +162,10 @@ def _merge_score(
         split=split,
         scale_chosen_with_labels=tested and len(row.settings.scales) > 1,
         scores=scores,
-        recovered=answers.read_recovered(output) if written else {},
         average=together,
         resamples=stages.read_resamples(output, aligned) if tested else [],
         kept=kept,
+        **(answers.read_shares(output) if written else {}),
         **merged_facts(row.merged),
     )
 
@@ -248,7 +248,7 @@ def _notes(study: Study) -> list[str]:
     if any(len(settings.scales) > 1 for settings in recipe.merging):
         notes.append("Scales were chosen on held-out rows, with their labels.")
     if recipe.generates:
-        notes.append("Held-out rows judge by recovered loss; on test rows answers were written greedily and compared.")
+        notes += _judging(study)
     else:
         notes.append("Heads were aligned on unlabelled training texts.")
     notes.append("Interference was measured on held-out texts, without labels.")
@@ -258,6 +258,24 @@ def _notes(study: Study) -> list[str]:
         notes.append("Held-out rows chose the checkpoints of the adapters too.")
     if len(recipe.seeds) == 1:
         notes.append("One seed: standard errors cover the choice of rows, not the spread over seeds.")
+    return notes
+
+
+def _judging(study: Study) -> list[str]:
+    """Tell by what merges of adapters that write are judged."""
+    judged = "what is kept of the probability that the single adapters give to the whole right answers"
+    notes = [f"Held-out rows judge by {judged}; on test rows answers were written greedily and compared."]
+    unknown = {
+        f"{task} ({one.init})"
+        for one in study.trained
+        for task, single in one.singles.items()
+        if not answers.is_known(single)
+    }
+    if unknown:
+        notes.append(
+            f"{', '.join(sorted(unknown))}: its own adapter gives right answers a probability below {answers.KNOWN}, "
+            "of which no share can be told: recovered loss, not below 0, stands in its place."
+        )
     return notes
 
 

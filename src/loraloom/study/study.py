@@ -356,8 +356,10 @@ class Study:
         return answers.alone_score(single) if self.recipe.generates else stages.single_score(single, split)
 
     def judged(self, heldout: Output, aligned: bool) -> dict[str, Score]:
-        """Return the scores by task by which held-out rows judge a scale: recovered loss where answers are written."""
-        return answers.read_recovered(heldout) if self.recipe.generates else stages.read_scores(heldout, aligned)
+        """Return the scores by task by which held-out rows judge a scale: where answers are written, what is kept."""
+        if self.recipe.generates:
+            return answers.read_shares(heldout)["kept_probability"]
+        return stages.read_scores(heldout, aligned)
 
     def _best_scale(self, heldout: Mapping[float, Output], aligned: bool) -> float:
         """Return the scale of the best held-out average, the smallest of equals."""

@@ -18,7 +18,8 @@ from loraloom.results import Score
 from loraloom.tasks.metrics import resampled_rows
 
 TextMetric = Literal["exact_match", "token_f1", "rouge_l", "number_match", "pearson", "json_f1", "parse_rate"]
-AnswerMetric = Literal[TextMetric, "loss"]  # `loss` is of tokens, not of texts: `loss_score`
+TokenMetric = Literal["loss", "probability"]  # of right answers, whatever is written: `loss_score`, `probability_score`
+AnswerMetric = Literal[TextMetric, TokenMetric]
 
 _WORD = re.compile(r"[^\W_]+")
 # a sign counts only where no word stands before it, so that 2024-01-02 ends with 2; commas only between thousands
@@ -100,6 +101,18 @@ def loss_score(losses: Sequence[float], tokens: Sequence[int]) -> Score:
     lost, counts = numpy.asarray(losses, dtype=float), numpy.asarray(tokens, dtype=float)
     ratio = lost.sum() / counts.sum()
     return Score(value=float(ratio), stderr=float(numpy.linalg.norm(lost - ratio * counts) / counts.sum()))
+
+
+def probability_score(losses: Sequence[float]) -> Score:
+    """Return the mean over rows of the probability of the whole right answer, exp(-loss), with its standard error.
+
+    It is what exact match would be on average if answers were drawn at random, not written greedily, and each only
+    counted as the tokens that are expected.
+
+    losses: summed over the tokens of each row's answer, in nats, (rows,).
+    """
+    values = numpy.exp(-numpy.asarray(losses, dtype=float))
+    return Score(value=float(values.mean()), stderr=float(values.std()) / math.sqrt(len(values)))
 
 
 def loss_resampled(losses: Sequence[float], tokens: Sequence[int], seed: int = 0) -> NDArray[numpy.float64]:

@@ -6,13 +6,13 @@ import reprlib
 import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import datasets
 from pydantic import Field, field_validator, model_validator
 
 from loraloom.errors import LoraloomError, first_few, raise_problems
-from loraloom.tasks.answers import AnswerMetric, answer_problems
+from loraloom.tasks.answers import AnswerMetric, TokenMetric, answer_problems
 from loraloom.tasks.generate import ANSWER_TOKENS, Generate
 from loraloom.tasks.sources import Table, check_unicode, read_table
 from loraloom.tasks.splits import Checked, Row, SplitTask, parted, read_tables
@@ -55,8 +55,10 @@ class PromptTask(SplitTask):
         problems = []
         if len(set(self.metric)) < len(self.metric):
             problems.append(f"metric: the same twice in {self.metric}")
-        if self.metric[0] == "loss":
-            problems.append("metric: loss is told beside any other, but less of it is better: name another first")
+        if self.metric[0] in get_args(TokenMetric):
+            problems.append(
+                f"metric: {self.metric[0]} is told beside any other, and is not of written answers: name another first"
+            )
         if self.chat == "off" and self.system is not None:
             problems.append("system: `chat: off` has no place for a system prompt: write it into a template")
         if self.template is not None:
