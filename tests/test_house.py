@@ -33,6 +33,7 @@ TRANSFORMERS_ALLOWED = (
     "loraloom.model.load",
     "loraloom.model.objective",
     "loraloom.model.packaged",
+    "loraloom.model.served",
     "loraloom.starts.files",
     "loraloom.starts.initialise",
     "loraloom.starts.keep",

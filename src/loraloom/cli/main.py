@@ -16,7 +16,7 @@ from loraloom.cli.chat import chat
 from loraloom.cli.common import Commands, stop_at_signals
 from loraloom.cli.inspect import inspect
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
-from loraloom.cli.serve import export
+from loraloom.cli.serve import export, serve_check
 from loraloom.cli.start import init, train
 from loraloom.cli.statistics import atlas, statistics_app
 from loraloom.cli.study import demo, evaluate, report, run, study_app
@@ -44,6 +44,7 @@ app.command(rich_help_panel=MERGE)(align)
 app.command(rich_help_panel=MERGE)(export)
 app.command(rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(chat)
+app.command("serve-check", rich_help_panel=MEASURE)(serve_check)
 app.command(rich_help_panel=MEASURE)(compare)
 app.command(rich_help_panel=MEASURE)(run)
 app.command(rich_help_panel=MEASURE)(report)
