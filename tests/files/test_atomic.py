@@ -11,7 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +108,22 @@ def test_what_is_whole_is_always_in_its_place(tmp_path: Path) -> None:
     looker.join()
     if sys.platform in ("linux", "darwin"):
         assert not missing
+
+
+def test_files_are_on_the_disk_before_they_take_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the power fails between the two, the old is there still."""
+    flushed: list[tuple[int, bool]] = []
+    places = [tmp_path / "file", tmp_path / "out"]
+    monkeypatch.setattr(
+        os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, any(path.exists() for path in places)))
+    )
+    write_text(places[0], "x")
+    assert flushed == [(places[0].stat().st_ino, False)]
+    places, flushed = places[1:], []
+    result(places[0], "one", "deep/two")
+    files = [path for path in places[0].rglob("*") if path.is_file()]
+    assert len(files) == 3  # and the record
+    assert sorted(flushed) == sorted((path.stat().st_ino, False) for path in files)
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
@@ -290,6 +309,32 @@ with staged_folder(pathlib.Path(sys.argv[1]) / "a", kind="result") as a:
     sys.stdin.read()
     (a / "whole").write_text("x")
 """
+
+
+@pytest.mark.parametrize("kept", range(1, 6))
+def test_what_a_kill_left_of_a_removal_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """Whatever was removed first, and however much of it."""
+    result(tmp_path / "out", "a", "b")
+    removals = iter(range(1, 10))
+
+    def dying(remove: Callable[..., None]) -> Callable[..., None]:
+        def removed(*place: Any, **options: Any) -> None:
+            if next(removals) == kept:
+                raise KeyboardInterrupt
+            remove(*place, **options)
+
+        return removed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", dying(os.unlink))
+        patch.setattr(os, "rmdir", dying(os.rmdir))
+        with pytest.raises(KeyboardInterrupt):
+            result(tmp_path / "out", "new", overwrite=True)
+    assert list(tmp_path.glob(".*.part"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result(tmp_path / "other")
+    assert entries(tmp_path) == ["other", "out", "out/new"]
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

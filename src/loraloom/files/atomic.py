@@ -107,7 +107,7 @@ def remove_leftovers(folder: Path) -> None:
                 if not os.path.lexists(folder / old.name):
                     os.rename(old, folder / old.name)
                     restored.append(old.name)
-            shutil.rmtree(stage, ignore_errors=True)
+            _remove(stage)
     if removed:
         back = f", and put back {', '.join(restored)}" if restored else ""
         what = "what a killed run had" if removed == 1 else f"what {removed} killed runs had"
@@ -137,7 +137,14 @@ def _staging(parent: Path) -> Iterator[Path]:
             (stage / _NEW).mkdir()
             yield stage
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
+            _remove(stage)
+
+
+def _remove(stage: Path) -> None:
+    """Remove a hidden folder, its lock last: what a kill leaves of it is removed by whoever gets the lock."""
+    for part in (_NEW, _OLD):
+        shutil.rmtree(stage / part, ignore_errors=True)
+    shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager
