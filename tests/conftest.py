@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+
+# threads that wait for others must not keep from the processor those that work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -13,6 +17,9 @@ import tiny_written
 
 # tiny models run no faster on more threads, and sums then round as in the processes that the tests start
 torch.set_num_threads(1)
+
+# nor can a test tell what has reached the disk, as none cuts the power; tests/files/test_atomic.py counts the calls
+os.fsync = lambda file: None
 
 
 @pytest.fixture
@@ -47,3 +54,21 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # a command in a test lets through what nobody foresaw, so that no fault of our own passes for one of the input
 os.environ.setdefault("LORALOOM_RAISE", "1")
+
+
+COLUMNS = ("tried", "refused", "accepted", "traceback", "hang", "wrong", "slow")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell how many malformed inputs of each kind the tests of tests/fuzz tried, and how they ended."""
+    found: dict[str, Counter[str]] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", "") == "teardown":
+            for kind, tally in dict(report.user_properties).get("malformed inputs", {}).items():
+                found.setdefault(kind, Counter()).update(tally)
+    if not found:
+        return
+    terminalreporter.section("malformed inputs")
+    terminalreporter.write_line(f"{'kind':<14}" + "".join(f"{column:>10}" for column in COLUMNS))
+    for kind, tally in [*sorted(found.items()), ("in all", sum(found.values(), Counter()))]:
+        terminalreporter.write_line(f"{kind:<14}" + "".join(f"{tally[column]:>10}" for column in COLUMNS))

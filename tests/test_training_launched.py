@@ -146,13 +146,20 @@ def test_resumed_after_a_kill_and_faults(tmp_path: Path) -> None:
     assert not any(path.name.endswith(".checkpoints") for path in tmp_path.iterdir())
 
 
-def test_the_benchmark_of_a_gpu_runs_small() -> None:
+def benchmark(*words: str) -> dict[str, Any]:
+    """Run the benchmark with `words`; return what it defines."""
+    page = runpy.run_path(str(BENCHMARK))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(BENCHMARK), *words])
+        page["main"]()
+    return page
+
+
+def test_the_benchmark_of_a_gpu_runs_small(capsys: pytest.CaptureFixture[str]) -> None:
     """Every row is there without a GPU too; with one asked for and none there, nothing is measured."""
-    script = [sys.executable, str(BENCHMARK)]
-    small = [*script, "--device", "cpu", "--tiny", "--runs", "1", "--bound", "16"]
-    run = subprocess.run(small, env=tiny_study.environment(), capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("|")]
+    benchmark("--device", "cpu", "--tiny", "--runs", "1", "--bound", "16")
+    told = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")]
     assert [cells[0].split(",")[0] for cells in rows[2:]] == [
         *["statistics of a task"] * 2,
         "the bare pass",
@@ -167,10 +174,7 @@ def test_the_benchmark_of_a_gpu_runs_small() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    page = runpy.run_path(str(BENCHMARK))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(BENCHMARK)])
-        page["main"]()
+    page = benchmark()
     assert "no GPU is at hand: nothing was measured" in capsys.readouterr().out
     once = page["with_section"]("# Page\n", "rows")
     assert once == f"# Page\n\n{page['BEGIN']}\nrows\n{page['END']}\n"

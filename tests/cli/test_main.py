@@ -7,9 +7,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from loraloom.report import SummaryRow, summary_rows
 from loraloom.report.aggregate import Merged
 from loraloom.results import Score, StudyResult
 from loraloom.tasks.builtin_text import generic_texts
+from tiny_launch import start_loraloom
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -380,21 +379,19 @@ def test_a_bad_recipe_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_training(finished: Path, tmp_path: Path) -> None:
-    words = tiny_study.command("run", finished / "recipe.yaml", "-o", "study", "--quiet")
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # a shell that runs the tests in the background has them ignore Ctrl-C, and so their children
-    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(words, cwd=tmp_path, env=tiny_study.environment(), text=True, **pipes)
+    noise = tmp_path / "noise.txt"
+    process = start_loraloom(["run", finished / "recipe.yaml", "-o", "study", "--quiet"], tmp_path, noise)
+    assert process.pid is not None
     train = tmp_path / "study" / "stages" / "train"
     deadline = time.monotonic() + 120
     while not (train.is_dir() and any(name.endswith(".part") for name in os.listdir(train))):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(0.05)  # until the folder is known to whoever removes it
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert (process.exitcode, noise.read_text()) == (130, "")
     assert list(tmp_path.rglob("*.part")) == []
 
 

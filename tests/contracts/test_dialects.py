@@ -133,11 +133,11 @@ def relative(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(
+    ("is_transposed", "form"),
+    [*((False, form) for form in FORMS), *((True, form) for form in FORMS if "expert" in form)],  # they have two orders
+)
 def test_a_weighted_sum_does_in_peft_what_the_dense_sum_does(form: str, is_transposed: bool, tmp_path: Path) -> None:
-    if is_transposed and "expert" not in form:
-        pytest.skip("only experts come in two orders")
     net = Net(is_transposed=is_transposed).eval()
     models = [saved(tmp_path / f"{i}", i, net=net, **FORMS[form]) for i in range(3)]
     weights = [0.5, -0.4, 1.2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from loraloom.errors import LoraloomError
 from loraloom.files.atomic import staged_folder
 from loraloom.files.outputs import RECORD, check_apart, check_file, check_folder
+
+NOBODY = 65534  # a user who owns nothing
 
 
 def result(path: Path, kind: str = "merged adapter") -> Path:
@@ -74,15 +77,21 @@ def test_links_and_folders_of_others_count_as_files(tmp_path: Path) -> None:
         check(out)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")
-def test_what_cannot_be_listed_is_not_ours(tmp_path: Path) -> None:
-    out = result(tmp_path / "out")
-    (out / "heads").chmod(0)
-    try:
-        with pytest.raises(LoraloomError, match="Permission denied"):
-            check(out)
-    finally:
-        (out / "heads").chmod(0o700)
+def test_what_cannot_be_listed_is_not_ours() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        out = result(Path(place) / "out")
+        (out / "heads").chmod(0)
+        user = os.geteuid()
+        if user == 0:  # who may list everything
+            for path in (place, out, out / "heads"):
+                os.chown(path, NOBODY, -1)
+            os.seteuid(NOBODY)
+        try:
+            with pytest.raises(LoraloomError, match="Permission denied"):
+                check(out)
+        finally:
+            os.seteuid(user)
+            (out / "heads").chmod(0o700)
 
 
 def test_a_folder_where_the_record_tells_of_more_than_is_there_is_ours(tmp_path: Path) -> None:

@@ -1,20 +1,15 @@
-"""Prints what became of the malformed inputs, a line a file kind."""
+"""Gives each test's report what became of its malformed inputs, from wherever it ran; tests/conftest.py prints it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 from harness import TALLY
 
-COLUMNS = ("tried", "refused", "accepted", "traceback", "hang", "wrong", "slow")
 
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell how many inputs of each kind were tried, and how they ended."""
-    if not TALLY:
-        return
-    terminalreporter.section("malformed inputs")
-    terminalreporter.write_line(f"{'kind':<12}" + "".join(f"{column:>11}" for column in COLUMNS))
-    for kind, tally in sorted(TALLY.items()):
-        terminalreporter.write_line(f"{kind:<12}" + "".join(f"{tally[column]:>11}" for column in COLUMNS))
-    total = [sum(tally[column] for tally in TALLY.values()) for column in COLUMNS]
-    terminalreporter.write_line(f"{'in all':<12}" + "".join(f"{count:>11}" for count in total))
+@pytest.fixture(autouse=True)
+def _tally(request: pytest.FixtureRequest) -> Iterator[None]:
+    TALLY.clear()
+    yield
+    request.node.user_properties.append(("malformed inputs", {kind: dict(tally) for kind, tally in TALLY.items()}))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,27 +19,29 @@ from loraloom.model.processes import joined, rank_and_size
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
-from tiny_launch import two_processes
+from tiny_launch import launched, start_loraloom, two_processes
 
 
-def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
-    """Two processes, gloo: one file, written and told of once, equal to that of one process."""
+def test_the_command_in_two_processes(tmp_path: Path) -> None:
+    """As a launcher starts them, gloo: one file, written and told of once, equal to that of one process."""
     tiny_study.write_study(tmp_path)
     words = ["statistics", "mood.train.jsonl", "--base", str(tmp_path / "base"), "--column", "text"]
     words += ["--target", "query", "--target", "dense", "--texts", "13", "--max-length", "16"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    accelerate += ["--main_process_port", "0", "-m", "loraloom"]
-    done = subprocess.run(
-        [*accelerate, *words, "-o", "two.safetensors"],
-        cwd=tmp_path,
-        env={**tiny_study.environment(), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("two.safetensors") == 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    runs = [
+        start_loraloom(
+            [*words, "-o", "two.safetensors"], tmp_path, noise, {**launched(rank, 2, port), "CUDA_VISIBLE_DEVICES": ""}
+        )
+        for rank, noise in enumerate(said)
+    ]
+    for run, noise in zip(runs, said, strict=True):
+        run.join(300)
+        assert run.exitcode == 0, noise.read_text()
+    assert said[0].read_text().count("next: start another task") == 1
+    assert said[1].read_text() == ""
     words[1] = str(tmp_path / words[1])
     CliRunner().invoke(app, [*words, "-o", str(tmp_path / "one.safetensors")], catch_exceptions=False)
     one, two = (Statistics.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))

@@ -33,7 +33,7 @@ import tiny
 import tiny_study
 from loraloom.adapters.peft import write_adapter
 from loraloom.adapters.update import Adapter, Update
-from loraloom.cli.main import main
+from loraloom.cli import main as cli
 from loraloom.files.hashing import file_sha256
 from loraloom.study import by_hand, compare, export  # noqa: F401 (imported before the fork)
 
@@ -140,7 +140,7 @@ def _be(words: list[str], folder: Path) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = ["loraloom", *words]
-        main()
+        cli.main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
@@ -188,7 +188,8 @@ def trials(make: Callable[[Path], Work], count: int, folder: Path, seed: int = 0
 WORKS = {"merge": merging, "fuse": fusing, "study": studying}
 
 
-def _command() -> None:
+def main() -> None:
+    """Try as many kills as asked, and print what became of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in WORKS:
         parser.add_argument(f"--{name}", type=int, default=10, help="trials")
@@ -202,4 +203,4 @@ def _command() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _command()
+    main()

@@ -10,15 +10,23 @@ from pathlib import Path
 
 import pytest
 
-_KILLS = Path(__file__).parent / "kills.py"
+from tiny_launch import start
 
 
-def test_kills_of_merges_and_fusions_are_survived() -> None:
-    words = [sys.executable, str(_KILLS), "--merge", "2", "--fuse", "2", "--study", "0", "--seed", "5"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "merge: 2 tried" in done.stdout
-    assert "fuse: 2 tried" in done.stdout
+def _try_kills() -> None:
+    import kills
+
+    sys.argv = ["kills.py", "--merge", "2", "--fuse", "2", "--study", "0", "--seed", "5"]
+    kills.main()
+
+
+def test_kills_of_merges_and_fusions_are_survived(tmp_path: Path) -> None:
+    run = start(_try_kills, tmp_path, tmp_path / "noise.txt")
+    run.join(600)
+    said = (tmp_path / "noise.txt").read_text()
+    assert run.exitcode == 0, said
+    assert "merge: 2 tried" in said
+    assert "fuse: 2 tried" in said
 
 
 _STOPPED = """

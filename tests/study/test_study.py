@@ -32,6 +32,7 @@ from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
 from loraloom.study.store import Store
 from loraloom.study.study import Study
+from tiny_launch import start, start_loraloom
 
 
 @pytest.fixture
@@ -280,7 +281,7 @@ def test_a_disk_that_is_full_is_told_and_a_larger_one_goes_on(finished: Path, tm
     assert all("cannot be written: " in refusal for refusal in refusals), refusals
 
 
-# Kills, with the command line as users run it.
+# Kills, of the command line in a process of its own.
 
 
 @pytest.fixture(scope="module")
@@ -310,12 +311,12 @@ def same_end(folder: Path) -> None:
 
 def kill_when(folder: Path, moment: Callable[[Path], bool]) -> bool:
     """Run the study and kill -9 it at `moment`; tell whether it was caught there."""
-    words = tiny_study.command("run", "recipe.yaml", "-o", "study", "--quiet")
     noise = folder / "noise.txt"
-    with noise.open("w") as file:
-        process = subprocess.Popen(words, cwd=folder, env=tiny_study.environment(), stdout=file, stderr=file)
+    noise.unlink(missing_ok=True)
+    process = start_loraloom(["run", "recipe.yaml", "-o", "study", "--quiet"], folder, noise)
+    assert process.pid is not None
     stages = folder / "study" / "stages"
-    while process.poll() is None:
+    while process.is_alive():
         time.sleep(0.0005)
         with contextlib.suppress(FileNotFoundError):
             if moment(stages):
@@ -324,10 +325,11 @@ def kill_when(folder: Path, moment: Callable[[Path], bool]) -> bool:
                 caught = moment(stages)
                 process.kill() if caught else os.kill(process.pid, signal.SIGCONT)
                 if caught:
-                    assert process.wait() == -signal.SIGKILL
+                    process.join()
+                    assert process.exitcode == -signal.SIGKILL
                     assert noise.read_text() == ""
                     return True
-    assert (process.returncode, noise.read_text()) == (0, "")
+    assert (process.exitcode, noise.read_text()) == (0, "")
     return False
 
 
@@ -369,26 +371,24 @@ def test_a_killed_run_goes_on_where_it_stood_and_ends_the_same(long: Path) -> No
     same_end(long)
 
 
-_LOGGING = """
-import sys
-from loraloom.study.export import run_study
-from loraloom.study.recipe import Recipe
-from loraloom.study.store import Store
-make = Store._make
-def logged(self, stage, function):
-    with open("made.log", "a") as log:
-        log.write(stage.name + "\\n")
-    return make(self, stage, function)
-Store._make = logged
-run_study(Recipe.load("recipe.yaml"), "study")
-"""
+def _run_logged() -> None:
+    make = Store._make
+
+    def logged(self: Store, stage: Any, function: Any) -> Any:
+        with open("made.log", "a") as log:
+            log.write(stage.name + "\n")
+        return make(self, stage, function)
+
+    Store._make = logged  # type: ignore[method-assign]
+    run_study(Recipe.load("recipe.yaml"), "study")
 
 
 def test_two_runs_at_once_both_finish_and_compute_each_stage_once(long: Path) -> None:
     shutil.rmtree(long / "study", ignore_errors=True)
-    words = [tiny_study.command()[0], "-c", _LOGGING]
-    runs = [subprocess.Popen(words, cwd=long, env=tiny_study.environment()) for _ in range(2)]
-    assert [run.wait(timeout=240) for run in runs] == [0, 0]
+    runs = [start(_run_logged, long, long / f"noise{index}.txt") for index in range(2)]
+    for index, run in enumerate(runs):
+        run.join(240)
+        assert run.exitcode == 0, (long / f"noise{index}.txt").read_text()
     made = (long / "made.log").read_text().splitlines()
     assert len(made) == len(set(made)) == len(Store(long / "study" / "stages").outputs())
     same_end(long)

@@ -22,10 +22,22 @@ from loraloom.tasks.task import SPLITS, Task
 
 ROWS = BuiltinTask(train_rows=800, heldout_rows=200, test_rows=300)
 COUNTS = {"train": 800, "heldout": 200, "test": 300}
-_DIGESTS = f"""
+_ELSEWHERE = f"""
+import json
 from loraloom.tasks.builtin import LABELLED_NAMES, BuiltinTask, builtin_task
-print(",".join(builtin_task(name, {ROWS!r}).digest() for name in LABELLED_NAMES))
+from loraloom.tasks.builtin_text import generic_texts
+print(json.dumps([[builtin_task(name, {ROWS!r}).digest() for name in LABELLED_NAMES], generic_texts(400)]))
 """
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> tuple[list[str], list[str]]:
+    """Return the digests of the tasks and generic texts of a process that hashes with another seed."""
+    environment = {**os.environ, "PYTHONHASHSEED": "4711"}
+    command = [sys.executable, "-c", _ELSEWHERE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300)
+    digests, texts = json.loads(done.stdout)
+    return digests, texts
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +53,10 @@ def _bag(text: str) -> tuple[str, ...]:
     return tuple(sorted("".join(c if "a" <= c <= "z" else " " for c in text.lower()).split()))
 
 
-def test_another_process_with_another_hash_seed_draws_the_same_rows(tasks: dict[str, Task]) -> None:
-    environment = {**os.environ, "PYTHONHASHSEED": "4711"}
-    done = subprocess.run(
-        [sys.executable, "-c", _DIGESTS], capture_output=True, text=True, env=environment, check=True, timeout=300
-    )
-    assert done.stdout.strip().split(",") == [task.digest() for task in tasks.values()]
+def test_another_process_with_another_hash_seed_draws_the_same_rows(
+    tasks: dict[str, Task], elsewhere: tuple[list[str], list[str]]
+) -> None:
+    assert elsewhere[0] == [task.digest() for task in tasks.values()]
 
 
 def test_another_seed_draws_other_rows_of_the_same_files(tasks: dict[str, Task]) -> None:
@@ -198,12 +208,11 @@ def test_docstrings_are_those_that_an_import_shows() -> None:
         assert read[owner.__name__] == inspect.getdoc(owner)
 
 
-def test_generic_texts_are_the_same_in_another_process_and_none_comes_twice() -> None:
+def test_generic_texts_are_the_same_in_another_process_and_none_comes_twice(
+    elsewhere: tuple[list[str], list[str]],
+) -> None:
     texts = builtin_text.generic_texts(400)
-    code = "import json; from loraloom.tasks.builtin_text import generic_texts; print(json.dumps(generic_texts(400)))"
-    environment = {**os.environ, "PYTHONHASHSEED": "4711"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(done.stdout) == texts == builtin_text.generic_texts(500)[:400]
+    assert elsewhere[1] == texts == builtin_text.generic_texts(500)[:400]
     assert len(set(texts)) == len(texts) == 400
     assert all(text.isascii() and text == " ".join(text.split()) and len(text.split()) >= 8 for text in texts)
 
