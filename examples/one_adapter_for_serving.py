@@ -1,4 +1,4 @@
-"""Three adapters of different ranks become one adapter of rank 16 that a server such as vLLM loads.
+"""Three adapters of different ranks become one adapter of rank 16, written as vLLM takes it.
 
     python examples/one_adapter_for_serving.py team-a/ team-b/ team-c/ merged/
 
@@ -19,7 +19,8 @@ parser.add_argument("--rule", default="tsv")
 given = parser.parse_args()
 
 # a plan is checked at once and computed layer by layer while it is written
-plan = make_plan([read_adapter(folder) for folder in given.adapters], MergeOptions(given.rule, rank=given.rank))
+options = MergeOptions(given.rule, rank=given.rank, server="vllm")
+plan = make_plan([read_adapter(folder) for folder in given.adapters], options)
 folder = write_merged(plan, given.output)
 told = read_provenance(folder)
 layers = told["layers"]

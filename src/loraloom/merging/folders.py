@@ -185,7 +185,8 @@ def dry_run(plan: Plan, output: Path, fuse_into: Path | None, *, overwrite: bool
     """
     shapes = plan.shapes
     ranks = {module: min(plan.bound(module), plan.rank or plan.bound(module)) for module in plan.modules}
-    numbers = sum(r * (shapes[module].m + shapes[module].n) for module, r in ranks.items())
+    written = dict.fromkeys(ranks, plan.served.rank) if plan.served else ranks
+    numbers = sum(r * (shapes[module].m + shapes[module].n) for module, r in written.items())
     size = numbers * plan.dtype.itemsize
     if fuse_into is not None:
         size = prepare(fuse_into, output, _changes(plan), overwrite=overwrite)[1].size
