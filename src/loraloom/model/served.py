@@ -70,7 +70,8 @@ def fused(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             shapes = f"{tuple(dW.shape)}, the base model's layer {tuple(weight.shape)}"
             problems.append(f"{path}: the update is {shapes}")
             continue
-        weights[f"{path}.weight"] = weight.detach().double() + dW.reshape(weight.shape).to(weight.device)
+        whole = weight.detach().double() + dW.reshape(weight.shape).to(weight.device)
+        weights[f"{path}.weight"] = whole.to(weight.dtype)  # now, so that one at a time is as wide as the sum
     raise_problems(adapter.name, problems, "use the adapter's own base model")
     with replaced(model, weights):
         yield
