@@ -28,6 +28,7 @@ from .analysis.agreement import (
     agreement as agreement,
     candidates_of as candidates_of,
 )
+from .analysis.detectors import Sighting as Sighting, detector as detector
 from .analysis.inspection import inspect_paths as inspect_paths
 from .analysis.interference import (
     interference as interference,
@@ -38,6 +39,9 @@ from .analysis.interference import (
 from .analysis.outlook import outlook as outlook
 from .analysis.overlap import overlaps as overlaps
 from .analysis.prediction import predict as predict
+from .analysis.screening import Screening as Screening, screen as screen
+from .analysis.screening_measures import Seen as Seen
+from .analysis.screening_weights import KnownStart as KnownStart
 from .analysis.single import SingleModels as SingleModels
 
 # what everybody needs

@@ -22,9 +22,9 @@ FACTS = {"formula": "dW", "paper": "none", "summary": "a test", "cost": "none", 
 def clean_registry(monkeypatch):
     """Give each test its own copy of the registry."""
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
-    rules._load_plugins.cache_clear()
+    rules.load_plugins.cache_clear()
     yield
-    rules._load_plugins.cache_clear()
+    rules.load_plugins.cache_clear()
 
 
 def one_layer(*values: float) -> dict[str, Adapter]:

@@ -281,7 +281,7 @@ def rule(
 
 def get_rule(name: str) -> Rule:
     """Return the rule called `name`. Raises LoraloomError with the nearest names where there is none."""
-    _load_plugins()
+    load_plugins()
     if name not in _RULES:
         raise LoraloomError(f"no merging rule is called {name!r}", did_you_mean(name, _RULES))
     return _RULES[name]
@@ -289,19 +289,20 @@ def get_rule(name: str) -> Rule:
 
 def rule_names() -> tuple[str, ...]:
     """Return the names of all rules, those of installed plugins included, in alphabetical order."""
-    _load_plugins()
+    load_plugins()
     return tuple(sorted(_RULES))
 
 
 @functools.cache
-def _load_plugins() -> None:
+def load_plugins(group: str = GROUP) -> None:
     """Load each entry point of the group once; importing it runs its decorator. A broken one is named, not fatal."""
-    for entry in entry_points(group=GROUP):
+    for entry in entry_points(group=group):
         try:
             entry.load()
-        except Exception as error:  # whatever a plugin raises: the other rules must still work
+        except Exception as error:  # whatever a plugin raises: the others must still work
             source = f" of {entry.dist.name}" if entry.dist else ""
-            warnings.warn(f"rule plugin {entry.name!r}{source} ({entry.value}) is left out: {error!r}", stacklevel=3)
+            kind = group.rpartition(".")[2].removesuffix("s")
+            warnings.warn(f"{kind} plugin {entry.name!r}{source} ({entry.value}) is left out: {error!r}", stacklevel=3)
 
 
 def option_flag(name: str) -> str:
