@@ -132,8 +132,8 @@ def screen(
 
 def _screened(name: str, ran: list[Detector], sightings: Mapping[str, Mapping[str, Sighting]]) -> Screened:
     findings = [Finding.of(one, sightings[one.name][name]) for one in ran if name in sightings[one.name]]
-    verdict = max((one.verdict for one in findings), key=_ORDER.index, default="pass")
-    return Screened(verdict, findings, [one.name for one in ran if name not in sightings[one.name]])
+    worst = max((_ORDER.index(one.verdict) for one in findings), default=0)
+    return Screened(_ORDER[worst], findings, [one.name for one in ran if name not in sightings[one.name]])
 
 
 def _number(value: float) -> str:

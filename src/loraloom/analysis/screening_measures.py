@@ -209,8 +209,9 @@ def _together(updates: Sequence[Update], grams: Sequence[_Grams]) -> dict[str, T
 
 def _between(across: Tensor, W: Sequence[Tensor]) -> Tensor:
     """Return W^T across W for the block-diagonal W of `W`."""
-    whole = torch.block_diag(*W)
-    return whole.T @ across @ whole
+    whole: Tensor = torch.block_diag(*W)  # type: ignore[no-untyped-call]
+    found: Tensor = whole.T @ across @ whole
+    return found
 
 
 def _blocks(values: Tensor, sizes: Sequence[int], count: int) -> Tensor:
