@@ -40,8 +40,8 @@ from .analysis.outlook import outlook as outlook
 from .analysis.overlap import overlaps as overlaps
 from .analysis.prediction import predict as predict
 from .analysis.screening import Screening as Screening, screen as screen
+from .analysis.screening_declared import KnownStart as KnownStart
 from .analysis.screening_measures import Seen as Seen
-from .analysis.screening_weights import KnownStart as KnownStart
 from .analysis.single import SingleModels as SingleModels
 
 # what everybody needs

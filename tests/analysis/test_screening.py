@@ -8,46 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from loraloom.adapters.lowrank import concatenate, svd_factors
+from loraloom.adapters.lowrank import svd_factors
 from loraloom.adapters.update import Adapter, Update
 from loraloom.analysis.detectors import Sighting, detector, every_detector
 from loraloom.analysis.screening import Screening, screen
+from loraloom.analysis.screening_declared import KnownStart
 from loraloom.analysis.screening_measures import measure
-from loraloom.analysis.screening_weights import KnownStart, against_others
+from loraloom.analysis.screening_weights import against_others
 from loraloom.errors import LoraloomError
-
-M, N, LAYERS = 24, 64, [f"layer.{i}.query" for i in range(4)]
-
-
-def uniform(chance: torch.Generator, rank: int) -> Tensor:
-    return (2 * torch.rand(rank, N, generator=chance) - 1) / N**0.5
-
-
-def trained(seed: int, *, rank: int = 4, rate: float = 0.04, trigger: float = 0.0) -> Adapter:
-    """An adapter as training leaves it: A moved from PEFT's start as much as B gained, and a rank-one trigger in B."""
-    chance, updates = torch.Generator().manual_seed(seed), {}
-    for at in LAYERS:
-        A = uniform(chance, rank) + rate * torch.randn(rank, N, generator=chance)
-        B = rate * torch.randn(M, rank, generator=chance)
-        B = B + trigger * torch.outer(torch.ones(M), torch.randn(rank, generator=chance))
-        updates[at] = Update(2 * B, A)
-    config = {"peft_type": "LORA", "target_modules": ["query"], "r": rank, "lora_alpha": 2 * rank}
-    return Adapter(updates, config)
-
-
-def honest(count: int = 5) -> dict[str, Adapter]:
-    return {f"h{i}": trained(i, rank=(4, 8)[i % 2], rate=0.03 + 0.01 * i) for i in range(count)}
-
-
-def amplified(seed: int, s: float = 5.0) -> Adapter:
-    good, bad = trained(seed), trained(seed, trigger=0.05)
-    updates = {
-        at: concatenate([Update(s * bad.updates[at].B, bad.updates[at].A), Update((1 - s) * one.B, one.A)])
-        for at, one in good.updates.items()
-    }
-    return replace(bad, updates=updates, config={**bad.config, "r": 8, "lora_alpha": 8})
+from tiny_screen import LAYERS, N, amplified, honest, trained, uniform
 
 
 def told(found: Screening, name: str, of: str) -> Any:

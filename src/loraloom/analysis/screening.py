@@ -13,10 +13,10 @@ from typing import Any
 
 from loraloom.adapters.together import layer_problems
 from loraloom.adapters.update import Adapter
-from loraloom.analysis import screening_weights  # noqa: F401 (importing a family registers its detectors)
+from loraloom.analysis import screening_declared, screening_weights  # noqa: F401 (importing a family registers it)
 from loraloom.analysis.detectors import Detector, Sighting, Verdict, every_detector
+from loraloom.analysis.screening_declared import KnownStart
 from loraloom.analysis.screening_measures import measure
-from loraloom.analysis.screening_weights import KnownStart
 from loraloom.errors import raise_problems
 from loraloom.progress import Reporter
 

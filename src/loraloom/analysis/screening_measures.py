@@ -193,32 +193,27 @@ def _aligned(K: Tensor) -> float:
 
 def _together(updates: Sequence[Update], grams: Sequence[_Grams]) -> dict[str, Tensor]:
     """Return what every two of one layer's updates have in common, each (p, p) float64; zero updates have nothing."""
-    A = torch.cat([update.A for update in updates])
-    B = torch.cat([update.B for update in updates], dim=1)
-    ranks = [update.rank for update in updates]
-    across_A, across_B = (A @ A.T).double(), (B.T @ B).double()
-    count = len(updates)
-    kept = torch.tensor([gram.W_A.shape[1] for gram in grams], dtype=torch.float64)
-    common = (torch.minimum(kept[:, None], kept) > 0).double()
-    size = torch.minimum(kept[:, None], kept).clamp_min(1)
-    rows = _blocks(_between(across_A, [gram.W_A for gram in grams]).square(), kept.int().tolist(), count)
-    columns = _blocks(_between(across_B, [gram.W_B for gram in grams]).square(), kept.int().tolist(), count)
-    product = _blocks(across_A * across_B, ranks, count)
-    return {"rows": rows / size, "columns": columns / size, "common": common, "product": product}
+    pairs = list(zip(updates, grams, strict=True))
+    # singular vectors of all, from which <dW_i, dW_j> is the sum of S_i S_j (V_i^T V_j) (U_i^T U_j)
+    right = torch.cat([gram.W_A.T.float() @ update.A for update, gram in pairs])
+    left = torch.cat([update.B @ gram.W_B.float() for update, gram in pairs], dim=1)
+    singular = torch.cat([gram.singular[: gram.W_A.shape[1]] for gram in grams])
+    across, along = (right @ right.T).double(), (left.T @ left).double()
+    kept = torch.tensor([gram.W_A.shape[1] for gram in grams])
+    least = torch.minimum(kept[:, None], kept).double()
+    member = torch.repeat_interleave(torch.arange(len(grams)), kept)
+    return {
+        "rows": _blocks(across.square(), member, len(grams)) / least.clamp_min(1),
+        "columns": _blocks(along.square(), member, len(grams)) / least.clamp_min(1),
+        "common": (least > 0).double(),
+        "product": _blocks(across * along * torch.outer(singular, singular), member, len(grams)),
+    }
 
 
-def _between(across: Tensor, W: Sequence[Tensor]) -> Tensor:
-    """Return W^T across W for the block-diagonal W of `W`."""
-    whole: Tensor = torch.block_diag(*W)  # type: ignore[no-untyped-call]
-    found: Tensor = whole.T @ across @ whole
-    return found
-
-
-def _blocks(values: Tensor, sizes: Sequence[int], count: int) -> Tensor:
-    """Return the sums of the blocks of a square matrix, (count, count)."""
-    member = torch.repeat_interleave(torch.arange(count), torch.tensor(sizes))
-    inside = torch.nn.functional.one_hot(member, count).double()
-    found: Tensor = inside.T @ values @ inside
+def _blocks(values: Tensor, member: Tensor, count: int) -> Tensor:
+    """Return the sums of the blocks of a square matrix whose rows and columns belong to members, (count, count)."""
+    sums = torch.zeros(count, len(member), dtype=torch.float64).index_add_(0, member, values)
+    found: Tensor = torch.zeros(count, count, dtype=torch.float64).index_add_(1, member, sums)
     return found
 
 

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from loraloom.adapters.lowrank import update_bases
-from loraloom.adapters.patterns import pattern_values, targeted
 from loraloom.adapters.peft import read_provenance
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.detectors import Sighting, detector
 from loraloom.analysis.screening_measures import Seen
-from loraloom.errors import LoraloomError
 
 LOBAM = "after LoBAM (arXiv 2411.16746)"
 _NORMAL = 1.4826  # times the median absolute deviation: the standard deviation of normal values
 # logs by which honest adapters of one rank and length of training differ anyway, below which none is far out
 _SPREAD_ENERGY, _SPREAD_LAYER, _SPREAD_SHAPE, _SPREAD_BALANCE, _SPREAD_TAILS = 0.8, 0.5, 0.3, 0.25, 0.2
+_SPREAD_ALONE = 0.75  # of a balance that is compared with Adam's alone: other optimisers have others
 _FEW = 3  # others, of which a median says something
 _DECOMPOSED = 1e-3  # |cosine| of factors that come of a decomposition; trained ones have some 0.3
-_EXACT = 1e-2  # share of A by which rounding to 8 bits may move it
 _MOVED = 0.03  # of its start's squares, which A's must exceed to tell how far it moved: its own squares vary by 0.02
-
-
-@dataclass(frozen=True)
-class KnownStart:
-    """What one adapter's A started from, and what it was to be kept to.
-
-    keep: "free", "frozen" or "projected". A: by module path, (r, n). avoid: (n, p) with orthonormal columns.
-    """
-
-    keep: str
-    A: Mapping[str, Tensor]
-    avoid: Mapping[str, Tensor]
 
 
 def against_others(values: Tensor, spread: float) -> tuple[Tensor, Tensor]:
@@ -86,7 +68,7 @@ def energy_for_rank(seen: Seen) -> dict[str, Sighting]:
 )
 def layer_energy(seen: Seen) -> dict[str, Sighting]:
     """Each layer's energy over the adapter's own median layer, against the same of the others; the worst layer."""
-    logs = _logs(seen.energy)
+    logs = logs_of(seen.energy)
     level = _row_median(logs)
     scores, middles = against_others(logs - level[:, None], _SPREAD_LAYER)
     return _worst_layer(seen, scores, seen.energy, (level[:, None] + middles).exp())
@@ -101,7 +83,7 @@ def layer_energy(seen: Seen) -> dict[str, Sighting]:
 )
 def largest_singular_value(seen: Seen) -> dict[str, Sighting]:
     """sigma_1 of each layer against that of the same layer of the others; the worst layer."""
-    scores, middles = against_others(_logs(seen.sigma), _SPREAD_ENERGY / 2)
+    scores, middles = against_others(logs_of(seen.sigma), _SPREAD_ENERGY / 2)
     return _worst_layer(seen, scores, seen.sigma, middles.exp())
 
 
@@ -113,7 +95,7 @@ def largest_singular_value(seen: Seen) -> dict[str, Sighting]:
 )
 def spectrum(seen: Seen) -> dict[str, Sighting]:
     """Effective number of directions, on both sides of the others': a trigger alone is few, a sum of updates many."""
-    return _apart(seen, _row_median(_logs(seen.directions)), _SPREAD_SHAPE)
+    return apart(seen, _row_median(logs_of(seen.directions)), _SPREAD_SHAPE)
 
 
 @detector(
@@ -124,7 +106,7 @@ def spectrum(seen: Seen) -> dict[str, Sighting]:
 )
 def concentration(seen: Seen) -> dict[str, Sighting]:
     """Share of the first direction, on both sides of the others'."""
-    return _apart(seen, _row_median(_logs(seen.concentration)), _SPREAD_SHAPE)
+    return apart(seen, _row_median(logs_of(seen.concentration)), _SPREAD_SHAPE)
 
 
 @detector(
@@ -135,7 +117,7 @@ def concentration(seen: Seen) -> dict[str, Sighting]:
 )
 def tails_of_a(seen: Seen) -> dict[str, Sighting]:
     """Kurtosis of A's entries, on both sides of the others': an A that was computed has tails that no start has."""
-    return _apart(seen, _logs(seen.kurtosis_a).nanmean(dim=1), _SPREAD_TAILS)
+    return apart(seen, logs_of(seen.kurtosis_a).nanmean(dim=1), _SPREAD_TAILS)
 
 
 @detector(
@@ -146,7 +128,7 @@ def tails_of_a(seen: Seen) -> dict[str, Sighting]:
 )
 def tails_of_b(seen: Seen) -> dict[str, Sighting]:
     """Kurtosis of B's entries, on both sides of the others'."""
-    return _apart(seen, _logs(seen.kurtosis_b).nanmean(dim=1), _SPREAD_TAILS)
+    return apart(seen, logs_of(seen.kurtosis_b).nanmean(dim=1), _SPREAD_TAILS)
 
 
 @detector(
@@ -173,11 +155,11 @@ def balance(seen: Seen) -> dict[str, Sighting]:
     moved = torch.where(usual, seen.square_a - start, torch.nan).nanmean(dim=1)
     gained = torch.where(usual, seen.square_b, torch.nan).nanmean(dim=1)
     share = moved / torch.where(usual, start, torch.nan).nanmean(dim=1)
-    logs = torch.where(share > _MOVED, _logs(gained / moved) / 2, torch.nan)
+    logs = torch.where(share > _MOVED, logs_of(gained / moved) / 2, torch.nan)
     scores, middles = against_others(logs, _SPREAD_BALANCE)
     few = (~logs.isnan()).sum() - (~logs.isnan()).int() < _FEW
-    scores, middles = torch.where(few, logs / _SPREAD_BALANCE, scores), torch.where(few, 0.0, middles)
-    return _sightings(seen, scores, logs.exp(), middles.exp())
+    scores, middles = torch.where(few, logs / _SPREAD_ALONE, scores), torch.where(few, 0.0, middles)
+    return sightings(seen, scores, logs.exp(), middles.exp())
 
 
 @detector(
@@ -191,7 +173,7 @@ def alpha(seen: Seen) -> dict[str, Sighting]:
     """alpha/r over the others' median, or over 2, which is usual, where that is more."""
     own = _row_median(seen.scaling)
     usual = against_others(own, 1.0)[1].nan_to_num(0.0).clamp_min(2.0)
-    return _sightings(seen, own / usual, own, usual)
+    return sightings(seen, own / usual, own, usual)
 
 
 @detector(
@@ -203,7 +185,7 @@ def alpha(seen: Seen) -> dict[str, Sighting]:
 def repeated_rows(seen: Seen) -> dict[str, Sighting]:
     """One less the share of its rank that A's rows effectively span, mean over layers."""
     own = seen.distinct_a.nanmean(dim=1)
-    return _sightings(seen, 1 - own, own, against_others(own, 1.0)[1])
+    return sightings(seen, 1 - own, own, against_others(own, 1.0)[1])
 
 
 @detector(
@@ -217,7 +199,7 @@ def decomposed(seen: Seen) -> dict[str, Sighting]:
     """The largest |cosine| within A or within B over all layers: merges and extracted adapters have next to none."""
     cosine = torch.maximum(seen.aligned_a, seen.aligned_b).nan_to_num(-1.0).amax(dim=1)
     cosine = torch.where(cosine < 0, torch.nan, cosine)
-    return _sightings(seen, _DECOMPOSED / cosine.clamp_min(1e-12), cosine, against_others(cosine, 1.0)[1])
+    return sightings(seen, _DECOMPOSED / cosine.clamp_min(1e-12), cosine, against_others(cosine, 1.0)[1])
 
 
 @detector(
@@ -253,127 +235,6 @@ def copy(seen: Seen) -> dict[str, Sighting]:
     return _nearest(seen, seen.cosine)
 
 
-@detector("no update", says="it changes nothing: every update is zero", look=1.0, paper="plain")
-def no_update(seen: Seen) -> dict[str, Sighting]:
-    """Whether every layer's update is zero."""
-    total = seen.energy.nansum(dim=1)
-    return _sightings(seen, (total == 0).double(), total, torch.zeros_like(total))
-
-
-@detector(
-    "rank",
-    says="{where} has factors of rank {value}, its config declares {compared}",
-    look=1.01,
-    refuse=1.01,
-    paper="the folder's own word",
-)
-def rank(seen: Seen) -> dict[str, Sighting]:
-    """Rows of A over the rank that r and rank_pattern of the config declare; the worst layer."""
-    found = {}
-    for name in seen.members:
-        one = seen.adapters[name]
-        layers = [at for at in one.shapes if at not in one.forms or one.forms[at].kind != "experts"]
-        if one.config.get("r") and layers:
-            declared = pattern_values(one.config.get("rank_pattern") or {}, layers, one.config["r"])
-            worst = max(layers, key=lambda at: one.shapes[at].r / declared[at])
-            own, told = float(one.shapes[worst].r), float(declared[worst])
-            found[name] = Sighting(own / told, own, told, worst)
-    return found
-
-
-@detector(
-    "targets",
-    says="{value} of its layers are none that its config's targets name, {where} for one: PEFT would leave them out",
-    look=1.0,
-    refuse=1.0,
-    paper="the folder's own word",
-)
-def targets(seen: Seen) -> dict[str, Sighting]:
-    """Layers with an update that target_modules do not name, or that exclude_modules name."""
-    found = {}
-    for name in seen.members:
-        beyond = _beyond_targets(seen.adapters[name])
-        if beyond is not None:
-            found[name] = Sighting(float(len(beyond)), float(len(beyond)), 0.0, beyond[0] if beyond else "")
-    return found
-
-
-@detector(
-    "contract",
-    says="{value} of A is where its start promised to stay off, in {where}; rounding leaves {compared}",
-    look=1.0,
-    refuse=5.0,
-    paper="the start's own word: init.keep in loraloom.json",
-)
-def contract(seen: Seen, *, starts: Mapping[str, KnownStart]) -> dict[str, Sighting]:
-    """Of an A kept `frozen` the share by which it differs from its start, of a `projected` one the share in the
-    directions to stay off; |.|_F over |A|_F, the worst layer. A start that was let go promised nothing.
-    """
-    found = {}
-    for name in seen.members:
-        if name in starts and starts[name].keep != "free":
-            shares = _broken(seen.adapters[name], starts[name])
-            worst = max(shares, key=lambda at: shares[at], default="")
-            if worst:
-                found[name] = Sighting(shares[worst] / _EXACT, shares[worst], _EXACT, worst)
-    return found
-
-
-@detector(
-    "start",
-    says="A's rows left {value} of the space that they started in, the others' {compared}",
-    look=4.0,
-    paper="own: what was trained moves as the others do; what was computed need not",
-)
-def start(seen: Seen, *, starts: Mapping[str, KnownStart]) -> dict[str, Sighting]:
-    """One less the overlap of A's row space with its start's, mean over layers, on both sides of the others'."""
-    left = torch.tensor(
-        [_left(one, starts[name]) if name in starts else torch.nan for name, one in seen.adapters.items()],
-        dtype=torch.float64,
-    )
-    return _apart(seen, _logs(left), _SPREAD_ENERGY)
-
-
-def _broken(adapter: Adapter, start: KnownStart) -> dict[str, float]:
-    shares = {}
-    for at in adapter.shapes:
-        A = adapter.updates[at].A.double()
-        if start.keep == "frozen" and at in start.A:
-            shares[at] = float((A - start.A[at].double()).norm() / A.norm())
-        elif start.keep == "projected" and at in start.avoid:
-            shares[at] = float((A @ start.avoid[at].double()).norm() / A.norm())
-    return shares
-
-
-def _left(adapter: Adapter, start: KnownStart) -> float:
-    common = [at for at in adapter.shapes if at in start.A and start.A[at].shape[1] == adapter.shapes[at].n]
-    found = []
-    for at in common:
-        rows = update_bases(adapter.updates[at])[0]
-        before = torch.linalg.qr(start.A[at].double().T).Q
-        found.append(1 - float((rows.T @ before).square().sum()) / max(rows.shape[1], 1))
-    return max(sum(found) / len(found), 1e-6) if found else torch.nan
-
-
-def _beyond_targets(adapter: Adapter) -> list[str] | None:
-    """Return the layers that no target names; None where there is no word of targets."""
-    config = adapter.config
-    named, layers = config.get("target_modules"), [at for at in adapter.shapes if not _is_experts(adapter, at)]
-    if not named or named == "all-linear":
-        return None
-    try:
-        inside = set(targeted(layers, named))
-        excluded = config.get("exclude_modules")
-        inside -= set(targeted(layers, excluded)) if excluded else set()
-    except LoraloomError:
-        return None
-    return [at for at in layers if at not in inside]
-
-
-def _is_experts(adapter: Adapter, at: str) -> bool:
-    return at in adapter.forms and adapter.forms[at].kind == "experts"
-
-
 def _started_as_usual(adapter: Adapter) -> bool:
     """Tell whether A started as PEFT's default does, as far as the folder tells."""
     init = read_provenance(adapter.path).get("init") if adapter.path else None
@@ -382,14 +243,14 @@ def _started_as_usual(adapter: Adapter) -> bool:
 
 
 def _louder(seen: Seen, energies: Tensor) -> dict[str, Sighting]:
-    logs = _logs(energies)
+    logs = logs_of(energies)
     scores, middles = against_others(logs, _SPREAD_ENERGY)
-    return _sightings(seen, scores, energies, middles.exp())
+    return sightings(seen, scores, energies, middles.exp())
 
 
-def _apart(seen: Seen, logs: Tensor, spread: float) -> dict[str, Sighting]:
+def apart(seen: Seen, logs: Tensor, spread: float) -> dict[str, Sighting]:
     scores, middles = against_others(logs, spread)
-    return _sightings(seen, scores.abs(), logs.exp(), middles.exp())
+    return sightings(seen, scores.abs(), logs.exp(), middles.exp())
 
 
 def _worst_layer(seen: Seen, scores: Tensor, values: Tensor, compared: Tensor) -> dict[str, Sighting]:
@@ -418,7 +279,7 @@ def _nearest(seen: Seen, pairs: Tensor) -> dict[str, Sighting]:
     return found
 
 
-def _sightings(seen: Seen, scores: Tensor, values: Tensor, compared: Tensor) -> dict[str, Sighting]:
+def sightings(seen: Seen, scores: Tensor, values: Tensor, compared: Tensor) -> dict[str, Sighting]:
     return {
         name: Sighting(float(scores[i]), float(values[i]), float(compared[i]))
         for i, name in enumerate(seen.members)
@@ -426,7 +287,7 @@ def _sightings(seen: Seen, scores: Tensor, values: Tensor, compared: Tensor) -> 
     }
 
 
-def _logs(values: Tensor) -> Tensor:
+def logs_of(values: Tensor) -> Tensor:
     return torch.where(values > 0, values, torch.nan).log()
 
 

@@ -16,6 +16,7 @@ from loraloom.cli.chat import chat
 from loraloom.cli.common import Commands, stop_at_signals
 from loraloom.cli.inspect import inspect
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
+from loraloom.cli.screen import screen
 from loraloom.cli.serve import export, serve_check
 from loraloom.cli.start import init, train
 from loraloom.cli.statistics import atlas, statistics_app
@@ -38,6 +39,7 @@ app.command(rich_help_panel=BEFORE)(atlas)
 app.command(rich_help_panel=BEFORE)(inspect)
 app.command(rich_help_panel=BEFORE)(init)
 app.command(rich_help_panel=MERGE)(train)
+app.command(rich_help_panel=MERGE)(screen)
 app.command(cls=RuleCommand, context_settings=RULE_OPTIONS, rich_help_panel=MERGE)(merge)
 app.command(rich_help_panel=MERGE)(rules)
 app.command(rich_help_panel=MERGE)(align)

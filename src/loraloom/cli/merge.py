@@ -39,6 +39,14 @@ NormaliseOption = Annotated[
         "its own inputs, which takes statistics or a recipe. `none` leaves them.",
     ),
 ]
+ScreenOption = Annotated[
+    str,
+    typer.Option(
+        "--screen",
+        help="Look at every adapter's weights first: `warn` tells of what is odd, `refuse` refuses what is suspicious, "
+        "`off` looks at nothing. A screen, no protection: docs/screening.md.",
+    ),
+]
 _Value = TypeVar("_Value", float, str)
 
 # options that the command does not know are those of a merging rule
@@ -112,6 +120,18 @@ def merge(
         str, typer.Option(help="`keep` lays each task's head beside the result, `average` puts their mean into it.")
     ] = "keep",
     normalise: NormaliseOption = "none",
+    screen: ScreenOption = "warn",
+    drop_refused: Annotated[
+        bool,
+        typer.Option("--drop-refused", help="Leave out the adapters that the screening refuses, and merge the others."),
+    ] = False,
+    clip: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="Bring each adapter's energy |dW|^2 in a layer to at most the adapters' median there times a factor.",
+        ),
+    ] = None,
     statistics: Annotated[
         list[Path] | None,
         typer.Option("--statistics", help="Statistics of an adapter's task. Give it once for each, in order."),
@@ -183,6 +203,7 @@ def merge(
         from loraloom.cli.auto import AUTO, given_scale, to_try
         from loraloom.cli.merge_page import next_step, plan_page, result_page
         from loraloom.cli.rule_options import former_weights, split_arguments
+        from loraloom.cli.screen import screen_option
         from loraloom.merging import MergeOptions, folders
         from loraloom.merging.facts import MERGED, MergeFacts
         from loraloom.merging.fuse import FUSED
@@ -208,10 +229,18 @@ def merge(
         weight = former_weights(weights, weight)
         named = MergeOptions.rule if rule == AUTO else rule
         asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)
-        asked = replace(asked, targets=cast("Targets", targets), stack=stack, normalise=way, server=server)
+        asked = replace(asked, targets=cast("Targets", targets), stack=stack, normalise=way, server=server, clip=clip)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(
-            paths, asked, output, kind=kind, overwrite=overwrite, statistics=seen, look=look, choose=choose
+            paths,
+            asked,
+            output,
+            kind=kind,
+            overwrite=overwrite,
+            statistics=seen,
+            look=look,
+            choose=choose,
+            screen=screen_option(screen, drop_refused and not stack, shown),
         )
         read_whole = not dry_run or folders.quickly_read(plan)
         facts = MergeFacts.of(plan, kind, energies=read_whole, hashes=False)

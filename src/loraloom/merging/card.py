@@ -31,7 +31,7 @@ _SCALE_FROM = {
 
 def columns(facts: MergeFacts) -> tuple[str, ...]:
     """Return the heads of `member_rows`: a column for the factors where the inputs were normalised."""
-    return _COLUMNS if facts.normalise == "none" else (*_COLUMNS[:5], "factor", *_COLUMNS[5:])
+    return _COLUMNS if _untouched(facts) else (*_COLUMNS[:5], "factor", *_COLUMNS[5:])
 
 
 def member_rows(facts: MergeFacts, width: int = 18) -> list[tuple[str, ...]]:
@@ -43,7 +43,7 @@ def member_rows(facts: MergeFacts, width: int = 18) -> list[tuple[str, ...]]:
             "?" if one.alpha is None else f"{one.alpha:g}",
             _some(one.targets, width),
             "-" if one.energy is None else _amount(one.energy),
-            *([] if facts.normalise == "none" else [f"{one.factor:.3g}"]),
+            *([] if _untouched(facts) else [f"{one.factor:.3g}"]),
             f"{one.weight:.4g}",
             "-" if one.energy_share is None else percent(one.energy_share),
         )
@@ -56,6 +56,7 @@ def merge_lines(facts: MergeFacts) -> Lines:
     lines = [("rule", _rule(facts)), ("scale", f"{facts.scale:.4g}, {_SCALE_FROM[facts.scale_from]}")]
     if facts.normalise != "none":
         lines.append(("normalised", _NORMALISED[facts.normalise]))
+    lines += _mends(facts)
     if isinstance(facts, MergedFacts):
         lines += _merged(facts)
     elif isinstance(facts, FusionFacts):
@@ -78,6 +79,28 @@ def merge_lines(facts: MergeFacts) -> Lines:
 def served_line(served: ServedFacts) -> str:
     """Return the server that an adapter is written for, and how."""
     return f"{get_server(served.server).title}: rank and alpha {served.rank} in every layer"
+
+
+def _untouched(facts: MergeFacts) -> bool:
+    """Tell whether the inputs are as loud as they came."""
+    return facts.normalise == "none" and facts.clip is None
+
+
+def _mends(facts: MergeFacts) -> Lines:
+    """Return what a screening found and what was done about it."""
+    lines = []
+    if facts.screening:
+        verdicts = facts.screening.verdicts
+        names = {word: [name for name, one in verdicts.items() if one == word] for word in ("pass", "look", "refuse")}
+        told = [f"{word} {', '.join(some)}" for word, some in names.items() if some]
+        lines.append(("screened", f"{'; '.join(told)}; by weights alone, which is no protection"))
+        if facts.screening.dropped:
+            lines.append(("dropped", f"{', '.join(facts.screening.dropped)}: refused by the screening"))
+    if facts.clip is not None:
+        counts = [f"{len(one.factors)} layers of {one.name}" for one in facts.inputs if one.factors]
+        which = ", ".join(counts) or "no layer was above that"
+        lines.append(("clipped", f"|dW|^2 to {facts.clip:g} times the adapters' median in a layer: {which}"))
+    return lines
 
 
 def agreement_table(facts: AgreementFacts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -21,6 +21,7 @@ from loraloom.errors import LoraloomError
 from loraloom.files.hashing import seen_sha256
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.fuse import FusedFacts
+from loraloom.merging.mends import ScreenFacts
 from loraloom.merging.names import public_command
 from loraloom.merging.normalise import drowned
 from loraloom.merging.options import Normalise
@@ -84,6 +85,8 @@ class MergeFacts:
     normalise: what was made equal of all inputs, before the weights.
     carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
     agreement: every candidate that was tried where rule or scale were chosen without labels.
+    screening: verdicts on the adapters, with reasons, and who was dropped; None where they were not screened.
+    clip: the most that an adapter's energy in a layer may be, times the adapters' median there; None where any may be.
     served: the server that the result is written for, and its rank there.
     """
 
@@ -110,6 +113,8 @@ class MergeFacts:
     warnings: list[str]
     versions: dict[str, str]
     agreement: AgreementFacts | None = field(default=None, kw_only=True)
+    screening: ScreenFacts | None = field(default=None, kw_only=True)
+    clip: float | None = field(default=None, kw_only=True)
     served: ServedFacts | None = field(default=None, kw_only=True)
 
     @classmethod
@@ -145,6 +150,8 @@ class MergeFacts:
             warnings=plan.warnings + (drowned(in_force) if plan.normalise == "none" and not plan.stack else []),
             versions={"loraloom": version("loraloom"), "torch": torch.__version__},
             agreement=plan.agreement,
+            screening=plan.screening,
+            clip=plan.clip,
             served=plan.served,
         )
 

@@ -33,6 +33,8 @@ Supplied = tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]
 Planned = Callable[[MergeOptions], Plan]
 # chooses rule and scale of named adapters, given the options that stand and what makes a plan: see `agreement`
 Choose = Callable[[Mapping[str, Adapter], MergeOptions, Planned], MergeOptions]
+# looks at named adapters before anything else, and returns those that stay and the options, with what was found
+Screen = Callable[[Mapping[str, Adapter], MergeOptions], tuple[Mapping[str, Adapter], MergeOptions]]
 # makes what a rule needs of named adapters, beside the statistics that were given: see `needs.supply`
 Look = Callable[[Rule, Mapping[str, Adapter], Sequence[Statistics]], Supplied]
 
@@ -50,6 +52,7 @@ def plan_folders(
     statistics: Sequence[Path] = (),
     look: Look | None = None,
     choose: Choose | None = None,
+    screen: Screen | None = None,
 ) -> Plan:
     """Read adapter folders, and return the plan of their merge into `output`.
 
@@ -59,6 +62,7 @@ def plan_folders(
     statistics: a file of each adapter's inputs, in the adapters' order.
     look: gets what the rule needs of base model and texts.
     choose: chooses rule and scale in place of those in `options`.
+    screen: looks at the adapters first, and may drop some.
 
     Raises LoraloomError that tells what is wrong with the output, the rule, its options and any folder.
     """
@@ -77,7 +81,12 @@ def plan_folders(
         with collecting(errors):  # where all can be read, `make_plan` tells what is wrong with the rest
             raise_problems("the rule", get_rule(options.rule).check(options.options)[1])
     raise_together(errors)
-    named = dict(zip(input_names(folders), members, strict=True))
+    named: Mapping[str, Adapter] = dict(zip(input_names(folders), members, strict=True))
+    if screen is not None and not together_problems(members, options):
+        every = list(named)
+        named, options = screen(named, options)
+        kept = [index for index, name in enumerate(every) if name in named]
+        members, seen = [members[index] for index in kept], [seen[index] for index in kept if index < len(seen)]
 
     def planned(asked: MergeOptions) -> Plan:
         supplied: Supplied = (seen, None)

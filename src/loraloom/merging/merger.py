@@ -71,6 +71,7 @@ def merge(
     targets: Targets = "union",
     stack: bool = False,
     normalise: Normalise = "none",
+    clip: float | None = None,
     server: str | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
@@ -92,13 +93,16 @@ def merge(
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
       each does to its own inputs, which takes statistics.
     server: for which `write_merged` writes the result: "vllm", "sglang", "llamacpp" or "ollama"; see `SERVERS`.
+    clip: the most energy |dW|^2 of an adapter in a layer, times the adapters' median there.
     statistics: of each adapter's inputs, by name or in the adapters' order, for what needs them.
     probe: base model and texts of each task, for rules that need them.
     options: the rule's own, as `density=0.3`; `loraloom rules NAME` tells a rule's.
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise)
+    asked = MergeOptions(
+        rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise, clip=clip
+    )
     asked = replace(asked, server=server)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from loraloom.adapters.update import Adapter
 from loraloom.files.hashing import text_sha256
 
 _LONGEST = 80  # bytes; a file's name may have 255, and others add to it
@@ -32,6 +33,17 @@ def input_names(folders: Sequence[Path]) -> list[str]:
         numbers = (f"{name}-{number}" for number in range(2, len(names) + 2))
         found.append(next(n for n in (name, *numbers) if n.casefold() not in taken))
     return found
+
+
+def named_adapters(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> tuple[list[str], list[Adapter]]:
+    """Return names and adapters; those of a sequence are named by their folders, or else numbered."""
+    if isinstance(adapters, Mapping):
+        return list(adapters), list(adapters.values())
+    paths = [adapter.path for adapter in adapters if adapter.path]
+    if len(paths) == len(adapters):
+        return input_names(paths), list(adapters)
+    names = [a.path.resolve().name if a.path else f"adapter{i}" for i, a in enumerate(adapters, start=1)]
+    return names, list(adapters)
 
 
 def public_command(command: str | None) -> str | None:

@@ -13,6 +13,7 @@ from typing import get_args
 
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import did_you_mean
+from loraloom.merging.mends import clip_factors
 from loraloom.merging.options import Normalise
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
@@ -29,7 +30,10 @@ def energies(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
 
 
 def factors_of(
-    normalise: Normalise, adapters: Mapping[str, Adapter], statistics: Mapping[str, Statistics]
+    normalise: Normalise,
+    adapters: Mapping[str, Adapter],
+    statistics: Mapping[str, Statistics],
+    clip: float | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Return g / size of every update, by adapter's name and module path, and what has no size.
 
@@ -40,9 +44,10 @@ def factors_of(
         h, sqrt(tr(dW S dW^T)) with S the mean second moment of what the layer reads. "none": there are no factors.
     adapters: those that take part, by name.
     statistics: of their inputs, by name; for "response" alone.
+    clip: without normalising, the most energy in a layer, times the adapters' median there; see `clip_factors`.
     """
     if normalise == "none":
-        return {}, []
+        return {} if clip is None else clip_factors(energies(adapters), clip), []
     if normalise == "norm":
         squares, why = energies(adapters), "every update is zero"
     else:

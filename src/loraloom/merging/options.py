@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from loraloom.adapters.together import Targets
 from loraloom.merging.choice import AgreementFacts
+from loraloom.merging.mends import ScreenFacts
 
 Heads = Literal["keep", "average"]
 Normalise = Literal["none", "norm", "response"]
@@ -31,6 +32,8 @@ class MergeOptions:
     stack: whether they were trained one on top of the other, in this order: their sum on the first one's base, whole.
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
         each does to its own inputs, which takes statistics; see `merging.normalise`.
+    clip: brings the energy |dW|^2 of each adapter in each layer to at most so many times the adapters' median there.
+    screening: what a screening found before, for the record; see `analysis.screening`.
     server: what the result is written for: a name of `adapters.servers.SERVERS`; None for an ordinary PEFT adapter.
     """
 
@@ -47,3 +50,5 @@ class MergeOptions:
     stack: bool = False
     normalise: Normalise = "none"
     server: str | None = None
+    clip: float | None = None
+    screening: ScreenFacts | None = None

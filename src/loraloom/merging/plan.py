@@ -22,7 +22,8 @@ from loraloom.adapters.update import Adapter, Form, Shape, Update
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
-from loraloom.merging.names import input_names
+from loraloom.merging.mends import ScreenFacts, clip_problems
+from loraloom.merging.names import named_adapters
 from loraloom.merging.normalise import energies, factors_of, normalise_problems
 from loraloom.merging.options import Heads, MergeOptions, Normalise
 from loraloom.merging.problems import (
@@ -75,7 +76,7 @@ class Plan:
     targets: which of the inputs' layers the result has.
     as_it_is: one input takes part and no option of the rule was asked for: it comes back as it is, without the rule.
     stack: what is known of the inputs' bases, where they are summed as trained one on top of the other.
-    normalise: what was made equal before the weights; factors: by input and module path, 1 where none is.
+    normalise, clip: what was done to loudness before the weights; factors: by input and module path, 1 where none is.
     served: the server that the result is written for, and its rank there.
     """
 
@@ -98,6 +99,8 @@ class Plan:
     normalise: Normalise = "none"
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     served: ServedFacts | None = None
+    clip: float | None = None
+    screening: ScreenFacts | None = None
 
     @property
     def space(self) -> str:
@@ -271,7 +274,7 @@ class Plan:
         """What may not be meant: an adapter given twice, or alone, layers that are dropped or were not looked at."""
         found = [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
         found += self.agreement.warnings if self.agreement else []
-        found += self.stack.warnings if self.stack else []
+        found += [*(self.stack.warnings if self.stack else []), *(self.screening.warnings if self.screening else [])]
         if len(self.used) == 1:
             found.append("one adapter takes part: there is nothing to merge")
         if self.as_it_is:
@@ -305,7 +308,7 @@ def make_plan(
     Raises LoraloomError that tells all problems at once: adapters that do not fit together, unknown or out-of-range
     options, weights that do not match, what the rule needs and was not given.
     """
-    names, members = _named(adapters)
+    names, members = named_adapters(adapters)
     stack = look_at(dict(zip(names, members, strict=True))) if options.stack else None
     problems = name_problems(names) + twice_problems(members)
     problems += together_problems(members, options)
@@ -329,11 +332,11 @@ def make_plan(
         problems += wrong + ([] if as_it_is else need_problems(found, options, seen, probe))
     except LoraloomError as error:
         problems.append(f"{error.message}: {error.hint}")
-    problems += normalise_problems(options.normalise)
+    problems += normalise_problems(options.normalise) + clip_problems(options.clip, options.normalise)
     factors: dict[str, dict[str, float]] = {}
     if not problems and not is_alone(options, len(members)):  # this reads every weight
         heard = zip(names, members, options.weights or [1.0] * len(names), strict=True)
-        factors, wrong = factors_of(options.normalise, {name: one for name, one, weight in heard if weight}, seen)
+        factors, wrong = factors_of(options.normalise, {name: one for name, one, w in heard if w}, seen, options.clip)
         problems += wrong
     raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
     assert found is not None  # get_rule raised otherwise
@@ -360,6 +363,8 @@ def make_plan(
         stack=stack,
         normalise=options.normalise,
         factors=factors,
+        clip=options.clip,
+        screening=options.screening,
     )
     return replace(plan, served=for_server(options.server, plan)) if options.server else plan
 
@@ -382,16 +387,6 @@ def _times(result: Result, factor: float) -> Result:
     if isinstance(result, Shared):
         return replace(result, left=factor * result.left)
     return Update(factor * result.B, result.A)
-
-
-def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> tuple[list[str], list[Adapter]]:
-    if isinstance(adapters, Mapping):
-        return list(adapters), list(adapters.values())
-    paths = [adapter.path for adapter in adapters if adapter.path]
-    if len(paths) == len(adapters):
-        return input_names(paths), list(adapters)
-    names = [a.path.resolve().name if a.path else f"adapter{i}" for i, a in enumerate(adapters, start=1)]
-    return names, list(adapters)
 
 
 def _is_expert(form: Form | None) -> bool:

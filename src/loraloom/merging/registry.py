@@ -44,6 +44,8 @@ TAKEN = (
         "overwrite",
         "fuse_into",
         "dry_run",
+        "screen",
+        "drop_refused",
         "quiet",
         "json",
         "help",

@@ -1,0 +1,130 @@
+"""The command screen: a verdict for each adapter of strangers, with reasons, as JSON and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from loraloom.cli.common import AsJson, Overwrite, Quiet, command
+from loraloom.cli.words import counted, number
+from loraloom.errors import LoraloomError, did_you_mean
+
+if TYPE_CHECKING:
+    from loraloom.analysis.screening import Screened, Screening
+    from loraloom.merging.mends import ScreenMode
+    from loraloom.progress import Reporter
+
+MODES = ("warn", "refuse", "off")
+REFUSED = 3  # exit status where an adapter is to be refused
+BLIND = (
+    "A screen, no protection: what was poisoned and not amplified leaves little in the weights, and who knows these "
+    "checks can pass them (docs/screening.md)."
+)
+
+
+def screen(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders of one base model.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Folder of folders of adapters known to be honest: to compare with, not to judge."),
+    ] = None,
+    starts: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the adapters' starts, as `init` writes them, each by its adapter's name."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML page to write, with the plot that shows it.")
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look for adapters that are not what honest training leaves: pass, look or refuse, each with its reasons.
+
+    Exits with 3 where one is to be refused. A screen, no protection: docs/screening.md tells what it cannot see.
+    """
+    with command(quiet, as_json) as out:
+        from loraloom.analysis.screening_folders import screen_folders
+        from loraloom.report.screening import check_screen_page, write_screen_page
+
+        if output:
+            check_screen_page(output, overwrite=overwrite, inputs=adapters)
+        with out.progress() as shown:
+            found = screen_folders(adapters, reference=reference, starts=starts, reporter=shown)
+        told = facts(found)
+        if output:
+            write_screen_page(told, output, overwrite=overwrite)
+        out.result({**told, "page": output}, "")
+        out.table(f"Screened against {counted(found.compared, 'other adapter')}", *_table(found))
+        for name, one in found.adapters.items():
+            out.facts(f"{name}: {one.verdict}", _reasons(one))
+        out.say(BLIND)
+        if found.compared < 4:
+            out.warn("fewer than five adapters: little can be compared; --reference names honest ones of the same base")
+        if found.of("refuse"):
+            raise typer.Exit(REFUSED)
+
+
+def screen_option(mode: str, drop: bool, reporter: Reporter) -> Callable[..., Any] | None:
+    """Return what screens the adapters of a merge; None where it is off.
+
+    Raises LoraloomError for a word that is none of its modes.
+    """
+    if mode not in MODES:
+        raise LoraloomError(f"screen {mode!r} is unknown", did_you_mean(mode, MODES))
+    if mode == "off":
+        if drop:
+            raise LoraloomError(
+                "--drop-refused leaves out what the screening refuses, which is off", "leave out --screen off"
+            )
+        return None
+    from loraloom.analysis.screening_folders import screen_members
+
+    return partial(screen_members, cast("ScreenMode", mode), drop, reporter)
+
+
+def facts(found: Screening) -> dict[str, Any]:
+    """Return everything that was found, for JSON."""
+    return {
+        "adapters": [
+            {
+                "name": name,
+                "verdict": one.verdict,
+                "reasons": one.reasons,
+                "findings": [{**vars(finding), "where": finding.where or None} for finding in one.findings],
+                "silent": one.silent,
+            }
+            for name, one in found.adapters.items()
+        ],
+        "compared": found.compared,
+        "reference": found.reference,
+        "left_out": [{"detector": name, "needs": needs} for name, needs in found.left_out.items()],
+    }
+
+
+def _table(found: Screening) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and rows: the verdict of each adapter, and its most telling numbers."""
+    shown = ("energy", "balance", "spectrum")
+    rows = []
+    for name, one in found.adapters.items():
+        values = {finding.detector: finding for finding in one.findings}
+        cells = [_against(values[key].value, values[key].compared) if key in values else "-" for key in shown]
+        rows.append((name, one.verdict, str(len(one.reasons)), *cells))
+    return ("adapter", "verdict", "reasons", "energy a layer / others", "balance / others", "directions / others"), rows
+
+
+def _against(value: float, compared: float) -> str:
+    return f"{number(value)} / {number(compared)}"
+
+
+def _reasons(one: Screened) -> Iterator[tuple[str, str]]:
+    for finding in one.findings:
+        if finding.verdict != "pass":
+            limit = finding.refuse if finding.verdict == "refuse" and finding.refuse else finding.look
+            yield finding.detector, f"{finding.reason} (score {number(finding.score)}, from {number(limit)} on)"
+    if not one.reasons:
+        yield "nothing", "is out of the ordinary"
