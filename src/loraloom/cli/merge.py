@@ -23,6 +23,7 @@ from loraloom.cli.common import (
     read_recipe,
     typed,
 )
+from loraloom.cli.screen import Clip, DropRefused, ScreenOption
 from loraloom.errors import LoraloomError
 from loraloom.settings import AGREEMENT_TEXTS
 
@@ -37,14 +38,6 @@ NormaliseOption = Annotated[
         "--normalise",
         help="Make all equally loud in each layer, before the weights: `norm` by |dW|, `response` by what each does to "
         "its own inputs, which takes statistics or a recipe. `none` leaves them.",
-    ),
-]
-ScreenOption = Annotated[
-    str,
-    typer.Option(
-        "--screen",
-        help="Look at every adapter's weights first: `warn` tells of what is odd, `refuse` refuses what is suspicious, "
-        "`off` looks at nothing. A screen, no protection: docs/screening.md.",
     ),
 ]
 _Value = TypeVar("_Value", float, str)
@@ -121,17 +114,8 @@ def merge(
     ] = "keep",
     normalise: NormaliseOption = "none",
     screen: ScreenOption = "warn",
-    drop_refused: Annotated[
-        bool,
-        typer.Option("--drop-refused", help="Leave out the adapters that the screening refuses, and merge the others."),
-    ] = False,
-    clip: Annotated[
-        float | None,
-        typer.Option(
-            metavar="FACTOR",
-            help="Bring each adapter's energy |dW|^2 in a layer to at most the adapters' median there times a factor.",
-        ),
-    ] = None,
+    drop_refused: DropRefused = False,
+    clip: Clip = None,
     statistics: Annotated[
         list[Path] | None,
         typer.Option("--statistics", help="Statistics of an adapter's task. Give it once for each, in order."),

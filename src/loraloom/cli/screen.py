@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from loraloom.progress import Reporter
 
 MODES = ("warn", "refuse", "off")
+ScreenOption = Annotated[
+    str,
+    typer.Option(
+        "--screen",
+        help="Look at every adapter's weights first: `warn` tells of what is odd, `refuse` refuses what is suspicious, "
+        "`off` looks at nothing. A screen, no protection: docs/screening.md.",
+    ),
+]
+DropRefused = Annotated[
+    bool,
+    typer.Option("--drop-refused", help="Leave out the adapters that the screening refuses, and merge the others."),
+]
+Clip = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FACTOR",
+        help="Bring each adapter's energy |dW|^2 in a layer to at most the adapters' median there times a factor.",
+    ),
+]
 REFUSED = 3  # exit status where an adapter is to be refused
 BLIND = (
     "A screen, no protection: what was poisoned and not amplified leaves little in the weights, and who knows these "
