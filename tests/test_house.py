@@ -37,7 +37,9 @@ TRANSFORMERS_ALLOWED = (
     "loraloom.starts.files",
     "loraloom.starts.initialise",
     "loraloom.starts.keep",
-    "loraloom.training",
+    "loraloom.training.adapter",
+    "loraloom.training.distil",
+    "loraloom.training.runs",
 )
 
 

@@ -31,7 +31,7 @@ from loraloom.starts.options import StartOptions
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.tasks.task import Task
-from loraloom.training import lora_config, train_adapter
+from loraloom.training.adapter import lora_config, train_adapter
 
 TASK = tiny.task(rows=24)
 LORA = LoraSettings(rank=2, targets=tiny.TARGETS["bert"])

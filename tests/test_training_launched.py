@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 import tiny
 import tiny_study
-from loraloom import training
 from loraloom.adapters.peft import WEIGHTS, read_adapter
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
@@ -33,7 +32,8 @@ from loraloom.starts.options import StartOptions
 from loraloom.statistics.collect import collect_statistics
 from loraloom.study.by_hand import train_from_recipe
 from loraloom.study.recipe import Recipe
-from loraloom.training import lora_config, train_adapter
+from loraloom.training import adapter as training
+from loraloom.training.adapter import lora_config, train_adapter
 from tiny_launch import two_processes
 
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"

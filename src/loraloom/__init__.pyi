@@ -157,6 +157,7 @@ from .tasks.metrics import metric_value as metric_value
 from .tasks.prompts import prompt_task as prompt_task
 from .tasks.sources import read_table as read_table
 from .tasks.task import Task as Task
-from .training import lora_config as lora_config, train_adapter as train_adapter
+from .training.adapter import lora_config as lora_config, train_adapter as train_adapter
+from .training.distil import ByTeachers as ByTeachers, distil as distil
 
 __version__: str

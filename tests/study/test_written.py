@@ -26,7 +26,7 @@ from loraloom.study.export import run_study
 from loraloom.study.recipe import MergeSettings, Recipe
 from loraloom.study.tasks import build_task
 from loraloom.tasks.metrics import resampled_rows
-from loraloom.training import train_adapter
+from loraloom.training.adapter import train_adapter
 from tiny_written import TARGETS
 
 

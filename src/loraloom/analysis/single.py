@@ -1,7 +1,7 @@
 """How far a model is from each single model on a few texts, without labels.
 
 A task's own adapter is the teacher. For every text, `merged` are the outputs of the merged model and `own` those of the
-task's own; how far they are apart is told in the task's own unit, so that tasks can be averaged:
+task's own; how far they are apart is told in the task's own unit, so that tasks can be averaged (model/distances.py):
 
     classes:  mean KL(p_own || p_merged) / mean KL(p_own || mean p_own)
     numbers:  mean (own - merged)^2 / variance of own
@@ -26,8 +26,8 @@ from torch import Tensor
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
-from loraloom.files.hashing import json_sha256
-from loraloom.merging.choice import TextsFacts
+from loraloom.merging.choice import TextsFacts, unlabelled
+from loraloom.model.distances import SILENT, likeliest, log_chances, output_unit, outputs_apart, words_apart
 from loraloom.model.generator import Generator
 from loraloom.model.prompts import Asked
 from loraloom.model.runner import Evaluator
@@ -37,10 +37,6 @@ from loraloom.tasks.generate import ANSWER_TOKENS
 
 FARTHEST = 1e12  # what a distance is told as where it is larger, or where outputs are not finite
 FEWEST = 2  # texts: a single one has nothing to differ from
-_ROUNDING = 1e-12  # outputs that vary by less, squared and relative, are alike
-_SILENT = 1e-6  # nats a token by which an adapter changes its base, below which it changes nothing
-_FLOOR = 1e-12  # a chance below which float32 logits tell nothing
-_LIKELIEST = 64  # words of a vocabulary that are told apart; the others count together
 
 Updates = Mapping[str, Update]  # by module path
 
@@ -66,7 +62,7 @@ class SingleModels:
         reporter: Reporter | None = None,
     ) -> None:
         _check(adapters, texts, heads=isinstance(model, Evaluator))
-        self.texts = {name: _facts(rows) for name, rows in texts.items()}
+        self.texts = {name: TextsFacts.of(rows) for name, rows in texts.items()}
         self._single: dict[str, Answers] = {}
         for name, adapter in (reporter or Reporter(quiet=True)).each("single models", adapters.items()):
             if isinstance(model, Evaluator):
@@ -119,11 +115,10 @@ class OfHead:
 class Written:
     """What a single model writes to its prompts, greedily, and how likely it finds every word of a vocabulary there.
 
-    Of each token's distribution the 64 likeliest words of the single model are kept, and the rest as one: no divergence
-    grows by that, and what it loses is bounded by the rest's share, which is small where a model is sure.
+    Of each token's distribution the 64 likeliest words of the single model are kept, and the rest as one.
 
     asked: prompts with these answers. words: (tokens, words) int64, the kept ones of all answers' tokens, in order.
-    own: (tokens, words + 1) float64, their chances and that of the rest. unit: nats a token from the base.
+    own: (tokens, words + 1) float64, the logs of their chances and of the rest's. unit: nats a token from the base.
     """
 
     generator: Generator
@@ -135,17 +130,17 @@ class Written:
     @classmethod
     def by(cls, generator: Generator, updates: Updates, rows: Dataset, answer_tokens: int) -> Written:
         """Let the model with `updates` write answers of at most so many tokens to the prompts in `rows`."""
-        prompts = generator.encode(_unlabelled(rows))
+        prompts = generator.encode(unlabelled(rows))
         answers = generator.written(updates, prompts, answer_tokens)
         asked = [Asked(one.prompt, ids) for one, ids in zip(prompts, answers, strict=True)]
         words, own = _chances(generator, updates, asked)
-        return cls(generator, asked, words, own, _divergence(own, _chances(generator, {}, asked, words)[1]))
+        return cls(generator, asked, words, own, _mean(own, _chances(generator, {}, asked, words)[1]))
 
     @classmethod
     def kept(cls, generator: Generator, rows: Dataset, tensors: Mapping[str, Tensor]) -> Written:
         """Return what `tensors` were made of, with the same rows."""
         answers = torch.split(tensors["answers"], tensors["lengths"].tolist())
-        prompts = generator.encode(_unlabelled(rows))
+        prompts = generator.encode(unlabelled(rows))
         asked = [Asked(one.prompt, ids.tolist()) for one, ids in zip(prompts, answers, strict=True)]
         return cls(generator, asked, tensors["words"], tensors["own"], float(tensors["unit"]))
 
@@ -159,38 +154,33 @@ class Written:
     @property
     def alike(self) -> bool:
         """Tell whether the adapter changes nothing of what the base would write."""
-        return self.unit <= _SILENT
+        return self.unit <= SILENT
 
     def distance(self, updates: Updates) -> float | None:
         """Return the divergence a token from the model with `updates`, in units of that from the base."""
         if self.alike:
             return None
-        return _told(_divergence(self.own, _chances(self.generator, updates, self.asked, self.words)[1]) / self.unit)
+        return _told(_mean(self.own, _chances(self.generator, updates, self.asked, self.words)[1]) / self.unit)
 
 
-def _divergence(own: Tensor, other: Tensor) -> float:
+def _mean(own: Tensor, other: Tensor) -> float:
     """Return the mean KL a token, nats."""
-    return float((own * (own.log() - other.log())).sum(dim=1).mean())
+    return float(words_apart(own, other).mean())
 
 
 def _chances(
     generator: Generator, updates: Updates, asked: Sequence[Asked], words: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return words and chances, as `Written` has them, of the model with `updates`; its likeliest words without any."""
+    """Return words and log chances, as `Written` has them, of the model with `updates`; its likeliest without any."""
     lengths = [len(one.answer) for one in asked]
     starts, places = [0, *itertools.accumulate(lengths)], list[Tensor]()
     chosen, found = list[Tensor](), list[Tensor]()
     with torch.inference_mode(), generator.running(updates):
         for rows, logits, tokens in generator.logits(asked):
             place = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-            chances = logits[tokens != IGNORED].log_softmax(dim=-1)
-            if words is None:
-                picked = chances.topk(min(_LIKELIEST, chances.shape[-1]), dim=-1).indices
-            else:
-                picked = words[place].to(chances.device)
-            kept = chances.gather(-1, picked).double().exp().cpu()
-            rest = (1 - kept.sum(dim=1, keepdim=True)).clamp_min(0)
-            found.append(torch.cat([kept, rest], dim=1).clamp_min(_FLOOR))
+            said = logits[tokens != IGNORED]
+            picked = likeliest(said) if words is None else words[place].to(said.device)
+            found.append(log_chances(said, picked).double().cpu())
             chosen.append(picked.cpu())
             places.append(place)
     order = torch.cat(places).argsort()
@@ -204,19 +194,8 @@ def distance(own: Tensor, merged: Tensor) -> float | None:
 
     None where `own` are alike for all texts: such a model has nothing to lose. At most FARTHEST.
     """
-    own, merged = own.double(), merged.double()
-    if own.shape[1] == 1:
-        far, unit = (own - merged).square().mean(), (own - own.mean()).square().mean()
-        alike = _ROUNDING * float(own.square().mean())
-    else:
-        log_own = own.log_softmax(dim=1)
-        p_own = log_own.exp()
-        mean = p_own.mean(dim=0).clamp_min(1e-300).log()
-        far = (p_own * (log_own - merged.log_softmax(dim=1))).sum(dim=1).mean()
-        unit, alike = (p_own * (log_own - mean)).sum(dim=1).mean(), _ROUNDING
-    if float(unit) <= alike:
-        return None
-    return _told(float(far / unit))
+    unit = output_unit(own)
+    return None if unit is None else _told(float(outputs_apart(own.double(), merged.double()).mean()) / unit)
 
 
 def _told(found: float) -> float:
@@ -244,11 +223,3 @@ def _check(adapters: Mapping[str, Adapter], texts: Mapping[str, Dataset], *, hea
     with collecting(errors):
         raise_problems("agreement cannot be measured", problems, "give each adapter texts of its task")
     raise_together(errors)
-
-
-def _facts(rows: Dataset) -> TextsFacts:
-    return TextsFacts(len(rows), json_sha256(_unlabelled(rows).to_list()))
-
-
-def _unlabelled(rows: Dataset) -> Dataset:
-    return rows.select_columns([name for name in rows.column_names if name != "label"])

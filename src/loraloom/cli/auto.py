@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import LoraloomError, raise_problems
-from loraloom.merging import get_rule
+from loraloom.merging import get_rule, rule_names
 
 if TYPE_CHECKING:
     from loraloom.analysis.agreement import Candidates
@@ -34,7 +34,9 @@ def to_try(
     options that the rule does not take.
     """
     if AUTO not in (rule, scale):
-        raise_problems("--unlabelled", ["chooses for --rule auto or --scale auto"] if unlabelled else [])
+        read = rule in rule_names() and get_rule(rule).distils
+        unread = ["is read by --rule auto, --scale auto and --rule distil alone"] if unlabelled and not read else []
+        raise_problems("--unlabelled", unread)
         return ()
     texts = "it needs texts of each adapter's task: name a recipe by --recipe, or a file for each by --unlabelled"
     problems = [] if recipe or unlabelled else [texts]

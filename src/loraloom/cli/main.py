@@ -14,6 +14,7 @@ import typer
 import loraloom
 from loraloom.cli.chat import chat
 from loraloom.cli.common import Commands, stop_at_signals
+from loraloom.cli.distil import distil
 from loraloom.cli.inspect import inspect
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
 from loraloom.cli.screen import screen
@@ -41,6 +42,7 @@ app.command(rich_help_panel=BEFORE)(init)
 app.command(rich_help_panel=MERGE)(train)
 app.command(rich_help_panel=MERGE)(screen)
 app.command(cls=RuleCommand, context_settings=RULE_OPTIONS, rich_help_panel=MERGE)(merge)
+app.command(rich_help_panel=MERGE)(distil)
 app.command(rich_help_panel=MERGE)(rules)
 app.command(rich_help_panel=MERGE)(align)
 app.command(rich_help_panel=MERGE)(export)

@@ -25,7 +25,7 @@ from loraloom.cli.common import (
 )
 from loraloom.cli.screen import Clip, DropRefused, ScreenOption
 from loraloom.errors import LoraloomError
-from loraloom.settings import AGREEMENT_TEXTS
+from loraloom.settings import AGREEMENT_TEXTS, DISTIL_TEXTS
 
 if TYPE_CHECKING:
     from loraloom.adapters.together import Targets
@@ -128,16 +128,16 @@ def merge(
         int | None,
         typer.Option(
             min=1,
-            help="Texts a task for a rule that looks at texts, and for `auto`. Without it as the recipe has them, and "
-            f"{AGREEMENT_TEXTS} for `auto`.",
+            help="Texts a task for a rule that looks at texts, and for `auto`. Without it as the recipe has them, "
+            f"{AGREEMENT_TEXTS} for `auto`, and 2000 at most for `distil`.",
         ),
     ] = None,
     unlabelled: Annotated[
         list[str] | None,
         typer.Option(
             "--unlabelled",
-            help="Texts of an adapter's task for `auto`, in place of a recipe: JSONL, CSV, TSV or Parquet, or org/name "
-            "on the hub. Give it once for each, in order. Labels are not read.",
+            help="Texts of an adapter's task for `auto` and `distil`, in place of a recipe: JSONL, CSV, TSV, Parquet "
+            "or org/name on the hub. Give it once for each, in order. Labels are not read.",
         ),
     ] = None,
     column: Annotated[
@@ -185,9 +185,10 @@ def merge(
     """
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.cli.auto import AUTO, given_scale, to_try
-        from loraloom.cli.merge_page import next_step, plan_page, result_page
+        from loraloom.cli.merge_page import WITH_TEXTS, next_step, plan_page, result_page
         from loraloom.cli.rule_options import former_weights, split_arguments
         from loraloom.cli.screen import screen_option
+        from loraloom.files.outputs import unfinished
         from loraloom.merging import MergeOptions, folders
         from loraloom.merging.facts import MERGED, MergeFacts
         from loraloom.merging.fuse import FUSED
@@ -204,9 +205,15 @@ def merge(
             from loraloom.study.by_hand import ByRecipe
 
             read = ByRecipe(read_recipe(recipe, base), shown)
-            look = partial(read.look, probe_texts or read.recipe.probe_texts(rule, options), way)
+            looked = probe_texts or read.recipe.probe_texts(rule, options)
+            look = partial(read.look, looked, way, scratch=unfinished(output))
             choose = partial(read.choose, count, candidates) if candidates else None
-        if unlabelled:
+        if unlabelled and not candidates:
+            from loraloom.study.unlabelled import distil_by_files
+
+            most = probe_texts or DISTIL_TEXTS
+            look = partial(distil_by_files, base, unlabelled, column or ["text"], most, unfinished(output), None, shown)
+        elif unlabelled:
             from loraloom.study.unlabelled import choose_by_files
 
             choose = partial(choose_by_files, base, unlabelled, column or ["text"], count, candidates, shown)
@@ -238,6 +245,8 @@ def merge(
             facts = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
         out.result({"folder": str(output), **asdict(facts)}, "")
         result_page(out, facts, output, told)
+        if len(facts.inputs) > 1 and not (recipe or unlabelled):
+            out.hint(WITH_TEXTS)
         next_step(out, facts, output, ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE"))
 
 

@@ -18,6 +18,11 @@ from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, Merg
 if TYPE_CHECKING:
     from loraloom.results import MergeScore, StudyResult
 
+WITH_TEXTS = (
+    "unlabelled texts of each task would bring it nearer to the single adapters: --rule distil --unlabelled FILE, once "
+    "for each (docs/distil.md)"
+)
+
 
 def plan_page(out: Out, facts: MergeFacts) -> None:
     """Print what is to be merged, and what speaks against it: before anything is written."""

@@ -158,3 +158,8 @@ def _write_fault(error: Exception, path: Path) -> str:
         return system[1].strip()
     # torch.save has no class and no number for a write that fell short
     return "the disk is full" if re.search("inline_container|PytorchStreamWriter", str(error)) else ""
+
+
+def unfinished(output: Path) -> Path:
+    """Return where the checkpoints of a training whose result is to lie in `output` are, until it is done."""
+    return output.with_name(f".{output.name}.checkpoints")

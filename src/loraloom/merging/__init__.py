@@ -6,6 +6,7 @@ from loraloom.merging.plan import Plan, make_plan
 from loraloom.merging.readout import read_readout
 from loraloom.merging.registry import Rule, get_rule, rule, rule_names
 from loraloom.merging.rules import (  # noqa: F401 (importing a family registers its rules)
+    distilled,
     entrywise,
     factors,
     fisher,

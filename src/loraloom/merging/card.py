@@ -8,6 +8,7 @@ from typing import Any
 
 from loraloom.adapters.servers import ServedFacts, get_server
 from loraloom.merging.choice import AgreementFacts, CandidateFacts
+from loraloom.merging.distillation import DistilledFacts
 from loraloom.merging.facts import ForecastFacts, FusionFacts, MergedFacts, MergeFacts
 from loraloom.merging.registry import get_rule, option_flag
 
@@ -66,6 +67,7 @@ def merge_lines(facts: MergeFacts) -> Lines:
     if facts.served:
         lines.append(("written for", served_line(facts.served)))
     lines += agreement_lines(facts.agreement) if facts.agreement else []
+    lines += distilled_lines(facts.distilled) if facts.distilled else []
     if facts.stack is not None:
         lines.append(("stack", "; ".join([", then ".join(one.name for one in facts.inputs), *facts.stack])))
     lines += _layers(facts) + _heads(facts)
@@ -131,6 +133,27 @@ def agreement_lines(facts: AgreementFacts) -> Lines:
         lines.append(("its scale", f"is the {end} that was tried: a {end.replace('est', 'er')} one may be nearer"))
     lines.append(("looked at", f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} texts a task, no labels"))
     return lines
+
+
+def distilled_lines(facts: DistilledFacts) -> Lines:
+    """Return what a distillation did: on which texts, and how far each task is from its single model."""
+    total = sum(one.texts.count for one in facts.tasks.values())
+    near = [
+        f"{name} took no part"
+        if one.before is None
+        else f"{name} {_distance(one.before)} to {_distance(one.after or 0)}"
+        for name, one in facts.tasks.items()
+    ]
+    other = [f"{name}: {one.source}" for name, one in facts.tasks.items() if one.source != "own texts"]
+    hashes = ", ".join(f"{name} {one.texts.count} ({one.texts.sha256[:12]})" for name, one in facts.tasks.items())
+    best = (
+        f"the best was step {facts.best_step} of {facts.steps}" if facts.best_step else "no step came nearer: the start"
+    )
+    return [
+        ("distilled", f"without labels on {total} texts, kept is {best}"),
+        ("distances", f"from the single models on texts held out, in each task's unit: {', '.join(near)}"),
+        ("texts", "; ".join([f"{hashes}, with the start of their sha256", *other])),
+    ]
 
 
 def merged_card(facts: MergedFacts) -> str:

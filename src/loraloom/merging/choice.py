@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from loraloom.files.hashing import json_sha256
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LOST = 1.0  # the distance of a model that knows nothing of the task
 
@@ -14,6 +19,16 @@ class TextsFacts:
 
     count: int
     sha256: str
+
+    @classmethod
+    def of(cls, rows: Dataset) -> TextsFacts:
+        """Return the facts of the texts in `rows`; labels do not count."""
+        return cls(len(rows), json_sha256(unlabelled(rows).to_list()))
+
+
+def unlabelled(rows: Dataset) -> Dataset:
+    """Return `rows` without their labels."""
+    return rows.select_columns([name for name in rows.column_names if name != "label"])
 
 
 @dataclass(frozen=True)

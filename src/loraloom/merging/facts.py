@@ -20,6 +20,7 @@ from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import seen_sha256
 from loraloom.merging.choice import AgreementFacts
+from loraloom.merging.distillation import DistilledFacts
 from loraloom.merging.fuse import FusedFacts
 from loraloom.merging.mends import ScreenFacts
 from loraloom.merging.names import public_command
@@ -88,6 +89,7 @@ class MergeFacts:
     screening: verdicts on the adapters, with reasons, and who was dropped; None where they were not screened.
     clip: the most that an adapter's energy in a layer may be, times the adapters' median there; None where any may be.
     served: the server that the result is written for, and its rank there.
+    distilled: what was done where the result was trained by the single adapters, on which texts.
     """
 
     kind: str
@@ -116,6 +118,7 @@ class MergeFacts:
     screening: ScreenFacts | None = field(default=None, kw_only=True)
     clip: float | None = field(default=None, kw_only=True)
     served: ServedFacts | None = field(default=None, kw_only=True)
+    distilled: DistilledFacts | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(
@@ -153,6 +156,7 @@ class MergeFacts:
             screening=plan.screening,
             clip=plan.clip,
             served=plan.served,
+            distilled=plan.distiller.facts if plan.distiller else None,
         )
 
 

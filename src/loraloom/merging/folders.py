@@ -17,6 +17,7 @@ from loraloom.errors import LoraloomError, collecting, raise_problems, raise_tog
 from loraloom.files.hashing import json_text
 from loraloom.files.outputs import check_folder
 from loraloom.merging.card import fused_card
+from loraloom.merging.distillation import Distiller
 from loraloom.merging.facts import MERGED, ForecastFacts, FusionFacts, MergedFacts, MergeFacts
 from loraloom.merging.fuse import FUSED, fuse, prepare
 from loraloom.merging.merger import write_merged
@@ -29,7 +30,7 @@ from loraloom.merging.registry import Probe, Rule, get_rule
 from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
 
-Supplied = tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]
+Supplied = tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None, Distiller | None]
 Planned = Callable[[MergeOptions], Plan]
 # chooses rule and scale of named adapters, given the options that stand and what makes a plan: see `agreement`
 Choose = Callable[[Mapping[str, Adapter], MergeOptions, Planned], MergeOptions]
@@ -89,14 +90,14 @@ def plan_folders(
         members, seen = [members[index] for index in kept], [seen[index] for index in kept if index < len(seen)]
 
     def planned(asked: MergeOptions) -> Plan:
-        supplied: Supplied = (seen, None)
+        supplied: Supplied = (seen, None, None)
         if look is not None and not leaves_as_it_is(get_rule(asked.rule), asked, len(members)):
             rule = get_rule(asked.rule)
             problems = together_problems(members, asked) + rule.check(asked.options)[1]
             # before a base is loaded
             raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
             supplied = look(rule, named, seen)
-        return make_plan(named, asked, statistics=supplied[0], probe=supplied[1])
+        return make_plan(named, asked, statistics=supplied[0], probe=supplied[1], distiller=supplied[2])
 
     return planned(choose(named, options, planned) if choose else options)
 

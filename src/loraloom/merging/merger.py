@@ -15,6 +15,7 @@ from loraloom.adapters.update import Adapter
 from loraloom.files.atomic import make_readable
 from loraloom.merging.card import merged_card
 from loraloom.merging.choice import AgreementFacts
+from loraloom.merging.distillation import Distiller
 from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
 from loraloom.merging.options import Heads, MergeOptions, Normalise
 from loraloom.merging.plan import Layer, Plan, make_plan
@@ -75,6 +76,7 @@ def merge(
     server: str | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
+    distiller: Distiller | None = None,
     **options: Any,
 ) -> Merged:
     """Merge `adapters` by `rule` into one, in memory; but for a stack their order does not matter. No base is loaded.
@@ -96,6 +98,7 @@ def merge(
     clip: the most energy |dW|^2 of an adapter in a layer, times the adapters' median there.
     statistics: of each adapter's inputs, by name or in the adapters' order, for what needs them.
     probe: base model and texts of each task, for rules that need them.
+    distiller: what trains a merge by the single adapters; `distil` makes one.
     options: the rule's own, as `density=0.3`; `loraloom rules NAME` tells a rule's.
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
@@ -104,7 +107,7 @@ def merge(
         rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise, clip=clip
     )
     asked = replace(asked, server=server)
-    plan = make_plan(adapters, asked, statistics=statistics, probe=probe)
+    plan = make_plan(adapters, asked, statistics=statistics, probe=probe, distiller=distiller)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, first_few
+from loraloom.merging.distillation import Distiller
+from loraloom.merging.folders import Supplied
 from loraloom.merging.options import Normalise
 from loraloom.merging.registry import Probe, Rule
 from loraloom.model.generator import Generator
@@ -33,8 +35,9 @@ def supply(
     known: Mapping[str, Statistics] | Sequence[Statistics] = (),
     normalise: Normalise = "none",
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Mapping[str, Statistics] | Sequence[Statistics], Probe | None]:
-    """Return the statistics and the probe that `rule` needs to merge `adapters`; none, and None, where it needs none.
+    distiller: Callable[[], Distiller] | None = None,
+) -> Supplied:
+    """Return the statistics, the probe and the distiller that `rule` needs to merge `adapters`; None where not needed.
 
     adapters, tasks: by adapter's name.
     model: loads the base model; it is called once, or never where nothing is to be read.
@@ -43,6 +46,7 @@ def supply(
     known: statistics that are there already; they are returned as they are.
     normalise: how adapters are made equally loud; "response" takes statistics, whatever the rule.
     progress: is told of the rule's steps, those done and all.
+    distiller: makes what trains a merge, for the rule that does; the training room is not known here.
 
     Raises LoraloomError for an adapter without a head where the rule needs a probe, and for tasks whose answers are
     written where it needs heads.
@@ -60,7 +64,8 @@ def supply(
         known = {
             name: collect(load(), tasks[name].sample("train", reading.texts), targets, reading) for name in adapters
         }
-    return known, probe_of(load(), adapters, tasks, texts, progress) if rule.whole else None
+    probe = probe_of(load(), adapters, tasks, texts, progress) if "probe" in rule.supplied else None
+    return known, probe, distiller() if distiller and rule.distils else None
 
 
 def reads_inputs(rule: Rule, normalise: Normalise) -> bool:

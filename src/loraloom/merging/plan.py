@@ -22,6 +22,7 @@ from loraloom.adapters.update import Adapter, Form, Shape, Update
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
+from loraloom.merging.distillation import Distiller
 from loraloom.merging.mends import ScreenFacts, clip_problems
 from loraloom.merging.names import named_adapters
 from loraloom.merging.normalise import energies, factors_of, normalise_problems
@@ -101,6 +102,7 @@ class Plan:
     served: ServedFacts | None = None
     clip: float | None = None
     screening: ScreenFacts | None = None
+    distiller: Distiller | None = None
 
     @property
     def space(self) -> str:
@@ -192,9 +194,9 @@ class Plan:
 
     @cached_property
     def _all(self) -> dict[str, Result]:
-        assert self.probe is not None  # make_plan asked for it
         layers = {module: self.updates(module) for module in self.modules}
-        return self.rule.model(layers, self.options, probe=self.probe, seed=self.seed, rank=self.rank)
+        model, by = self.rule.model, self.distiller  # make_plan asked for what the rule needs
+        return model(layers, self.options, probe=self.probe, distiller=by, seed=self.seed, rank=self.rank)
 
     def updates(self, module: str) -> list[Update]:
         """Return what the rule is given of one layer: the inputs' updates times their weights and factors.
@@ -297,6 +299,7 @@ def make_plan(
     *,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
+    distiller: Distiller | None = None,
 ) -> Plan:
     """Check a merge and return its plan; nothing is computed yet.
 
@@ -304,6 +307,7 @@ def make_plan(
     options: how they are merged; see `MergeOptions`.
     statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
     probe: base model and texts of each task, for rules that need them.
+    distiller: what trains a merge by the single adapters, for the rule that does.
 
     Raises LoraloomError that tells all problems at once: adapters that do not fit together, unknown or out-of-range
     options, weights that do not match, what the rule needs and was not given.
@@ -329,7 +333,7 @@ def make_plan(
         found = get_rule(options.rule)
         chosen, wrong = found.check(options.options)
         as_it_is = leaves_as_it_is(found, options, len(members))
-        problems += wrong + ([] if as_it_is else need_problems(found, options, seen, probe))
+        problems += wrong + ([] if as_it_is else need_problems(found, options, seen, probe, distiller))
     except LoraloomError as error:
         problems.append(f"{error.message}: {error.hint}")
     problems += normalise_problems(options.normalise) + clip_problems(options.clip, options.normalise)
@@ -365,6 +369,7 @@ def make_plan(
         factors=factors,
         clip=options.clip,
         screening=options.screening,
+        distiller=distiller,
     )
     return replace(plan, served=for_server(options.server, plan)) if options.server else plan
 

@@ -11,6 +11,7 @@ from loraloom.adapters.servers import ServedFacts, fit_server, get_server
 from loraloom.adapters.together import Targets, compatibility_problems, layer_problems
 from loraloom.adapters.update import Adapter
 from loraloom.errors import did_you_mean
+from loraloom.merging.distillation import Distiller
 from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.registry import Probe, Rule
 from loraloom.statistics.file import Statistics
@@ -103,7 +104,11 @@ def leaves_as_it_is(rule: Rule, options: MergeOptions, count: int) -> bool:
 
 
 def need_problems(
-    rule: Rule, options: MergeOptions, statistics: Mapping[str, Statistics], probe: Probe | None
+    rule: Rule,
+    options: MergeOptions,
+    statistics: Mapping[str, Statistics],
+    probe: Probe | None,
+    distiller: Distiller | None = None,
 ) -> list[str]:
     """Tell what the rule and the way to normalise need and were not given."""
     problems = []
@@ -113,7 +118,12 @@ def need_problems(
         problems.append(f"rule {rule.name!r} needs statistics of each task's inputs: see `loraloom statistics`")
     if options.normalise == "response" and not statistics:
         problems.append("normalising by response needs statistics of each task's inputs: see `loraloom statistics`")
-    if rule.whole and probe is None:
+    if rule.distils and distiller is None:
+        problems.append(
+            f"rule {rule.name!r} needs the base model and unlabelled texts of each task: name a recipe by --recipe, or "
+            "files by --unlabelled"
+        )
+    if "probe" in rule.supplied and probe is None:
         problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --recipe")
     if rule.labelled and probe is not None and not probe.labels:
         problems.append(f"rule {rule.name!r} needs labelled texts")

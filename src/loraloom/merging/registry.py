@@ -19,6 +19,7 @@ from torch import Tensor
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.merging.distillation import Distiller
 from loraloom.merging.options import MergeOptions
 from loraloom.model.tokens import Batch
 from loraloom.statistics.moments import Moment
@@ -51,7 +52,13 @@ TAKEN = (
         "help",
     ),
 )
-_SUPPLIED = ("generator", "moments", "probe", "rank")  # keyword-only, without a default: given to the rule by `merge`
+_SUPPLIED = (
+    "distiller",
+    "generator",
+    "moments",
+    "probe",
+    "rank",
+)  # keyword-only, without a default: given to the rule by `merge`
 _HELP = (
     "write it as `def f(updates, *, option: float = 0.2)`: keyword-only, each int, float, bool, str, Literal or None"
 )
@@ -107,8 +114,9 @@ class Rule:
     or a `Shared`, which also tells what each task reads of it.
     What else it wants it names in its signature, keyword-only and without a default: `generator: torch.Generator`;
     `moments: Sequence[Moment]`, of each task's inputs to the layer; `rank: int | None`, the one that the caller asked
-    for; `probe: Probe`, the base model with each task's texts. With a probe the rule merges ALL layers:
-    `function(layers: Mapping[str, Sequence[Update]], *, probe, ...)` returns its result by module path.
+    for; `probe: Probe`, the base model with each task's texts; `distiller: Distiller`, which trains a merge by them.
+    With either the rule merges ALL layers: `function(layers: Mapping[str, Sequence[Update]], *, probe, ...)` returns
+    its result by module path.
 
     formula: what it computes of one layer, in one line.
     paper: where it was published.
@@ -144,7 +152,7 @@ class Rule:
         found: list[Need] = []
         if "moments" in self.supplied:
             found.append("statistics")
-        if "probe" in self.supplied:
+        if self.whole:
             found.append("base and texts")
         if self.labelled:
             found.append("labels")
@@ -161,8 +169,13 @@ class Rule:
 
     @property
     def whole(self) -> bool:
-        """Tell whether the rule merges all layers at once, with a probe."""
-        return "probe" in self.supplied
+        """Tell whether the rule merges all layers at once, with a probe or a distiller."""
+        return "probe" in self.supplied or self.distils
+
+    @property
+    def distils(self) -> bool:
+        """Tell whether the rule trains the merged adapter by its single adapters, with a distiller."""
+        return "distiller" in self.supplied
 
     def check(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Return all options with their defaults filled in, and what is wrong with those given."""
@@ -197,12 +210,15 @@ class Rule:
         layers: Mapping[str, Sequence[Update]],
         options: Mapping[str, Any],
         *,
-        probe: Probe,
+        probe: Probe | None = None,
+        distiller: Distiller | None = None,
         seed: int = 0,
         rank: int | None = None,
     ) -> dict[str, Result]:
         """Merge all layers, by module path, with a rule that is `whole`."""
-        result: dict[str, Result] = self.function(layers, **options, **self._given(seed, rank=rank, probe=probe))
+        result: dict[str, Result] = self.function(
+            layers, **options, **self._given(seed, rank=rank, probe=probe, distiller=distiller)
+        )
         return result
 
     def _given(self, seed: int, **more: Any) -> dict[str, Any]:

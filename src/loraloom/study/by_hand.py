@@ -15,6 +15,7 @@ from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import task_seed
 from loraloom.merging import MergeOptions, Rule
 from loraloom.merging.choice import AgreementFacts
+from loraloom.merging.distillation import Distiller
 from loraloom.merging.folders import Planned, Supplied
 from loraloom.merging.needs import supply
 from loraloom.merging.options import Normalise
@@ -30,7 +31,8 @@ from loraloom.study.recipe import Recipe
 from loraloom.study.stages import merged_adapters
 from loraloom.study.tasks import build_task
 from loraloom.tasks.task import Task
-from loraloom.training import Trained, check_trained, train_adapter
+from loraloom.training.adapter import Trained, check_trained, train_adapter
+from loraloom.training.distil import ByTeachers
 
 
 def train_from_recipe(
@@ -89,14 +91,33 @@ class ByRecipe:
         rule: Rule,
         members: Mapping[str, Adapter],
         known: Sequence[Statistics],
+        *,
+        scratch: Path | None = None,
+        start: Adapter | None = None,
     ) -> Supplied:
         """Return what a rule needs, of `texts` training texts a task; see `needs.supply`.
 
-        To `normalise` by response takes statistics, whatever the rule. Raises LoraloomError for an adapter without a
+        To `normalise` by response takes statistics, whatever the rule. A rule that trains does so in the folder
+        `scratch`, from `start` where one is given. Raises LoraloomError for an adapter without a
         task in the recipe, or without a head where the rule needs one.
         """
-        if rule.whole:
+        if "probe" in rule.supplied:
             self._reporter.begin(rule.name, 1)
+
+        def distiller() -> Distiller:
+            tasks = self.tasks(members)
+            assert scratch is not None
+            return ByTeachers(
+                self.model,
+                members,
+                {name: task.sample("train", texts) for name, task in tasks.items()},
+                scratch,
+                start=start,
+                settings=self.recipe.training,
+                answer_tokens=answer_tokens_of(tasks),
+                reporter=self._reporter,
+            )
+
         return supply(
             rule,
             members,
@@ -107,6 +128,7 @@ class ByRecipe:
             known=known,
             normalise=normalise,
             progress=lambda done, total: self._reporter.detail(rule.name, f"step {done}/{total}"),
+            distiller=distiller,
         )
 
     def choose(
@@ -142,9 +164,14 @@ class ByRecipe:
             candidates,
             options=options,
             plan=plan,
-            answer_tokens=max((task.answering.answer_tokens for task in tasks.values() if task.answering), default=1),
+            answer_tokens=answer_tokens_of(tasks),
             reporter=self._reporter,
         )
+
+
+def answer_tokens_of(tasks: Mapping[str, Task]) -> int:
+    """Return the most tokens that any task lets a model write; 1 where none are written."""
+    return max((task.answering.answer_tokens for task in tasks.values() if task.answering), default=1)
 
 
 def evaluate_folder(

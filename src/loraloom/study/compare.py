@@ -106,8 +106,9 @@ def compare_unlabelled(
 
         def plan(asked: MergeOptions) -> Plan:
             looked = next(one.texts for one in settings if one.rule == asked.rule)
-            statistics, probe = read.look(looked, normalise, get_rule(asked.rule), members, ())
-            return make_plan(members, asked, statistics=statistics, probe=probe)
+            scratch = Path(folder) / f".{asked.rule}.checkpoints"
+            seen, probe, by = read.look(looked, normalise, get_rule(asked.rule), members, (), scratch=scratch)
+            return make_plan(members, asked, statistics=seen, probe=probe, distiller=by)
 
         candidates = [Candidates(one.rule, tuple(one.scales)) for one in settings]
         options = MergeOptions(normalise=normalise)
@@ -182,6 +183,7 @@ def _fitting(tasks: Recipe) -> list[str]:
 
 
 def _settings(rule: str, scales: Sequence[float] | None, normalise: Normalise, tasks: Recipe) -> MergeSettings:
-    own = get_rule(rule).default_scale
-    chosen = list(scales) if scales else [round(own * factor, 6) for factor in SCALES]
+    own, distils = get_rule(rule).default_scale, get_rule(rule).distils
+    factors = (1.0,) if distils else SCALES  # what was trained to answer at its own scale is none at another
+    chosen = list(scales) if scales else [round(own * factor, 6) for factor in factors]
     return MergeSettings(rule=rule, scales=chosen, normalise=normalise, texts=tasks.probe_texts(rule, {}))

@@ -50,7 +50,7 @@ from loraloom.study.study import GIVEN, Evaluated, Study, Trained, merged_facts
 from loraloom.tasks.answers import answer_score
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import SPLITS, Task
-from loraloom.training import TRAINED
+from loraloom.training.adapter import TRAINED
 
 _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit-learn", "scipy", "numpy")
 

@@ -24,8 +24,9 @@ from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_f
 from loraloom.files.hashing import text_sha256
 from loraloom.files.reading import read_yaml
 from loraloom.merging.options import Normalise
-from loraloom.merging.registry import get_rule
+from loraloom.merging.registry import get_rule, rule_names
 from loraloom.settings import (
+    DISTIL_TEXTS,
     AlignmentSettings,
     EvaluationSettings,
     LoraSettings,
@@ -83,6 +84,12 @@ class MergeSettings(Settings):
     )
     texts: int = Field(PROBE_TEXTS, ge=1, description="training texts a task for a rule that looks at texts")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_as_meant(cls, given: Any) -> Any:
+        """Let a rule that trains by texts have as many as help it, where nobody says how many."""
+        return {"texts": own_texts(given["rule"]), **given} if isinstance(given, dict) and "rule" in given else given
+
     @field_validator("rule")
     @classmethod
     def _known_rule(cls, rule: str) -> str:
@@ -109,6 +116,11 @@ class MergeSettings(Settings):
     def way(self) -> dict[str, Any]:
         """Return what tells this entry from another of the same rule: its options, and how it normalises if it does."""
         return self.filled() | ({} if self.normalise == "none" else {"normalise": self.normalise})
+
+
+def own_texts(rule: Any) -> int:
+    """Return how many texts a task a rule looks at, where nobody says."""
+    return DISTIL_TEXTS if rule in rule_names() and get_rule(rule).distils else PROBE_TEXTS
 
 
 TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask | PromptTask, Field(discriminator="source")]
@@ -231,7 +243,7 @@ class Recipe(Settings):
         """Return how many texts a task `rule` may look at: as `merging` has it, best with these options."""
         entries = [entry for entry in self.merging if entry.rule == rule]
         alike = [entry for entry in entries if entry.filled() == get_rule(rule).check(options)[0]]
-        return next((entry.texts for entry in [*alike, *entries]), PROBE_TEXTS)
+        return next((entry.texts for entry in [*alike, *entries]), own_texts(rule))
 
     def task(self, name: str, of: str = "") -> TaskSettings:
         """Return the settings of one task. Raises LoraloomError where there is none; `of` says whose task it is."""

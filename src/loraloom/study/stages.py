@@ -35,7 +35,8 @@ from loraloom.statistics.texts import collect
 from loraloom.study.engine import Context, Reading, stage
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
 from loraloom.tasks.metrics import resampled
-from loraloom.training import lora_config, train_adapter
+from loraloom.training.adapter import lora_config, train_adapter
+from loraloom.training.distil import ByTeachers
 
 ADAPTER, STATISTICS = "adapter", "statistics.safetensors"
 SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
@@ -195,6 +196,38 @@ def merge_by_texts(
     probe = probe_of(model, members, tasks, texts, context.progress)
     asked = MergeOptions(rule, options, scale=1.0, seed=seed, normalise=normalise)
     _write_merge(folder, members, statistics, asked, probe)
+
+
+@stage("merge", version=2)
+def merge_by_teachers(
+    folder: Path,
+    context: Context,
+    *,
+    adapters: Mapping[str, Output],
+    statistics: Mapping[str, Output],
+    rows: Mapping[str, Rows],
+    base: Base,
+    reading: Reading,
+    texts: int,
+    rule: str,
+    options: Mapping[str, Any],
+    normalise: Normalise,
+    training: TrainingSettings,
+    seed: int,
+) -> None:
+    """Merge at scale 1 by a rule that trains on `texts` unlabelled training texts a task; a killed one goes on."""
+    members, tasks = read_adapters(adapters), {name: one.task for name, one in rows.items()}
+    distiller = ByTeachers(
+        context.model(base, reading),
+        members,
+        {name: task.sample("train", texts) for name, task in tasks.items()},
+        context.scratch,
+        settings=training,
+        answer_tokens=max((task.answering.answer_tokens for task in tasks.values() if task.answering), default=1),
+    )
+    asked = MergeOptions(rule, options, scale=1.0, seed=seed, normalise=normalise)
+    seen = read_statistics(statistics)
+    write_merged(make_plan(members, asked, statistics=seen, distiller=distiller), folder / ADAPTER)
 
 
 def _write_merge(

@@ -280,6 +280,22 @@ class Study:
         rule = get_rule(settings.rule)
         adapters, options = one.adapters, settings.filled()
         statistics = self.statistics["train"] if reads_inputs(rule, settings.normalise) else {}
+        if rule.distils:
+            return self.engine.do(
+                stages.merge_by_teachers,
+                label,
+                adapters=adapters,
+                statistics=statistics,
+                rows=self.rows,
+                base=self.base,
+                reading=self.reading,
+                texts=settings.texts,
+                rule=rule.name,
+                options=options,
+                normalise=settings.normalise,
+                training=self.recipe.training,
+                seed=one.seed,
+            )
         if not rule.whole:
             return self.engine.do(
                 stages.merge,

@@ -1,21 +1,24 @@
-"""Rule and scale chosen without a recipe: from a base model and files of texts, of which nothing else is read."""
+"""Merges that look at texts without a recipe: at a base model and files of texts, of which nothing else is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates, agreement, chosen
 from loraloom.analysis.single import FEWEST
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
-from loraloom.merging import MergeOptions
-from loraloom.merging.folders import Planned
+from loraloom.merging import MergeOptions, Rule
+from loraloom.merging.folders import Planned, Supplied
 from loraloom.model.generator import Generator
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator
 from loraloom.progress import Reporter
+from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import read_texts
 from loraloom.tasks.prompts import as_prompts
+from loraloom.training.distil import FEWEST as FEWEST_TO_DISTIL, GENERIC, NEAR, ByTeachers, Texts
 
 _WRITTEN = 32  # tokens of an answer, at most: the first ones tell as much as the later
 
@@ -40,22 +43,62 @@ def choose_by_files(
 
     Raises LoraloomError that tells what is wrong with any file, and as `agreement` does.
     """
-    counted = f"{len(files)} files of texts for {len(members)} adapters: give one for each, in order"
-    raise_problems("--unlabelled", [counted] if len(files) != len(members) else [], "nothing was merged or written")
-    rows, errors = {}, list[LoraloomError]()
-    for name, file in zip(members, files, strict=True):
-        with collecting(errors):
-            rows[name] = read_texts(file, columns, texts, FEWEST)
-    raise_together(errors)
-    folder = base_folder(base or next(iter(members.values())).base)
-    model: Evaluator | Generator
-    if any(member.head for member in members.values()):
-        model = Evaluator(folder)
-    else:
-        model = Generator(folder)
-        if getattr(model.tokenizer, "chat_template", None):
-            rows = {name: as_prompts(one) for name, one in rows.items()}
+    model, rows = read_files(base, files, columns, texts, members, FEWEST)
+    taken = {name: one for name, one in rows.items() if not isinstance(one, str)}
+    raise_problems(
+        "--unlabelled", ["rule and scale are chosen by texts of each task"] if len(taken) < len(rows) else []
+    )
     found = agreement(
-        members, model, rows, candidates, options=options, plan=plan, answer_tokens=_WRITTEN, reporter=reporter
+        members, model, taken, candidates, options=options, plan=plan, answer_tokens=_WRITTEN, reporter=reporter
     )
     return chosen(options, found)
+
+
+def distil_by_files(
+    base: str | None,
+    files: Sequence[str],
+    columns: Sequence[str],
+    texts: int,
+    scratch: Path,
+    start: Adapter | None,
+    reporter: Reporter,
+    rule: Rule,
+    members: Mapping[str, Adapter],
+    known: Sequence[Statistics],
+) -> Supplied:
+    """Return what distils the adapters by files of unlabelled texts; see `ByTeachers`.
+
+    files: one for each adapter, in order, or `generic` or `none` in place of one. base, columns, texts, members: as for
+    `choose_by_files`. scratch: where unfinished work lies. start: a merged adapter to start from.
+    """
+    model, rows = read_files(base, files, columns, texts, members, FEWEST_TO_DISTIL)
+    by = ByTeachers(model, members, rows, scratch, start=start, answer_tokens=_WRITTEN, reporter=reporter)
+    return known, None, by
+
+
+def read_files(
+    base: str | None,
+    files: Sequence[str],
+    columns: Sequence[str],
+    texts: int,
+    members: Mapping[str, Adapter],
+    fewest: int,
+) -> tuple[Evaluator | Generator, dict[str, Texts]]:
+    """Return the base model and the texts of each adapter: one that writes where no adapter has a head.
+
+    Raises LoraloomError that tells what is wrong with any file, before the base is loaded.
+    """
+    counted = f"{len(files)} files of texts for {len(members)} adapters: give one for each, in order"
+    raise_problems("--unlabelled", [counted] if len(files) != len(members) else [], "nothing was merged or written")
+    rows, errors = dict[str, Texts](), list[LoraloomError]()
+    for name, file in zip(members, files, strict=True):
+        with collecting(errors):
+            rows[name] = file if file in (GENERIC, NEAR) else read_texts(file, columns, texts, fewest)
+    raise_together(errors)
+    folder = base_folder(base or next(iter(members.values())).base)
+    if any(member.head for member in members.values()):
+        return Evaluator(folder), rows
+    model = Generator(folder)
+    if getattr(model.tokenizer, "chat_template", None):
+        rows = {name: one if isinstance(one, str) else as_prompts(one) for name, one in rows.items()}
+    return model, rows

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import math
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +21,35 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import loraloom
 from loraloom.adapters.bases import public_name
 from loraloom.adapters.peft import PROVENANCE, adapter_sha256, read_adapter, read_provenance
 from loraloom.errors import LoraloomError, collecting, raise_problems
-from loraloom.files.atomic import staged_folder, write_text
+from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import write_json
-from loraloom.files.outputs import check_folder
+from loraloom.files.outputs import check_folder, unfinished
 from loraloom.model.load import base_sha256
 from loraloom.model.objective import Objective, objective
 from loraloom.model.processes import by_first, check_training, on_cpu, raise_of_all, rank_and_size, started
-from loraloom.model.runner import in_bfloat16
 from loraloom.settings import LoraSettings, TrainingSettings
 from loraloom.starts.keep import keep_callback
 from loraloom.tasks.task import Task
+from loraloom.training.runs import (
+    NOT_FINITE,
+    Progress,
+    Watch,
+    arguments,
+    clear,
+    full_disk_told,
+    has_stopped,
+    known_arguments,
+    resumable,
+    state_of,
+)
 
-Progress = Callable[[int, int], None]
 TRAINED = "trained adapter"  # the kind of result
-_STATE = "trainer_state.json"  # the Trainer writes it last of a checkpoint's files
-_CALL = "call.json"  # what the checkpoints beside it are of
-_NOT_FINITE = "lower the learning rate, or train in float32"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def train_adapter(
     """
     settings, lora = settings or TrainingSettings(), lora or LoraSettings()
     output = Path(output)
-    checkpoints = checkpoints or output.with_name(f".{output.name}.checkpoints")
+    checkpoints = checkpoints or unfinished(output)
     PartialState(cpu=on_cpu())  # joins the processes that a launcher started
     errors: list[LoraloomError] = []
     with collecting(errors):
@@ -107,10 +108,10 @@ def train_adapter(
         rows = {split: aim.rows(getattr(task, split)) for split in ("train", "heldout")}
         call = _call(base, task, init, lora, settings, seed)
     raise_of_all(errors)
-    checkpoint = by_first(lambda: _resumable(checkpoints, call))
+    checkpoint = by_first(lambda: resumable(checkpoints, call))
     trainer = Trainer(
         model=model,
-        args=_arguments(aim, settings, seed, checkpoints, _epochs(checkpoint) or settings.epochs),
+        args=arguments(settings, seed, checkpoints, **_by_epoch(aim, settings, checkpoint)),
         train_dataset=rows["train"],
         eval_dataset=rows["heldout"],
         data_collator=aim.collator,
@@ -119,13 +120,13 @@ def train_adapter(
         callbacks=_callbacks(task, settings, init, progress),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    with _full_disk_told(checkpoints):
+    with full_disk_told(checkpoints):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best = trainer.state.best_metric
     if best is None or not all(torch.isfinite(tensor).all() for tensor in get_peft_model_state_dict(model).values()):
-        raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", _NOT_FINITE)
+        raise LoraloomError(f"task {task.name!r}: the trained weights are not finite", NOT_FINITE)
     by_first(lambda: _save(model, base, output, task, init, settings, seed, trainer.state, overwrite))
-    by_first(lambda: _clear(checkpoints))
+    by_first(lambda: clear(checkpoints))
     return Trained(output, float(best), int(trainer.state.global_step), _told_by(task))
 
 
@@ -168,81 +169,33 @@ def lora_config(lora: LoraSettings, head: list[str], task_type: TaskType = TaskT
     return LoraConfig(**lora.for_peft(), modules_to_save=head or None, task_type=task_type)
 
 
-def _arguments(
-    aim: Objective, settings: TrainingSettings, seed: int, checkpoints: Path, epochs: int
-) -> TrainingArguments:
-    known = {field.name for field in fields(TrainingArguments)}
-    by_version: dict[str, Any] = {}  # options that transformers 5 renamed on its way
-    if "train_sampling_strategy" in known:
-        by_version["train_sampling_strategy"] = "group_by_length"
-    else:
-        by_version["group_by_length"] = True
-    if settings.gradient_checkpointing:
-        new, old = "activation_checkpointing", "gradient_checkpointing"
-        by_version[new if new in known else old] = True
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=epochs,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size // started(),
-        per_device_eval_batch_size=settings.eval_batch_size,
-        gradient_accumulation_steps=settings.accumulate,
-        lr_scheduler_type="linear",
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        use_cpu=on_cpu() or not torch.accelerator.is_available(),  # told, or it refuses bfloat16 there
-        bf16=in_bfloat16(settings.precision),
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        restore_callback_states_from_checkpoint=True,  # early stopping counts on
-        metric_for_best_model=aim.metric,
-        greater_is_better=aim.greater,
-        prediction_loss_only=aim.compute is None,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=seed,
-        data_seed=seed,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        log_level_replica="error",
-        ddp_find_unused_parameters=False,  # every trained one is used; looking costs time, and fails where layers rerun
-        **by_version,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # a lone process would take a batch of this size to every GPU
-    return arguments
+def _by_epoch(aim: Objective, settings: TrainingSettings, checkpoint: Path | None) -> dict[str, Any]:
+    """Return the Trainer's arguments of a training in epochs over rows of one task."""
+    state = state_of(checkpoint)
+    new = "train_sampling_strategy" in known_arguments()  # transformers 5 renamed it on its way
+    return {
+        "num_train_epochs": round(state["epoch"]) if has_stopped(state) else settings.epochs,
+        "per_device_train_batch_size": settings.batch_size // started(),
+        "per_device_eval_batch_size": settings.eval_batch_size,
+        "gradient_accumulation_steps": settings.accumulate,
+        **({"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}),
+        **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "epoch"),
+        "metric_for_best_model": aim.metric,
+        "greater_is_better": aim.greater,
+        "prediction_loss_only": aim.compute is None,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
 
 
 def _callbacks(
     task: Task, settings: TrainingSettings, init: str | Path | None, progress: Progress | None
 ) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [_Watch(task.name, progress if rank_and_size()[0] == 0 else None)]
+    callbacks: list[TrainerCallback] = [Watch(f"task {task.name!r}", progress if rank_and_size()[0] == 0 else None)]
     if init is not None:
         callbacks.append(keep_callback(init))
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     return callbacks
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Reports progress, and stops at the first epoch whose loss is not finite."""
-
-    def __init__(self, task: str, progress: Progress | None) -> None:
-        self.task = task
-        self.progress = progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.progress is not None:
-            self.progress(state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not math.isfinite(kwargs["logs"].get("loss", 0.0)):
-            raise LoraloomError(
-                f"task {self.task!r}: the training loss is not finite at step {state.global_step}", _NOT_FINITE
-            )
 
 
 def _told_by(task: Task) -> str:
@@ -263,71 +216,6 @@ def _call(
     content = [base_sha256(base), task.digest(), start, settings.model_dump(), seed, transformers.__version__]
     content += [started()] if started() > 1 else []  # each process has a state of its own beside the checkpoint
     return json.dumps(content, sort_keys=True)
-
-
-def _resumable(checkpoints: Path, call: str) -> Path | None:
-    """Return the newest checkpoint of this very `call` that was written to its end; remove all that is of no use."""
-    record, found = checkpoints / _CALL, _checkpoints(checkpoints)
-    if found and not record.is_file():
-        raise LoraloomError(f"{checkpoints}: holds checkpoints of some other training", "name another folder")
-    if found and record.read_text(encoding="utf-8") != call:
-        _clear(checkpoints)
-        found = []
-    write_text(record, call, overwrite=True)
-    whole = [path for path in found if _state(path) is not None]
-    for path in found:
-        if path not in whole:
-            shutil.rmtree(path)
-    return whole[-1] if whole else None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
-def _clear(folder: Path) -> None:
-    """Remove what training left in a folder, and the folder where nothing else is in it."""
-    for path in _checkpoints(folder):
-        shutil.rmtree(path, ignore_errors=True)
-    (folder / _CALL).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _state(checkpoint: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads((checkpoint / _STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-
-
-def _epochs(checkpoint: Path | None) -> int | None:
-    """Return the epochs after which the checkpoint's training had already been stopped early, else None."""
-    state = (checkpoint and _state(checkpoint)) or {}
-    control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
-    return round(state["epoch"]) if control.get("args", {}).get("should_training_stop") else None
-
-
-@contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    """Turn what Python, safetensors and torch each raise on a full disk into a LoraloomError."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # torch tells no more than the place in its own code
-        told = any(
-            sign in str(error)
-            for sign in ("os error 28", "No space left", "inline_container", "PytorchStream", "iostream error")
-        )
-        if not full and not told:
-            raise
-        raise LoraloomError(
-            f"{folder}: a checkpoint cannot be written: is the disk full? ({error})",
-            "free some space and run the same again: it goes on from the last whole checkpoint",
-        ) from error
 
 
 def _save(

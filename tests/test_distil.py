@@ -1,0 +1,251 @@
+"""Distilling on tiny models: the distance, what trains, what is recovered, kills, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+import tiny_writers
+from commands import refused, said
+from loraloom.adapters.heads import Head
+from loraloom.adapters.peft import read_adapter, write_adapter
+from loraloom.adapters.update import Adapter, Update
+from loraloom.errors import LoraloomError
+from loraloom.merging import Merged, merge
+from loraloom.model.distances import log_chances, words_apart
+from loraloom.model.generator import Generator
+from loraloom.model.runner import Evaluator
+from loraloom.progress import Reporter
+from loraloom.training.distil import Factors, distil
+from loraloom.training.lessons import HeadLesson, WrittenLesson
+
+LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{name}" for layer in (0, 1) for name in ("query", "value")]
+NAMES = ("mood", "tone")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+class KilledAt(Reporter):
+    def __init__(self, step: int) -> None:
+        super().__init__(quiet=True)
+        self.step = step
+
+    def reach(self, kind: str, count: int) -> None:
+        if count == self.step:
+            raise Killed
+
+
+def drawn(seed: int, base: Path, outputs: int) -> Adapter:
+    """An adapter and its head, drawn at random; weak enough that the base is still to be seen."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return 0.25 * torch.randn(*shape, generator=generator)
+
+    updates = {module: Update(normal(16, 2), normal(2, 16)) for module in LAYERS}
+    head = {"classifier.weight": 8 * normal(outputs, 16), "classifier.bias": normal(outputs)}
+    config = {"peft_type": "LORA", "target_modules": ["query", "value"], "base_model_name_or_path": str(base)}
+    return Adapter(updates, config, head)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.base_folder("bert", tmp_path_factory.mktemp("distil") / "base")
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Evaluator:
+    return Evaluator(str(base), max_length=16)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Adapter]:
+    """One of classes, one of a number."""
+    return {"mood": drawn(1, base, 3), "tone": drawn(2, base, 1)}
+
+
+@pytest.fixture
+def run(model: Evaluator, adapters: dict[str, Adapter], tmp_path: Path) -> Callable[..., Merged]:
+    def made(**changes: Any) -> Merged:
+        texts = {name: tiny.task(name, rows=48).train for name in adapters}
+        options: dict[str, Any] = {"steps": 100, "batch_size": 8, "learning_rate": 0.02, "teachers": tmp_path / "t"}
+        given = {"adapters": adapters, "model": model, "texts": texts, "scratch": tmp_path / "s", **options, **changes}
+        return distil(**given)
+
+    return made
+
+
+def test_distance_and_loss_equal_a_dense_computation(
+    model: Evaluator, adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    """In float64, with dW whole in the weights of the model."""
+    rows = tiny.task("mood", rows=20).train
+    merged = merge(list(adapters.values()), "task_arithmetic", scale=0.5).adapter.updates
+    for name, adapter in adapters.items():
+        head = Head.of(adapter.head)
+        lesson = HeadLesson(model, head, rows, [3, 1], "both", adapter.updates, tmp_path / name)
+        features = {}
+        for which, updates in (("own", adapter.updates), ("merged", merged)):
+            dense = {f"{path}.weight": model.model.get_parameter(f"{path}.weight") for path in updates}
+            old = {path: weight.clone() for path, weight in dense.items()}
+            for path, update in updates.items():
+                dense[f"{path}.weight"].data += update.dense()
+            features[which] = model.features({}, head, model.encode(rows)).double()
+            for path, weight in old.items():
+                dense[path].data.copy_(weight)
+        own, other = (found @ head.weight.double().T + head.bias.double() for found in features.values())
+        if name == "mood":
+            p, q = own.softmax(1), other.softmax(1)
+            far = (p * (p / q).log()).sum(1)
+            unit = (p * (p / p.mean(0)).log()).sum(1).mean()
+        else:
+            far, unit = (own - other).square()[:, 0], own.var(correction=0)
+        assert lesson.distance(merged) == pytest.approx(float(far[[3, 1]].mean() / unit), rel=1e-4)
+        spread = (features["own"] - features["own"].mean(0)).square().sum(1).mean()
+        both = far / unit + (features["own"] - features["merged"]).square().sum(1) / spread
+        batch, given = lesson.batch([5, 0, 7])
+        loss = lesson.loss(lesson.run(merged, batch), batch, given)
+        assert float(loss) == pytest.approx(float(both[[5, 0, 7]].mean()), rel=1e-4)
+
+
+def test_the_gradient_reaches_only_the_factors(model: Evaluator, adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    rows, adapter = tiny.task("mood", rows=12).train, adapters["mood"]
+    lesson = HeadLesson(model, Head.of(adapter.head), rows, [0, 1], "both", adapter.updates, tmp_path)
+    factors = Factors({module: Update(2 * one.B, one.A) for module, one in adapter.updates.items()}, [lesson])
+    batch, given = lesson.batch([2, 3])
+    lesson.loss(factors(0, batch), batch, given).backward()
+    assert len(list(factors.parameters())) == 2 * len(LAYERS)
+    assert all(one.grad is not None and one.grad.any() for one in factors.parameters())
+    assert all(one.grad is None for one in model.model.parameters())
+
+
+def test_it_recovers_what_the_merge_lost_and_goes_on_after_a_kill(
+    run: Callable[..., Merged], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = run()
+    facts = whole.plan.distiller.facts if whole.plan.distiller else None
+    assert facts
+    for one in facts.tasks.values():
+        assert (one.texts.count, one.heldout, one.source) == (48, 6, "own texts")
+    before, after = (sum(getattr(one, when) or 0 for one in facts.tasks.values()) for when in ("before", "after"))
+    assert after < 0.5 * before  # both read the same texts by one model, so that neither distance can vanish
+    with pytest.raises(Killed):
+        run(scratch=tmp_path / "again", reporter=KilledAt(23))
+    assert (tmp_path / "again" / "checkpoint-20").is_dir()
+    again = run(scratch=tmp_path / "again")
+    for module in LAYERS:
+        assert torch.equal(again.merged[module].update.A, whole.merged[module].update.A)
+        assert torch.equal(again.merged[module].update.B, whole.merged[module].update.B)
+        assert whole.merged[module].update.rank == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
+    assert len(list((tmp_path / "t").iterdir())) == 2  # teachers of the first call served the others
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_rank_below_the_sum(run: Callable[..., Merged]) -> None:
+    found = run(rank=2, steps=10)
+    assert {layer.update.rank for layer in found.merged.values()} == {2}
+    facts = found.plan.distiller.facts if found.plan.distiller else None
+    assert facts
+    assert all(one.after is not None and one.before is not None for one in facts.tasks.values())
+
+
+def test_generic_text_and_a_task_kept_near_its_start(run: Callable[..., Merged]) -> None:
+    found = run(texts={"mood": "generic", "tone": "none"}, steps=4)
+    facts = found.plan.distiller.facts if found.plan.distiller else None
+    assert facts
+    assert [one.source for one in facts.tasks.values()] == ["generic text", "kept near its start"]
+    assert facts.tasks["tone"].before == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"texts": {"mood": "generic"}}, "no texts for 'tone'"),
+        ({"texts": {"mood": "none", "tone": "none"}}, "nothing to learn"),
+        ({"texts": {"mood": "generic", "tone": tiny.task(rows=4).train}}, "tone: 4 texts, 8 are the fewest"),
+        ({"texts": {"mood": "generic", "tone": "genric"}}, "texts 'genric' of 'tone'"),
+        ({"start": "regmean"}, "cannot start from rule 'regmean', which needs statistics"),
+        ({"start": "distil"}, "cannot start from rule 'distil'"),
+        ({"start": "tzv"}, "no merging rule is called 'tzv'"),
+        ({"loss": "feature"}, "option 'loss'"),
+    ],
+)
+def test_what_cannot_be_distilled(run: Callable[..., Merged], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(LoraloomError, match=said):
+        run(**changes)
+
+
+def test_an_adapter_without_a_head(run: Callable[..., Merged], adapters: dict[str, Adapter]) -> None:
+    bare = Adapter(adapters["tone"].updates, adapters["tone"].config)
+    with pytest.raises(LoraloomError, match="tone: has no head"):
+        run(adapters={**adapters, "tone": bare})
+
+
+def test_chances_equal_a_dense_computation() -> None:
+    logits, other = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    words = logits.topk(3).indices
+    p, q = (
+        torch.cat([kept, 1 - kept.sum(1, keepdim=True)], 1)
+        for kept in (one.softmax(1).gather(1, words) for one in (logits, other))
+    )
+    found = words_apart(log_chances(logits, words), log_chances(other, words))
+    torch.testing.assert_close(found, (p * (p / q).log()).sum(1))
+    every = logits.topk(9).indices
+    torch.testing.assert_close(
+        words_apart(log_chances(logits, every), log_chances(other, every)),
+        (logits.softmax(1) * (logits.log_softmax(1) - other.log_softmax(1))).sum(1),
+    )
+
+
+def test_answers_that_are_written(tmp_path: Path) -> None:
+    folder = tiny_writers.writer_base(tmp_path / "base")
+    paths = [tiny_writers.writer_adapter(folder, tmp_path / name, seed=seed) for seed, name in enumerate(NAMES)]
+    members = dict(zip(NAMES, map(read_adapter, paths), strict=True))
+    texts = {name: tiny.asked(name, rows=16, chat=False).train for name in NAMES}
+    generator = Generator(str(folder), max_length=24)
+    lesson = WrittenLesson(generator, texts["mood"], [0, 1], members["mood"].updates, tmp_path / "one", 4)
+    assert lesson.distance(members["mood"].updates) == pytest.approx(0, abs=1e-3)
+    assert lesson.distance({}) == pytest.approx(1, rel=0.8)  # the unit is of all texts
+    options: dict[str, Any] = {"steps": 20, "learning_rate": 0.01, "answer_tokens": 4, "teachers": tmp_path / "t"}
+    found = distil(members, generator, texts, tmp_path / "s", **options)
+    facts = found.plan.distiller.facts if found.plan.distiller else None
+    assert facts
+    assert (facts.loss, facts.batch_size) == ("output", 4)
+    pairs = [(one.before or 0, one.after or 0) for one in facts.tasks.values()]
+    assert sum(after for _, after in pairs) < 0.9 * sum(before for before, _ in pairs)
+    with pytest.raises(LoraloomError, match="read by no head"):
+        distil(members, generator, texts, tmp_path / "s", loss="features", **options)
+
+
+def test_commands(base: Path, adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders, words = [], list[Any]()
+    for name, adapter in adapters.items():
+        folders.append(write_adapter(adapter, tmp_path / name, provenance={}))
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.task(name, rows=16).train["text_a"]))
+        words += ["--unlabelled", path]
+    folders = [tmp_path / name for name in adapters]
+    words += ["--base", base, "--steps", 4, "--batch-size", 4]
+    done = said("merge", *folders, "--rule", "distil", *words, "-o", tmp_path / "out")
+    assert {name: one["texts"]["count"] for name, one in done["distilled"]["tasks"].items()} == dict.fromkeys(NAMES, 16)
+    assert "distilled: without labels on 32 texts" in (tmp_path / "out" / "README.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "out" / "heads").iterdir()) == [f"{n}.safetensors" for n in NAMES]
+    merge_words = ("merge", *folders, "--scale", "0.5", "--base", base, "-o", tmp_path / "plain")
+    said(*merge_words)
+    again = said("distil", tmp_path / "plain", *folders, *words, "-o", tmp_path / "polished")
+    for task in NAMES:  # a merge by the rule's own start is polished alike
+        one, two = (found["distilled"]["tasks"][task] for found in (done, again))
+        assert two["before"] == pytest.approx(one["before"], rel=1e-3)
+        assert two["after"] == pytest.approx(one["after"], rel=1e-2)
+    assert "one of the two" in refused("distil", tmp_path / "plain", *folders, "-o", tmp_path / "no")
