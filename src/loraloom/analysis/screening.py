@@ -117,7 +117,7 @@ def screen(
     problems = [] if members else ["no adapters: give at least one"]
     problems += layer_problems([*members, *known.values()])
     problems += [f"{name!r} is the name of an adapter and of one to compare with" for name in adapters if name in known]
-    raise_problems("cannot screen", problems, "screen adapters of one base model: `loraloom list` groups them")
+    raise_problems("cannot screen", problems, "screen adapters of one base model together")
     seen = measure(adapters, known, reporter)
     supplied = {name: one for name, one in (("starts", starts), ("texts", texts)) if one is not None}
     running = [one for one in every_detector() if one.supplied <= supplied.keys()]

@@ -47,6 +47,7 @@ TAKEN = (
         "dry_run",
         "screen",
         "drop_refused",
+        "for",
         "quiet",
         "json",
         "help",
