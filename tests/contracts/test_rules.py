@@ -136,7 +136,9 @@ def plain(world: World, members: dict[str, Adapter], rule: str, options: dict[st
         layers = sorted((layer, shape[:2]) for member in members.values() for layer, shape in member.shapes.items())
         shapes = dict(layers)  # sorted: inputs are drawn layer by layer
         chosen["statistics"] = {name: world.statistics(name, shapes) for name in members}
-    if found.whole:
+    if found.distils:
+        chosen["distiller"] = tiny_probe.Untrained()
+    elif found.whole:
         chosen["probe"] = tiny_probe.tiny_probe(list(members), world.seed)
     return merge(members, rule, **chosen, **options)
 
