@@ -164,14 +164,15 @@ def test_code_that_comes_with_a_base_never_runs(load: Any, bert: Path, monkeypat
 
 
 def test_every_load_forbids_code_that_comes_with_a_base() -> None:
-    """LoraConfig is read from JSON alone."""
+    """LoraConfig is read from JSON alone, PeftModel lays an adapter over a model that is there."""
     source = Path(base_module.__file__).parent.parent
     calls = [
         (path.name, call)
         for path in source.rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
-        if call.func.attr in ("from_pretrained", "from_config") and ast.unparse(call.func.value) != "LoraConfig"
+        if call.func.attr in ("from_pretrained", "from_config")
+        and ast.unparse(call.func.value) not in ("LoraConfig", "PeftModel")
     ]
     allowing = [name for name, call in calls if "trust_remote_code=False" not in ast.unparse(call)]
     assert len(calls) >= 4
