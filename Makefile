@@ -19,7 +19,7 @@ test: $(VENV)/.installed ## Install what the checks need, then run ruff, mypy --
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(VENV)/.installed ## Try a hundred thousand malformed inputs, an hour at most, and print what became of them
 	LORALOOM_FUZZ=50 timeout 3600 $(BIN)/pytest tests/fuzz
