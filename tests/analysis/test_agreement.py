@@ -301,7 +301,7 @@ def test_words_beyond_the_likeliest_count_together(tmp_path: Path, monkeypatch: 
     generator, members = Generator(str(tiny.base_folder("llama", tmp_path / "base"))), writers("llama", 1)
     rows, tried = {"task0": tiny.task(rows=6).train}, dict.fromkeys(members, members["task0"].scaled(0.5).updates)
     whole = SingleModels(generator, members, rows, answer_tokens=3)
-    monkeypatch.setattr("loraloom.analysis.single._LIKELIEST", 5)
+    monkeypatch.setattr("loraloom.model.distances.LIKELIEST", 5)
     few = SingleModels(generator, members, rows, answer_tokens=3)
     one, two = (each._single["task0"] for each in (whole, few))
     assert 0 < two.distance(tried["task0"]) * two.unit <= one.distance(tried["task0"]) * one.unit

@@ -107,7 +107,7 @@ def test_the_page_tells_what_was_seen(finished: Path, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (("--rule", "auto"), "name a recipe by --recipe, or a file for each by --unlabelled"),
-        (("--unlabelled", "texts.jsonl"), "--unlabelled: chooses for --rule auto or --scale auto"),
+        (("--unlabelled", "texts.jsonl"), "--unlabelled: is read by --rule auto, --scale auto and --rule distil"),
         (("--scale", "auto", "--unlabelled", "texts.jsonl"), "1 files of texts for 2 adapters"),
         (("--scale", "auto", "--unlabelled", "a.jsonl", "--unlabelled", "b.jsonl"), "a.jsonl"),
         (("--scale", "auto", "--density", "0.3", "--rule", "auto"), "density: options of a rule"),

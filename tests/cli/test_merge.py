@@ -145,7 +145,7 @@ def test_a_fusion_is_a_page_too(finished: Path, tmp_path: Path) -> None:
     assert "4 weights changed" in page
     assert "its head the base's own" in page
     assert "heads mood, tone: one a task, in heads/" in page
-    assert f"vllm serve {tmp_path / 'out'}" in words_of(done.stderr)
+    assert f"vllm serve {tmp_path / 'out'}" in words_of(done.stderr.replace("\\\n", ""))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- rule: ties --density 0.2 --space full" in card
 

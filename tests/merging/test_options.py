@@ -11,7 +11,7 @@ from loraloom.merging import MergeOptions, merge
 def test_merge_takes_every_option_by_its_name_and_default() -> None:
     """What `merge` offers beside the options is given to the rule, not asked of it."""
     parameters = dict(inspect.signature(merge).parameters)
-    for name in ("adapters", "statistics", "probe"):
+    for name in ("adapters", "statistics", "probe", "distiller"):
         del parameters[name]
     assert list(parameters) == [*(field.name for field in fields(MergeOptions) if field.name != "options"), "options"]
     options = MergeOptions()

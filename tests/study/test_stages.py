@@ -29,8 +29,11 @@ from loraloom.study.tasks import make_task
 FUNCTIONS = {name: one for name, one in vars(stages).items() if isinstance(one, StageFunction)} | {
     "make_task": make_task
 }
-# one rule without a base model, one by statistics, one by texts
-RULES = [{"rule": rule, "scales": [1.0]} for rule in ("tsv", "regmean", "regmean_pp")]
+# one rule without a base model, one by statistics, one by texts, one by teachers
+RULES: list[dict[str, Any]] = [
+    *({"rule": rule, "scales": [1.0]} for rule in ("tsv", "regmean", "regmean_pp")),
+    {"rule": "distil", "scales": [1.0], "options": {"steps": 2}},
+]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loraloom.merging.card import merged_card
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import Distiller
 from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
+from loraloom.merging.mends import ScreenFacts
 from loraloom.merging.options import Heads, MergeOptions, Normalise
 from loraloom.merging.plan import Layer, Plan, make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
@@ -74,6 +75,7 @@ def merge(
     normalise: Normalise = "none",
     clip: float | None = None,
     server: str | None = None,
+    screening: ScreenFacts | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
     distiller: Distiller | None = None,
@@ -96,6 +98,7 @@ def merge(
       each does to its own inputs, which takes statistics.
     server: for which `write_merged` writes the result: "vllm", "sglang", "llamacpp" or "ollama"; see `SERVERS`.
     clip: the most energy |dW|^2 of an adapter in a layer, times the adapters' median there.
+    screening: what a screening found before, for the record; see `screen`.
     statistics: of each adapter's inputs, by name or in the adapters' order, for what needs them.
     probe: base model and texts of each task, for rules that need them.
     distiller: what trains a merge by the single adapters; `distil` makes one.
@@ -104,9 +107,22 @@ def merge(
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
     asked = MergeOptions(
-        rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise, clip=clip
+        rule,
+        options,
+        weights,
+        scale,
+        rank,
+        seed,
+        heads,
+        base,
+        agreement,
+        targets,
+        stack,
+        normalise,
+        clip,
+        server,
+        screening,
     )
-    asked = replace(asked, server=server)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe, distiller=distiller)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 

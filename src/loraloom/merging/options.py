@@ -49,6 +49,6 @@ class MergeOptions:
     targets: Targets = "union"
     stack: bool = False
     normalise: Normalise = "none"
-    server: str | None = None
     clip: float | None = None
+    server: str | None = None
     screening: ScreenFacts | None = None
