@@ -66,11 +66,11 @@ def hints(*words: object) -> str:
 
 
 def page(*words: object) -> str:
-    """Run a command that must succeed; return all that it prints, whose lines fit the terminal."""
+    """Run a command that must succeed; return all that it prints, whose lines fit, but for a path alone in one."""
     done = call(*words)
     assert done.exit_code == 0, done.output
     wide = [line for line in done.output.splitlines() if len(line.rstrip()) > WIDTH]
-    assert not wide
+    assert all(len(line.removesuffix(" \\").split()) == 1 for line in wide), wide
     return str(done.output)
 
 

@@ -388,7 +388,7 @@ def test_ctrl_c_in_training(finished: Path, tmp_path: Path) -> None:
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    time.sleep(0.05)  # until the folder is known to whoever removes it
+    time.sleep(0.5)  # past the tokenizer's patterns: Python drops an interrupt that meets one of their destructors
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert (process.exitcode, noise.read_text()) == (130, "")
