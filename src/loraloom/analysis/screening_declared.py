@@ -51,7 +51,7 @@ def rank(seen: Seen) -> dict[str, Sighting]:
     found = {}
     for name in seen.members:
         one = seen.adapters[name]
-        layers = [at for at in one.shapes if at not in one.forms or one.forms[at].kind != "experts"]
+        layers = [at for at in one.shapes if not _is_experts(one, at)]
         if one.config.get("r") and layers:
             declared = pattern_values(one.config.get("rank_pattern") or {}, layers, one.config["r"])
             worst = max(layers, key=lambda at: one.shapes[at].r / declared[at])

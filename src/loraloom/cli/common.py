@@ -39,6 +39,10 @@ RecipeOption = Annotated[Path, typer.Option("--recipe", help="Recipe in YAML tha
 Base = Annotated[
     str | None, typer.Option("--base", help="Base model in place of the recipe's: hub name or local folder.")
 ]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="Column of a text in --unlabelled, `text` without it; twice for a pair of texts."),
+]
 ServerOption = Annotated[
     str | None,
     typer.Option(

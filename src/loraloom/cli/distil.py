@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from loraloom.cli.common import AsJson, Output, Overwrite, Quiet, command, read_recipe, typed
+from loraloom.cli.common import AsJson, Columns, Output, Overwrite, Quiet, command, read_recipe, typed
 from loraloom.settings import DISTIL_TEXTS
 
 
@@ -29,12 +29,7 @@ def distil(
             "`none` keeps its task near the start there.",
         ),
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column", help="Column of a text in --unlabelled, `text` without it; twice for a pair of texts."
-        ),
-    ] = None,
+    column: Columns = None,
     probe_texts: Annotated[
         int | None, typer.Option(min=8, help=f"Texts a task at most; {DISTIL_TEXTS} without it.")
     ] = None,

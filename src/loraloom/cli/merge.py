@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from loraloom.cli.common import (
     AsJson,
     Base,
+    Columns,
     Output,
     Overwrite,
     Quiet,
@@ -140,12 +141,7 @@ def merge(
             "or org/name on the hub. Give it once for each, in order. Labels are not read.",
         ),
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column", help="Column of a text in --unlabelled, `text` without it; twice for a pair of texts."
-        ),
-    ] = None,
+    column: Columns = None,
     base: Annotated[
         str | None,
         typer.Option(

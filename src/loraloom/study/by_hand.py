@@ -29,10 +29,9 @@ from loraloom.statistics.file import Statistics
 from loraloom.study.answers import write_answers
 from loraloom.study.recipe import Recipe
 from loraloom.study.stages import merged_adapters
-from loraloom.study.tasks import build_task
-from loraloom.tasks.task import Task
+from loraloom.study.tasks import build_task, teachers
+from loraloom.tasks.task import Task, answer_tokens_of
 from loraloom.training.adapter import Trained, check_trained, train_adapter
-from loraloom.training.distil import ByTeachers
 
 
 def train_from_recipe(
@@ -105,18 +104,9 @@ class ByRecipe:
             self._reporter.begin(rule.name, 1)
 
         def distiller() -> Distiller:
-            tasks = self.tasks(members)
             assert scratch is not None
-            return ByTeachers(
-                self.model,
-                members,
-                {name: task.sample("train", texts) for name, task in tasks.items()},
-                scratch,
-                start=start,
-                settings=self.recipe.training,
-                answer_tokens=answer_tokens_of(tasks),
-                reporter=self._reporter,
-            )
+            tasks, training = self.tasks(members), self.recipe.training
+            return teachers(self.model, members, tasks, texts, scratch, training, start=start, reporter=self._reporter)
 
         return supply(
             rule,
@@ -167,11 +157,6 @@ class ByRecipe:
             answer_tokens=answer_tokens_of(tasks),
             reporter=self._reporter,
         )
-
-
-def answer_tokens_of(tasks: Mapping[str, Task]) -> int:
-    """Return the most tokens that any task lets a model write; 1 where none are written."""
-    return max((task.answering.answer_tokens for task in tasks.values() if task.answering), default=1)
 
 
 def evaluate_folder(

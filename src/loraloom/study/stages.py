@@ -20,6 +20,7 @@ from loraloom.adapters.update import Adapter
 from loraloom.analysis.interference import interference as measure_interference, ratio
 from loraloom.files.hashing import task_seed, write_json
 from loraloom.merging import MergeOptions, make_plan, read_readout, write_merged
+from loraloom.merging.distillation import Distiller
 from loraloom.merging.needs import probe_of
 from loraloom.merging.options import Normalise
 from loraloom.merging.readout import READOUTS
@@ -34,9 +35,9 @@ from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import collect
 from loraloom.study.engine import Context, Reading, stage
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
+from loraloom.study.tasks import teachers
 from loraloom.tasks.metrics import resampled
 from loraloom.training.adapter import lora_config, train_adapter
-from loraloom.training.distil import ByTeachers
 
 ADAPTER, STATISTICS = "adapter", "statistics.safetensors"
 SCORES, FEATURES, HEADS, RESPONSES = "scores.json", "features.safetensors", "heads.safetensors", "responses.json"
@@ -217,17 +218,9 @@ def merge_by_teachers(
 ) -> None:
     """Merge at scale 1 by a rule that trains on `texts` unlabelled training texts a task; a killed one goes on."""
     members, tasks = read_adapters(adapters), {name: one.task for name, one in rows.items()}
-    distiller = ByTeachers(
-        context.model(base, reading),
-        members,
-        {name: task.sample("train", texts) for name, task in tasks.items()},
-        context.scratch,
-        settings=training,
-        answer_tokens=max((task.answering.answer_tokens for task in tasks.values() if task.answering), default=1),
-    )
+    distiller = teachers(context.model(base, reading), members, tasks, texts, context.scratch, training)
     asked = MergeOptions(rule, options, scale=1.0, seed=seed, normalise=normalise)
-    seen = read_statistics(statistics)
-    write_merged(make_plan(members, asked, statistics=seen, distiller=distiller), folder / ADAPTER)
+    _write_merge(folder, members, statistics, asked, distiller=distiller)
 
 
 def _write_merge(
@@ -236,8 +229,11 @@ def _write_merge(
     statistics: Mapping[str, Output],
     options: MergeOptions,
     probe: Probe | None = None,
+    distiller: Distiller | None = None,
 ) -> None:
-    write_merged(make_plan(members, options, statistics=read_statistics(statistics), probe=probe), folder / ADAPTER)
+    seen = read_statistics(statistics)
+    plan = make_plan(members, options, statistics=seen, probe=probe, distiller=distiller)
+    write_merged(plan, folder / ADAPTER)
 
 
 def merged_adapters(folder: Path, scale: float, tasks: Iterable[str]) -> dict[str, Adapter]:

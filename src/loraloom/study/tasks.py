@@ -1,4 +1,5 @@
-"""The tasks of a recipe, made of files, data sets on the hub or installed packages: at once, or as a stage."""
+"""The tasks of a recipe, made of files, data sets on the hub or installed packages, at once or as a stage; and who
+teaches a merge to answer their texts."""
 
 from __future__ import annotations
 
@@ -7,6 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loraloom.adapters.update import Adapter
+from loraloom.model.generator import Generator
+from loraloom.model.runner import Evaluator
+from loraloom.progress import Reporter
+from loraloom.settings import TrainingSettings
 from loraloom.study.engine import Context, stage
 from loraloom.study.inputs import Local
 from loraloom.study.recipe import TaskSettings
@@ -15,7 +21,8 @@ from loraloom.tasks.files import file_task
 from loraloom.tasks.glue import GlueTask, glue_task
 from loraloom.tasks.prompts import PromptTask, prompt_task
 from loraloom.tasks.splits import SplitTask
-from loraloom.tasks.task import Task
+from loraloom.tasks.task import Task, answer_tokens_of
+from loraloom.training.distil import ByTeachers
 
 ROWS = "rows"
 _GLUE_FILES = ("train.jsonl", "dev.jsonl", "meta.json")
@@ -68,3 +75,27 @@ def build_task(name: str, settings: TaskSettings) -> Task:
     if isinstance(settings, PromptTask):
         return prompt_task(name, settings)
     return file_task(name, settings)
+
+
+def teachers(
+    model: Evaluator | Generator,
+    members: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
+    texts: int,
+    scratch: Path,
+    settings: TrainingSettings,
+    *,
+    start: Adapter | None = None,
+    reporter: Reporter | None = None,
+) -> ByTeachers:
+    """Return what distils adapters by `texts` unlabelled training texts of each task; see `ByTeachers`."""
+    return ByTeachers(
+        model,
+        members,
+        {name: task.sample("train", texts) for name, task in tasks.items()},
+        scratch,
+        start=start,
+        settings=settings,
+        answer_tokens=answer_tokens_of(tasks),
+        reporter=reporter,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +159,11 @@ class Task:
         if task.digest() != sha256:
             raise LoraloomError(f"{folder}: rows differ from the sha256 in meta.json", "make the task again")
         return task
+
+
+def answer_tokens_of(tasks: Mapping[str, Task]) -> int:
+    """Return the most tokens that any task lets a model write; 1 where none are written."""
+    return max((task.answering.answer_tokens for task in tasks.values() if task.answering), default=1)
 
 
 def _read_jsonl(path: Path) -> datasets.Dataset:
