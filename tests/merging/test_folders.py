@@ -443,7 +443,18 @@ def test_readouts_are_those_of_the_rule(rule: str, words: tuple[str, ...], place
 
 
 def test_cp_per_task_at_a_high_rank_gives_each_task_its_own_update(place: Path) -> None:
-    code, _ = command(*folders(place, "mood", "tone"), "--rule", "cp", "--per-task", "--rank", "5", "-o", place / "out")
+    code, _ = command(
+        *folders(place, "mood", "tone"),
+        "--rule",
+        "cp",
+        "--per-task",
+        "--rank",
+        "5",
+        "--normalise",
+        "none",
+        "-o",
+        place / "out",
+    )
     assert code == 0
     for task in ("mood", "tone"):
         own, read = read_adapter(place / task), read_readout(place / "out", task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,14 +99,19 @@ def merge(place: Path, out: Path, *words: str, legal: str = "legal") -> str:
     return " ".join(done.stderr.partition("merging:")[0].split())
 
 
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_with_defaults_each_keeps_more_than_half_of_what_it_gained(place: Path, tmp_path: Path) -> None:
     said = merge(place, tmp_path / "out")
     assert "likely to be lost" not in said
+    assert "- normalised: no: their energies |dW|^2 differ 2.1" in card(tmp_path / "out")
     assert min(kept(place, tmp_path / "out").values()) > 0.5
 
 
 def test_where_one_drowns_the_others_the_merge_says_so_before_it_writes(place: Path, tmp_path: Path) -> None:
-    said = merge(place, tmp_path / "out", legal="loud/legal")
+    said = merge(place, tmp_path / "out", "--normalise", "none", legal="loud/legal")
     assert "legal has up to" in said
     assert "times the energy |dW|^2 of support, sales: " in said
     assert "what the quiet ones learnt is likely to be lost; `--normalise norm` makes all equally loud" in said
@@ -115,3 +121,23 @@ def test_where_one_drowns_the_others_the_merge_says_so_before_it_writes(place: P
     even = kept(place, tmp_path / "even")
     assert even["legal"] > 0.5
     assert min(even.values()) > min(drowned.values()) + 0.25
+
+
+def test_by_default_unlike_energies_are_made_equal_and_that_is_told(place: Path, tmp_path: Path) -> None:
+    """Not where weights are given, which are meant as they are."""
+    said = merge(place, tmp_path / "out", legal="loud/legal")
+    line = (
+        "- normalised: every adapter to the same |dW| in each layer, before the weights: their energies |dW|^2 differ"
+    )
+    assert line in card(tmp_path / "out")
+    assert "likely to be lost" not in said
+    merge(place, tmp_path / "asked", "--normalise", "norm", legal="loud/legal")
+    found, asked = (read_adapter(tmp_path / name).updates for name in ("out", "asked"))
+    for module, update in found.items():
+        torch.testing.assert_close(update.dense(), asked[module].dense())
+    told = json.loads((tmp_path / "out" / "loraloom.json").read_text(encoding="utf-8"))
+    assert (told["normalise"], told["normalise_from"]) == ("norm", "energies")
+    assert told["loudness"] == pytest.approx(max(e := [one["energy"] for one in told["inputs"]]) / min(e))
+    weighted = merge(place, tmp_path / "weighted", *("--weight", "1") * 3, legal="loud/legal")
+    assert "- normalised: no: the weights were given" in card(tmp_path / "weighted")
+    assert "likely to be lost" in weighted

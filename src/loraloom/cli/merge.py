@@ -38,7 +38,8 @@ NormaliseOption = Annotated[
     typer.Option(
         "--normalise",
         help="Make all equally loud in each layer, before the weights: `norm` by |dW|, `response` by what each does to "
-        "its own inputs, which takes statistics or a recipe. `none` leaves them.",
+        "its own inputs, which takes statistics or a recipe. `none` leaves them; `auto` is `norm` where their energies "
+        "differ more than 3-fold and no weights are given, for rules that see updates alone.",
     ),
 ]
 _Value = TypeVar("_Value", float, str)
@@ -113,7 +114,7 @@ def merge(
     heads: Annotated[
         str, typer.Option(help="`keep` lays each task's head beside the result, `average` puts their mean into it.")
     ] = "keep",
-    normalise: NormaliseOption = "none",
+    normalise: NormaliseOption = "auto",
     screen: ScreenOption = "warn",
     drop_refused: DropRefused = False,
     clip: Clip = None,
@@ -286,7 +287,7 @@ def compare(
             help="Scale to try. Give it once for each; without it multiples of the rule's own are tried.",
         ),
     ] = None,
-    normalise: NormaliseOption = "none",
+    normalise: NormaliseOption = "auto",
     agreement: Annotated[
         bool,
         typer.Option(

@@ -18,8 +18,15 @@ _TRIED = 4  # candidates that lose a task, told by name
 _COLUMNS = ("adapter", "rank", "alpha", "targets", "energy", "weight", "share")
 _WORST = 3  # layers that are named
 _NORMALISED = {
+    "none": "no",
     "norm": "every adapter to the same |dW| in each layer, before the weights",
     "response": "every adapter to the same response to its own inputs in each layer, before the weights",
+}
+_NORMALISE_FROM = {  # who decided, where nobody asked
+    "energies": ": their energies |dW|^2 differ {:.3g}-fold",
+    "weights": ": the weights were given",
+    "clip": ": their energy is clipped",
+    "rule": ": the rule sees more than the updates",
 }
 _SCALE_FROM = {
     "asked": "as asked for",
@@ -55,8 +62,9 @@ def member_rows(facts: MergeFacts, width: int = 18) -> list[tuple[str, ...]]:
 def merge_lines(facts: MergeFacts) -> Lines:
     """Return the facts of a merge, what and how it is: rule, scale, and what the kind of result has to tell."""
     lines = [("rule", _rule(facts)), ("scale", f"{facts.scale:.4g}, {_SCALE_FROM[facts.scale_from]}")]
-    if facts.normalise != "none":
-        lines.append(("normalised", _NORMALISED[facts.normalise]))
+    if facts.normalise != "none" or facts.normalise_from in _NORMALISE_FROM:
+        why = _NORMALISE_FROM.get(facts.normalise_from, "").format(facts.loudness)
+        lines.append(("normalised", _NORMALISED[facts.normalise] + why))
     lines += _mends(facts)
     if isinstance(facts, MergedFacts):
         lines += _merged(facts)

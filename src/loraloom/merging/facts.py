@@ -24,7 +24,7 @@ from loraloom.merging.distillation import DistilledFacts
 from loraloom.merging.fuse import FusedFacts
 from loraloom.merging.mends import ScreenFacts
 from loraloom.merging.names import public_command
-from loraloom.merging.normalise import drowned
+from loraloom.merging.normalise import NormaliseFrom, drowned
 from loraloom.merging.options import Normalise
 from loraloom.merging.plan import Layer, Plan, ScaleFrom
 
@@ -83,7 +83,8 @@ class MergeFacts:
     as_it_is: one input takes part, and no option of the rule was asked for: the rule was left out.
     stack: what is known of what each input but the first was trained on, where they are a stack; else None.
     heads: the inputs whose heads are kept beside the result.
-    normalise: what was made equal of all inputs, before the weights.
+    normalise: what was made equal of all inputs, before the weights. normalise_from: who decided that.
+    loudness: how many times the energy of the quietest input that of the loudest is, where that decided; else None.
     carried: files that come along from the inputs. left_out: what does not, with why. warnings: what may not be meant.
     agreement: every candidate that was tried where rule or scale were chosen without labels.
     screening: verdicts on the adapters, with reasons, and who was dropped; None where they were not screened.
@@ -117,6 +118,8 @@ class MergeFacts:
     agreement: AgreementFacts | None = field(default=None, kw_only=True)
     screening: ScreenFacts | None = field(default=None, kw_only=True)
     clip: float | None = field(default=None, kw_only=True)
+    normalise_from: NormaliseFrom = field(default="asked", kw_only=True)
+    loudness: float | None = field(default=None, kw_only=True)
     served: ServedFacts | None = field(default=None, kw_only=True)
     distilled: DistilledFacts | None = field(default=None, kw_only=True)
 
@@ -138,7 +141,7 @@ class MergeFacts:
             rule=plan.rule.name,
             options=plan.options,
             space=plan.space,
-            normalise=plan.normalise,
+            normalise=plan.normalised.way,
             scale=plan.scale,
             scale_from=plan.scale_from,
             rank=plan.rank,
@@ -150,11 +153,13 @@ class MergeFacts:
             heads_averaged=plan.heads == "average",
             carried=sorted(plan.carried),
             left_out=plan.left_out,
-            warnings=plan.warnings + (drowned(in_force) if plan.normalise == "none" and not plan.stack else []),
+            warnings=plan.warnings + (drowned(in_force) if plan.normalised.way == "none" and not plan.stack else []),
             versions={"loraloom": version("loraloom"), "torch": torch.__version__},
             agreement=plan.agreement,
             screening=plan.screening,
             clip=plan.clip,
+            normalise_from=plan.normalised.who,
+            loudness=plan.normalised.loudness,
             served=plan.served,
             distilled=plan.distiller.facts if plan.distiller else None,
         )

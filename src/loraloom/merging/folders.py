@@ -212,7 +212,11 @@ def dry_run(plan: Plan, output: Path, fuse_into: Path | None, *, overwrite: bool
 def quickly_read(plan: Plan) -> bool:
     """Tell whether a dry run reads all inputs too, to tell their energies: where they are small, or read already."""
     shapes = [shape for member in plan.members.values() for shape in member.shapes.values()]
-    return sum(shape.r * (shape.m + shape.n) for shape in shapes) <= _QUICK or bool(plan.factors)
+    return (
+        sum(shape.r * (shape.m + shape.n) for shape in shapes) <= _QUICK
+        or plan.normalised.loudness is not None
+        or bool(plan.factors)
+    )
 
 
 def estimate(plan: Plan) -> float | None:

@@ -40,7 +40,7 @@ def clip_problems(clip: float | None, normalise: str) -> list[str]:
     if clip is None:
         return []
     problems = [] if math.isfinite(clip) and clip > 0 else [f"clip {clip} is no factor above 0"]
-    if normalise != "none":
+    if normalise not in ("none", "auto"):
         problems.append("clip and normalise both set how loud adapters are: choose one")
     return problems
 

@@ -72,7 +72,7 @@ def merge(
     agreement: AgreementFacts | None = None,
     targets: Targets = "union",
     stack: bool = False,
-    normalise: Normalise = "none",
+    normalise: Normalise = "auto",
     clip: float | None = None,
     server: str | None = None,
     screening: ScreenFacts | None = None,
@@ -95,7 +95,8 @@ def merge(
     targets: layers of the result: the "union" of the adapters', their "intersection", or the "same" of all.
     stack: whether they were trained one on top of the other, in this order: they are summed whole.
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
-      each does to its own inputs, which takes statistics.
+      each does to its own inputs, which takes statistics; "auto": the former where their energies differ more than
+      3-fold and no weights are given, for rules that see updates alone, else nothing ("none").
     server: for which `write_merged` writes the result: "vllm", "sglang", "llamacpp" or "ollama"; see `SERVERS`.
     clip: the most energy |dW|^2 of an adapter in a layer, times the adapters' median there.
     screening: what a screening found before, for the record; see `screen`.

@@ -8,17 +8,21 @@ adapter is |dW|_F^2, summed over its layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
+from loraloom.adapters.together import layers_of_all
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import did_you_mean
 from loraloom.merging.mends import clip_factors
-from loraloom.merging.options import Normalise
+from loraloom.merging.options import MergeOptions, Normalise
+from loraloom.merging.registry import Rule
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
 
-LOUD = 3.0  # times the energy of another adapter: from here on there is a warning
+LOUD = 3.0  # times the energy of another adapter: from here on `auto` normalises, and else there is a warning
+
+NormaliseFrom = Literal["asked", "energies", "weights", "rule", "clip", "single adapter", "stack"]  # who decided
 
 
 def energies(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
@@ -73,6 +77,39 @@ def factors_of(
     }, nothing
 
 
+def loudness(energies: Iterable[float]) -> float:
+    """Return how many times the energy of the quietest adapter that of the loudest is; those of none do not count."""
+    heard = [one for one in energies if one > 0]
+    return max(heard) / min(heard) if heard else 1.0
+
+
+class Normalised(NamedTuple):
+    """What is made equal of all adapters, never "auto"; who decided it; and how unlike they are where that did."""
+
+    way: Normalise
+    who: NormaliseFrom
+    loudness: float | None = None
+
+
+AS_THEY_ARE = Normalised("none", "asked")
+
+
+def decided(options: MergeOptions, rule: Rule, members: Sequence[Adapter], *, alone: bool) -> Normalised:
+    """Return what is to be made equal: what was asked for, or what "auto" comes to. It reads every weight for that."""
+    if options.normalise != "auto":
+        return Normalised(options.normalise, "asked")
+    if options.stack or alone:
+        return Normalised("none", "stack" if options.stack else "single adapter")
+    if options.weights is not None or options.clip is not None:
+        return Normalised("none", "clip" if options.weights is None else "weights")
+    if rule.whole or "moments" in rule.supplied:
+        return Normalised("none", "rule")
+    merged = layers_of_all(members, options.targets)
+    found = energies({str(at): member for at, member in enumerate(members)}).values()
+    times = loudness(sum(energy for at, energy in layers.items() if at in merged) for layers in found)
+    return Normalised("norm" if times > LOUD else "none", "energies", times)
+
+
 def normalise_problems(normalise: str) -> list[str]:
     """Tell of a way to normalise that there is not."""
     known = get_args(Normalise)
@@ -81,12 +118,11 @@ def normalise_problems(normalise: str) -> list[str]:
 
 def drowned(energies: Mapping[str, float]) -> list[str]:
     """Return a warning where energies, by adapter's name, differ by more than a factor of LOUD."""
-    heard = {name: one for name, one in energies.items() if one > 0}
-    if not heard or max(heard.values()) <= LOUD * min(heard.values()):
+    heard, times = {name: one for name, one in energies.items() if one > 0}, loudness(energies.values())
+    if times <= LOUD:
         return []
     loudest = max(heard, key=lambda name: heard[name])
     quiet = [name for name, one in heard.items() if LOUD * one < heard[loudest]]
-    times = heard[loudest] / min(heard.values())
     return [
         f"{loudest} has up to {times:.3g} times the energy |dW|^2 of {', '.join(quiet)}: what the quiet ones learnt is "
         "likely to be lost; `--normalise norm` makes all equally loud"

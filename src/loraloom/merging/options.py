@@ -11,7 +11,7 @@ from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.mends import ScreenFacts
 
 Heads = Literal["keep", "average"]
-Normalise = Literal["none", "norm", "response"]
+Normalise = Literal["auto", "none", "norm", "response"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class MergeOptions:
       it is; their "intersection"; or "same", which refuses adapters of different layers.
     stack: whether they were trained one on top of the other, in this order: their sum on the first one's base, whole.
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
-        each does to its own inputs, which takes statistics; see `merging.normalise`.
+        each does to its own inputs, which takes statistics; "auto" is "norm" where the energies differ more than 3-fold
+        and no weights were given, for rules that see nothing but updates, and else "none"; see `merging.normalise`.
     clip: brings the energy |dW|^2 of each adapter in each layer to at most so many times the adapters' median there.
     screening: what a screening found before, for the record; see `analysis.screening`.
     server: what the result is written for: a name of `adapters.servers.SERVERS`; None for an ordinary PEFT adapter.
@@ -48,7 +49,7 @@ class MergeOptions:
     agreement: AgreementFacts | None = None
     targets: Targets = "union"
     stack: bool = False
-    normalise: Normalise = "none"
+    normalise: Normalise = "auto"
     clip: float | None = None
     server: str | None = None
     screening: ScreenFacts | None = None

@@ -25,8 +25,8 @@ from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import Distiller
 from loraloom.merging.mends import ScreenFacts, clip_problems
 from loraloom.merging.names import named_adapters
-from loraloom.merging.normalise import energies, factors_of, normalise_problems
-from loraloom.merging.options import Heads, MergeOptions, Normalise
+from loraloom.merging.normalise import AS_THEY_ARE, Normalised, decided, energies, factors_of, normalise_problems
+from loraloom.merging.options import Heads, MergeOptions
 from loraloom.merging.problems import (
     dropped_layers,
     for_server,
@@ -77,7 +77,7 @@ class Plan:
     targets: which of the inputs' layers the result has.
     as_it_is: one input takes part and no option of the rule was asked for: it comes back as it is, without the rule.
     stack: what is known of the inputs' bases, where they are summed as trained one on top of the other.
-    normalise, clip: what was done to loudness before the weights; factors: by input and module path, 1 where none is.
+    normalised: what was made equal before the weights, and who decided it. factors: of that or of clipping; else 1.
     served: the server that the result is written for, and its rank there.
     """
 
@@ -97,7 +97,7 @@ class Plan:
     targets: Targets = "union"
     as_it_is: bool = False
     stack: Stack | None = None
-    normalise: Normalise = "none"
+    normalised: Normalised = AS_THEY_ARE
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     served: ServedFacts | None = None
     clip: float | None = None
@@ -314,8 +314,7 @@ def make_plan(
     """
     names, members = named_adapters(adapters)
     stack = look_at(dict(zip(names, members, strict=True))) if options.stack else None
-    problems = name_problems(names) + twice_problems(members)
-    problems += together_problems(members, options)
+    problems = name_problems(names) + twice_problems(members) + together_problems(members, options)
     if stack:
         problems += asked_problems(options) + stack.problems
         options = replace(options, rule=SUM, options={}, weights=None, scale=None, base=options.base or members[0].base)
@@ -338,10 +337,13 @@ def make_plan(
         problems.append(f"{error.message}: {error.hint}")
     problems += normalise_problems(options.normalise) + clip_problems(options.clip, options.normalise)
     factors: dict[str, dict[str, float]] = {}
-    if not problems and not is_alone(options, len(members)):  # this reads every weight
-        heard = zip(names, members, options.weights or [1.0] * len(names), strict=True)
-        factors, wrong = factors_of(options.normalise, {name: one for name, one, w in heard if w}, seen, options.clip)
-        problems += wrong
+    normalised = AS_THEY_ARE
+    if not problems and found:  # this reads every weight
+        normalised = decided(options, found, members, alone=is_alone(options, len(members)))
+        if not is_alone(options, len(members)):
+            heard = zip(names, members, options.weights or [1.0] * len(names), strict=True)
+            factors, wrong = factors_of(normalised.way, {name: one for name, one, w in heard if w}, seen, options.clip)
+            problems += wrong if normalised.who in ("asked", "clip") else []
     raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
     assert found is not None  # get_rule raised otherwise
     weights = options.weights
@@ -365,7 +367,7 @@ def make_plan(
         targets=options.targets,
         as_it_is=as_it_is,
         stack=stack,
-        normalise=options.normalise,
+        normalised=normalised,
         factors=factors,
         clip=options.clip,
         screening=options.screening,

@@ -44,7 +44,7 @@ def asked_problems(options: MergeOptions) -> list[str]:
         "weights": options.weights is not None,
         "a scale": options.scale is not None,
         f"targets {options.targets!r}": options.targets != MergeOptions.targets,
-        f"normalise {options.normalise!r}": options.normalise != MergeOptions.normalise,
+        f"normalise {options.normalise!r}": options.normalise not in ("auto", "none"),
     }
     return [f"a stack sums the adapters whole: leave out {what}" for what, given in asked.items() if given]
 

@@ -40,7 +40,7 @@ def compare(
     *,
     rules: Sequence[str] = (),
     scales: Sequence[float] | None = None,
-    normalise: Normalise = "none",
+    normalise: Normalise = "auto",
     command: str = "",
     reporter: Reporter | None = None,
 ) -> StudyResult:
@@ -79,7 +79,7 @@ def compare_unlabelled(
     *,
     rules: Sequence[str] = (),
     scales: Sequence[float] | None = None,
-    normalise: Normalise = "none",
+    normalise: Normalise = "auto",
     texts: int = AGREEMENT_TEXTS,
     reporter: Reporter | None = None,
 ) -> AgreementFacts:

@@ -80,7 +80,8 @@ class MergeSettings(Settings):
     options: dict[str, Any] = Field({})
     normalise: Normalise = Field(
         "none",
-        description="make adapters equally loud first: by |dW| (norm) or by what each does to its own inputs",
+        description="make adapters equally loud first: by |dW| (norm), by what each does to its own inputs "
+        "(response), or as `loraloom merge` decides it (auto)",
     )
     texts: int = Field(PROBE_TEXTS, ge=1, description="training texts a task for a rule that looks at texts")
 

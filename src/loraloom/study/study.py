@@ -387,8 +387,12 @@ class Study:
 
 
 def merged_facts(merged: Output) -> dict[str, Any]:
-    """Return rule, space, options and output rank of a merged adapter; normalising counts as an option."""
+    """Return rule, space, options and output rank of a merged adapter; normalising counts as an option.
+
+    What `auto` came to stands beside it: the same recipe may ask for that by name too.
+    """
     facts = read_provenance(merged.path / stages.ADAPTER)
     ranks = [layer["rank"] for layer in facts["layers"].values()]
-    options = facts["options"] | ({} if facts["normalise"] == "none" else {"normalise": facts["normalise"]})
+    way = facts["normalise"] if facts.get("normalise_from", "asked") == "asked" else f"auto: {facts['normalise']}"
+    options = facts["options"] | ({} if way == "none" else {"normalise": way})
     return {"rule": facts["rule"], "space": facts["space"], "options": options, "output_rank": max(ranks)}
