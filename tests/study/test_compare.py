@@ -47,7 +47,9 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a comparison by RULES at SCALES; read it, change nothing."""
     folder = tmp_path_factory.mktemp("compared") / "out"
     recipe = Recipe.load(finished / "recipe.yaml")
-    compare(adapters(finished), recipe, folder, rules=RULES, scales=SCALES, command="loraloom compare")
+    compare(
+        adapters(finished), recipe, folder, rules=RULES, scales=SCALES, normalise="none", command="loraloom compare"
+    )
     return folder
 
 
