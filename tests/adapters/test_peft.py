@@ -26,7 +26,7 @@ from loraloom.adapters.update import Adapter, Shape, Update
 from loraloom.errors import LoraloomError
 from loraloom.merging import merge, write_merged
 from loraloom.merging.options import MergeOptions
-from loraloom.merging.plan import make_plan
+from loraloom.merging.planning import make_plan
 
 LAYERS = [f"layer.{i}.q" for i in range(24)]
 

@@ -147,7 +147,7 @@ def test_a_fusion_is_a_page_too(finished: Path, tmp_path: Path) -> None:
     assert "heads mood, tone: one a task, in heads/" in page
     assert f"vllm serve {tmp_path / 'out'}" in words_of(done.stderr.replace("\\\n", ""))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "- rule: ties --density 0.2 --space full" in card
+    assert "- rule: ties --density 0.2 --divisor count --space full" in card
 
 
 def test_aligning_is_told_and_noted_in_the_card(finished: Path, tmp_path: Path) -> None:

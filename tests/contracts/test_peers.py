@@ -25,7 +25,7 @@ from loraloom.adapters.peft import CONFIG, WEIGHTS, read_adapter
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, merge, write_merged
 from loraloom.merging.options import MergeOptions
-from loraloom.merging.plan import make_plan
+from loraloom.merging.planning import make_plan
 
 TOKENS = torch.randint(5, len(tiny.WORDS), (4, 9), generator=torch.Generator().manual_seed(0))
 REFERENCES = references.linear.REFERENCES | references.entrywise.REFERENCES | references.spectral.REFERENCES

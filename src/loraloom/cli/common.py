@@ -11,9 +11,9 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -52,7 +52,18 @@ ServerOption = Annotated[
         "it would not take it. docs/serving.md tells what each takes.",
     ),
 ]
+NormaliseOption = Annotated[
+    str,
+    typer.Option(
+        "--normalise",
+        help="Make all equally loud in each layer, before the weights: `norm` by |dW|, `response` by what each does to "
+        "its own inputs, which takes statistics or a recipe. `none` leaves them; `auto` is `norm` where their energies "
+        "differ more than 3-fold and no weights are given, for rules that see updates alone.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the study. Every task draws its own from it.")]
+
+_Value = TypeVar("_Value", float, str)
 
 
 class Commands(TyperGroup):
@@ -165,3 +176,19 @@ def unforeseen(error: Exception) -> LoraloomError:
 def blames_input(error: Exception) -> bool:
     """Tell whether an exception came of a file that was read, or of the system."""
     return file_of(error) is not None or (isinstance(error, OSError) and error.filename is not None)
+
+
+def one_value(read: Callable[[str], _Value], flag: str) -> Callable[[str], _Value]:
+    """Return what reads a value of an option that is given once for each, and tells how a list is written."""
+
+    def parse(text: str) -> _Value:
+        from loraloom.cli.rule_options import each
+
+        if "," in text:
+            raise typer.BadParameter(f"{text!r} is a list: did you mean {each(flag, text)}?")
+        try:
+            return read(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is not a number") from error
+
+    return parse

@@ -14,9 +14,10 @@ import typer
 import loraloom
 from loraloom.cli.chat import chat
 from loraloom.cli.common import Commands, stop_at_signals
+from loraloom.cli.compare import compare
 from loraloom.cli.distil import distil
 from loraloom.cli.inspect import inspect
-from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, compare, merge, rules
+from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, merge, rules
 from loraloom.cli.screen import screen
 from loraloom.cli.serve import export, serve_check
 from loraloom.cli.start import init, train

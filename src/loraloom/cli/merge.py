@@ -1,12 +1,12 @@
-"""The commands around merging: merge, align, compare, rules."""
+"""The commands around merging: merge, align, rules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand
@@ -15,12 +15,14 @@ from loraloom.cli.common import (
     AsJson,
     Base,
     Columns,
+    NormaliseOption,
     Output,
     Overwrite,
     Quiet,
     RecipeOption,
     ServerOption,
     command,
+    one_value,
     read_recipe,
     typed,
 )
@@ -30,20 +32,11 @@ from loraloom.settings import AGREEMENT_TEXTS, DISTIL_TEXTS
 
 if TYPE_CHECKING:
     from loraloom.adapters.together import Targets
-    from loraloom.merging.options import Heads, Normalise
-    from loraloom.report.aggregate import Merged
+    from loraloom.merging.options import Dtype, Heads, Normalise
 
-NormaliseOption = Annotated[
-    str,
-    typer.Option(
-        "--normalise",
-        help="Make all equally loud in each layer, before the weights: `norm` by |dW|, `response` by what each does to "
-        "its own inputs, which takes statistics or a recipe. `none` leaves them; `auto` is `norm` where their energies "
-        "differ more than 3-fold and no weights are given, for rules that see updates alone.",
-    ),
-]
-_Value = TypeVar("_Value", float, str)
-
+# options that have no place where more than a rule is given by other means
+BY_THE_CALLER = ("rule", "scale", "weight", "weights", "normalise")
+NOT_IN_YAML = ("adapters", "stack", "statistics", "recipe", "unlabelled")
 # options that the command does not know are those of a merging rule
 RULE_OPTIONS = {"ignore_unknown_options": True}
 
@@ -59,26 +52,12 @@ class RuleCommand(TyperCommand):
         typer.echo(options_help())
 
 
-def _one(read: Callable[[str], _Value], flag: str) -> Callable[[str], _Value]:
-    """Return what reads a value of an option that is given once for each, and tells how a list is written."""
-
-    def parse(text: str) -> _Value:
-        from loraloom.cli.rule_options import each
-
-        if "," in text:
-            raise typer.BadParameter(f"{text!r} is a list: did you mean {each(flag, text)}?")
-        try:
-            return read(text)
-        except ValueError as error:
-            raise typer.BadParameter(f"{text!r} is not a number") from error
-
-    return parse
-
-
 def merge(
     context: typer.Context,
-    adapters: Annotated[list[str], typer.Argument(help="Adapter folders. Options of the rule may stand among them.")],
     output: Output,
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Adapter folders. Options of the rule may stand among them.")
+    ] = None,
     rule: Annotated[
         str,
         typer.Option(
@@ -99,7 +78,7 @@ def merge(
         list[float] | None,
         typer.Option(
             "--weight",
-            parser=_one(float, "--weight"),
+            parser=one_value(float, "--weight"),
             metavar="NUMBER",
             help="Weight of an adapter. Give it once for each, in order.",
         ),
@@ -165,6 +144,17 @@ def merge(
         ),
     ] = False,
     server: ServerOption = None,
+    from_mergekit: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-mergekit",
+            metavar="YAML",
+            help="Merge what a YAML of mergekit's says of models that are given as `base+lora`; see docs/mergekit.md.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the result: float32, bfloat16 or float16; else the widest of the adapters'.")
+    ] = None,
     fuse_into: Annotated[
         Path | None,
         typer.Option("--fuse-into", help="Checkpoint folder of the base model. It is written with the result in it."),
@@ -189,12 +179,15 @@ def merge(
         from loraloom.merging import MergeOptions, folders
         from loraloom.merging.facts import MERGED, MergeFacts
         from loraloom.merging.fuse import FUSED
+        from loraloom.merging.mergekit import read_mergekit
 
+        if fuse_into and dtype:
+            raise LoraloomError("--fuse-into keeps the checkpoint's own dtypes", "leave out --dtype")
         if stack:
-            _check_stack(context)
+            _check_unused(context, "--stack", "sums the adapters whole", BY_THE_CALLER)
         if server and fuse_into:
             raise LoraloomError("--for writes an adapter, --fuse-into a whole checkpoint", "leave out one of them")
-        paths, options = split_arguments(adapters, rule, _flags(context))
+        paths, options = split_arguments(adapters or [], rule, _flags(context))
         candidates = to_try(rule, scale, options, recipe, unlabelled)
         look, choose, count = None, None, probe_texts or AGREEMENT_TEXTS
         way = cast("Normalise", normalise)
@@ -216,7 +209,16 @@ def merge(
             choose = partial(choose_by_files, base, unlabelled, column or ["text"], count, candidates, shown)
         weight = former_weights(weights, weight)
         named = MergeOptions.rule if rule == AUTO else rule
-        asked = MergeOptions(named, options, weight, given_scale(scale), rank, seed, cast("Heads", heads), base)
+        asked = MergeOptions(named, options, weight, given_scale(scale), dtype=cast("Dtype | None", dtype))
+        not_taken = {}
+        if from_mergekit:
+            _check_unused(context, "--from-mergekit", "says what is merged and how", (*BY_THE_CALLER, *NOT_IN_YAML))
+            said = read_mergekit(from_mergekit)
+            paths, asked = said.adapters, replace(said.options, dtype=asked.dtype or said.options.dtype)
+            not_taken = {"not_taken": said.left_out}
+            for name, why in said.left_out.items():
+                out.warn(f"{from_mergekit}: {name} is not taken: {why}")
+        asked = replace(asked, rank=rank, seed=seed, heads=cast("Heads", heads), base=base)
         asked = replace(asked, targets=cast("Targets", targets), stack=stack, normalise=way, server=server, clip=clip)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(
@@ -240,7 +242,7 @@ def merge(
             facts = folders.fuse_folders(plan, fuse_into, output, typed(), shown, overwrite=overwrite)
         else:
             facts = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
-        out.result({"folder": str(output), **asdict(facts)}, "")
+        out.result({"folder": str(output), **asdict(facts), **not_taken}, "")
         result_page(out, facts, output, told)
         if len(facts.inputs) > 1 and not (recipe or unlabelled):
             out.hint(WITH_TEXTS)
@@ -265,80 +267,6 @@ def align(
         out.next("measure it", "loraloom", "evaluate", merged, "--recipe", recipe, *(("--base", base) if base else ()))
 
 
-def compare(
-    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, each with its task's head.")],
-    recipe: RecipeOption,
-    output: Output,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rule",
-            parser=_one(str, "--rule"),
-            metavar="NAME",
-            help="Rule to try. Give it once for each; without it all are tried.",
-        ),
-    ] = None,
-    scale: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--scale",
-            parser=_one(float, "--scale"),
-            metavar="NUMBER",
-            help="Scale to try. Give it once for each; without it multiples of the rule's own are tried.",
-        ),
-    ] = None,
-    normalise: NormaliseOption = "auto",
-    agreement: Annotated[
-        bool,
-        typer.Option(
-            "--agreement",
-            help="Tell also how far every merge is from the single adapters, and which scale that chooses.",
-        ),
-    ] = False,
-    no_labels: Annotated[
-        bool,
-        typer.Option("--no-labels", help="Measure by agreement with the single adapters alone; no label is used."),
-    ] = False,
-    base: Base = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Merge the same adapters by every rule: held-out rows choose the scale, test rows report; HTML and JSON."""
-    with command(quiet, as_json) as out:
-        from loraloom.cli.merge_page import both_choices, both_choices_page, unlabelled_page
-        from loraloom.cli.terminal import rules_table
-        from loraloom.report import base_average, merged_rows
-        from loraloom.study.compare import by_task, compare as run_compare, compare_unlabelled, without_labels
-
-        given, tasks, way = by_task(adapters), read_recipe(recipe, base), cast("Normalise", normalise)
-        near = partial(compare_unlabelled, given, tasks, output, scales=scale, normalise=way, reporter=out.progress())
-        if no_labels:
-            found = near(rules=rule or ())
-            out.result({"agreement": str(output / "agreement.json"), **asdict(found)}, "")
-            unlabelled_page(out, found, output / "agreement.json")
-            return
-        result = run_compare(
-            given,
-            tasks,
-            output,
-            rules=rule or (),
-            scales=scale,
-            normalise=way,
-            command=typed(),
-            reporter=out.progress(),
-        )
-        out.table(*rules_table(result))
-        choices = both_choices(result, near(rules=without_labels(tasks, rule or ()))) if agreement else []
-        if agreement:
-            both_choices_page(out, choices)
-        places = {"report": str(output / "report.html"), "results": str(output / "results.json")}
-        unadapted = base_average(result)
-        alone = {"base": unadapted.value} if unadapted else {}
-        chosen = {"choices": choices} if agreement else {}
-        out.result({**places, **alone, "rules": [_row(one) for one in merged_rows(result)], **chosen}, "")
-        out.facts(str(output), places.items())
-
-
 def rules(
     rule: Annotated[str | None, typer.Argument(help="A rule to tell whole: formula, paper, cost and options.")] = None,
     quiet: Quiet = False,
@@ -356,35 +284,14 @@ def rules(
             out.result({one.name: one.schema() for one in every}, rule_list(every))
 
 
-def _row(one: Merged) -> dict[str, Any]:
-    """Return a rule's row of the comparison as JSON would hold it; `labels`: whether they chose its scale."""
-    from loraloom.report.aggregate import SHARES
-
-    return {
-        "rule": one.rule,
-        "space": one.space,
-        "aligned": one.aligned,
-        "average": one.average.value,
-        "stderr": one.average.stderr,
-        "kept": one.kept,
-        **{
-            SHARES[name]: {task: score.value for task, score in kept.tasks.items()} for name, kept in one.shares.items()
-        },
-        "heldout": one.heldout,
-        "scales": list(one.scales),
-        "labels": one.scale_chosen_with_labels,
-        "output_ranks": list(one.output_ranks),
-    }
-
-
-def _check_stack(context: typer.Context) -> None:
-    """Raise LoraloomError where an option is given that has no place in a sum of whole adapters, `auto` too."""
-    names = ("rule", "scale", "weight", "weights", "normalise")
+def _check_unused(context: typer.Context, flag: str, why: str, names: Sequence[str]) -> None:
+    """Raise LoraloomError where a parameter of `names` is given, which has no place beside `flag`; `auto` too."""
     # by its name: which click it is of depends on typer's version
     sources = {name: getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names}
-    given = [f"--{name}" for name, source in sources.items() if source != "DEFAULT"]
+    given = [name for name, source in sources.items() if source != "DEFAULT"]
     if given:
-        raise LoraloomError(f"--stack sums the adapters whole: leave out {' and '.join(given)}", "or leave out --stack")
+        flags = [name if name == "adapters" else f"--{name.replace('_', '-')}" for name in given]
+        raise LoraloomError(f"{flag} {why}: leave out {' and '.join(flags)}", f"or leave out {flag}")
 
 
 def _flags(context: typer.Context) -> list[str]:

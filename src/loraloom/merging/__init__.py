@@ -2,7 +2,8 @@
 
 from loraloom.merging.merger import Merged, merge, write_merged
 from loraloom.merging.options import MergeOptions
-from loraloom.merging.plan import Plan, make_plan
+from loraloom.merging.plan import Plan
+from loraloom.merging.planning import make_plan
 from loraloom.merging.readout import read_readout
 from loraloom.merging.registry import Rule, get_rule, rule, rule_names
 from loraloom.merging.rules import (  # noqa: F401 (importing a family registers its rules)

@@ -24,7 +24,8 @@ from loraloom.merging.merger import write_merged
 from loraloom.merging.names import input_names
 from loraloom.merging.options import MergeOptions
 from loraloom.merging.placement import Changes
-from loraloom.merging.plan import Plan, make_plan
+from loraloom.merging.plan import Plan
+from loraloom.merging.planning import make_plan
 from loraloom.merging.problems import leaves_as_it_is, together_problems
 from loraloom.merging.registry import Probe, Rule, get_rule
 from loraloom.progress import Reporter

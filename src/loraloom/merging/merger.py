@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import Distiller
 from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
 from loraloom.merging.mends import ScreenFacts
-from loraloom.merging.options import Heads, MergeOptions, Normalise
-from loraloom.merging.plan import Layer, Plan, make_plan
+from loraloom.merging.options import Dtype, Heads, MergeOptions, Normalise
+from loraloom.merging.plan import Layer, Plan
+from loraloom.merging.planning import make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
 from loraloom.merging.registry import Probe
 from loraloom.statistics.file import Statistics
@@ -76,6 +77,7 @@ def merge(
     clip: float | None = None,
     server: str | None = None,
     screening: ScreenFacts | None = None,
+    dtype: Dtype | None = None,
     statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
     probe: Probe | None = None,
     distiller: Distiller | None = None,
@@ -100,6 +102,7 @@ def merge(
     server: for which `write_merged` writes the result: "vllm", "sglang", "llamacpp" or "ollama"; see `SERVERS`.
     clip: the most energy |dW|^2 of an adapter in a layer, times the adapters' median there.
     screening: what a screening found before, for the record; see `screen`.
+    dtype: of the result's weights; None takes the widest of the adapters'.
     statistics: of each adapter's inputs, by name or in the adapters' order, for what needs them.
     probe: base model and texts of each task, for rules that need them.
     distiller: what trains a merge by the single adapters; `distil` makes one.
@@ -107,23 +110,8 @@ def merge(
 
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
-    asked = MergeOptions(
-        rule,
-        options,
-        weights,
-        scale,
-        rank,
-        seed,
-        heads,
-        base,
-        agreement,
-        targets,
-        stack,
-        normalise,
-        clip,
-        server,
-        screening,
-    )
+    asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise)
+    asked = replace(asked, clip=clip, server=server, screening=screening, dtype=dtype)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe, distiller=distiller)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 

@@ -12,6 +12,7 @@ from loraloom.merging.mends import ScreenFacts
 
 Heads = Literal["keep", "average"]
 Normalise = Literal["auto", "none", "norm", "response"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class MergeOptions:
     clip: brings the energy |dW|^2 of each adapter in each layer to at most so many times the adapters' median there.
     screening: what a screening found before, for the record; see `analysis.screening`.
     server: what the result is written for: a name of `adapters.servers.SERVERS`; None for an ordinary PEFT adapter.
+    dtype: of the result's weights; None takes the widest of the adapters'.
     """
 
     rule: str = "tsv"
@@ -53,3 +55,4 @@ class MergeOptions:
     clip: float | None = None
     server: str | None = None
     screening: ScreenFacts | None = None
+    dtype: Dtype | None = None

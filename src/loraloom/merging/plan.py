@@ -19,32 +19,16 @@ from loraloom.adapters.lowrank import Shared, no_update, truncate, truncate_dens
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets, common_copies, equal_adapters, layers_of_all
 from loraloom.adapters.update import Adapter, Form, Shape, Update
-from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import Distiller
-from loraloom.merging.mends import ScreenFacts, clip_problems
-from loraloom.merging.names import named_adapters
-from loraloom.merging.normalise import AS_THEY_ARE, Normalised, decided, energies, factors_of, normalise_problems
-from loraloom.merging.options import Heads, MergeOptions
-from loraloom.merging.problems import (
-    dropped_layers,
-    for_server,
-    head_problems,
-    is_alone,
-    leaves_as_it_is,
-    name_problems,
-    need_problems,
-    number_problems,
-    statistics_by_name,
-    together_problems,
-    twice_problems,
-    unseen_layers,
-)
-from loraloom.merging.registry import Probe, Result, Rule, get_rule
-from loraloom.merging.stack import RULE as SUM, Stack, asked_problems, look_at
+from loraloom.merging.mends import ScreenFacts
+from loraloom.merging.normalise import AS_THEY_ARE, Normalised, energies
+from loraloom.merging.options import Heads
+from loraloom.merging.problems import dropped_layers, unseen_layers
+from loraloom.merging.registry import Probe, Result, Rule
+from loraloom.merging.stack import Stack
 from loraloom.statistics.file import Statistics
-from loraloom.statistics.fit import cover_problems
 
 ScaleFrom = Literal["asked", "agreement", "rule", "single adapter", "stack"]
 
@@ -79,6 +63,7 @@ class Plan:
     stack: what is known of the inputs' bases, where they are summed as trained one on top of the other.
     normalised: what was made equal before the weights, and who decided it. factors: of that or of clipping; else 1.
     served: the server that the result is written for, and its rank there.
+    dtype_asked: of the result; None for the widest of the inputs.
     """
 
     members: dict[str, Adapter]
@@ -103,6 +88,7 @@ class Plan:
     clip: float | None = None
     screening: ScreenFacts | None = None
     distiller: Distiller | None = None
+    dtype_asked: torch.dtype | None = None
 
     @property
     def space(self) -> str:
@@ -183,13 +169,15 @@ class Plan:
         elif self.rule.whole:
             result = self._all[module]
         else:
-            moments = []
+            moments, weights = [], [self.weights[name] for name in self.used]
             if "moments" in self.rule.supplied:
                 seen = [module in self.statistics[name].layers for name in self.used]
                 moments = [self.statistics[name].moment(module) for name in itertools.compress(self.used, seen)]
                 updates = list(itertools.compress(updates, seen))
+                weights = list(itertools.compress(weights, seen))
             seed = layer_seed(self.seed, module)
-            result = self.rule.layer(updates, self.options, seed=seed, rank=self.rank, moments=moments)
+            given: dict[str, Any] = {"seed": seed, "rank": self.rank, "moments": moments, "weights": weights}
+            result = self.rule.layer(updates, self.options, **given)
         return _times(result, self.scale)
 
     @cached_property
@@ -289,103 +277,10 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the widest dtype of the inputs."""
+        """Return the dtype of the result: the one asked for, or else the widest of the inputs."""
+        if self.dtype_asked is not None:
+            return self.dtype_asked
         return functools.reduce(torch.promote_types, (member.dtype for member in self.members.values()))
-
-
-def make_plan(
-    adapters: Mapping[str, Adapter] | Sequence[Adapter],
-    options: MergeOptions,
-    *,
-    statistics: Mapping[str, Statistics] | Sequence[Statistics] = (),
-    probe: Probe | None = None,
-    distiller: Distiller | None = None,
-) -> Plan:
-    """Check a merge and return its plan; nothing is computed yet.
-
-    adapters: by name; those of a sequence are named by their folders.
-    options: how they are merged; see `MergeOptions`.
-    statistics: of each adapter's inputs, by name or in the adapters' order, for rules that need them.
-    probe: base model and texts of each task, for rules that need them.
-    distiller: what trains a merge by the single adapters, for the rule that does.
-
-    Raises LoraloomError that tells all problems at once: adapters that do not fit together, unknown or out-of-range
-    options, weights that do not match, what the rule needs and was not given.
-    """
-    names, members = named_adapters(adapters)
-    stack = look_at(dict(zip(names, members, strict=True))) if options.stack else None
-    problems = name_problems(names) + twice_problems(members) + together_problems(members, options)
-    if stack:
-        problems += asked_problems(options) + stack.problems
-        options = replace(options, rule=SUM, options={}, weights=None, scale=None, base=options.base or members[0].base)
-    if not problems:
-        problems += common_copies(dict(zip(names, members, strict=True)))[1]
-    problems += number_problems(len(members), options)
-    seen, wrong = statistics_by_name(names, statistics)
-    problems += wrong
-    for name, member in zip(names, members, strict=True):
-        problems += cover_problems(name, member, seen[name]) if name in seen else []
-    problems += head_problems(names, members, options)
-    found: Rule | None = None
-    chosen: dict[str, Any] = {}
-    try:
-        found = get_rule(options.rule)
-        chosen, wrong = found.check(options.options)
-        as_it_is = leaves_as_it_is(found, options, len(members))
-        problems += wrong + ([] if as_it_is else need_problems(found, options, seen, probe, distiller))
-    except LoraloomError as error:
-        problems.append(f"{error.message}: {error.hint}")
-    problems += normalise_problems(options.normalise) + clip_problems(options.clip, options.normalise)
-    factors: dict[str, dict[str, float]] = {}
-    normalised = AS_THEY_ARE
-    if not problems and found:  # this reads every weight
-        normalised = decided(options, found, members, alone=is_alone(options, len(members)))
-        if not is_alone(options, len(members)):
-            heard = zip(names, members, options.weights or [1.0] * len(names), strict=True)
-            factors, wrong = factors_of(normalised.way, {name: one for name, one, w in heard if w}, seen, options.clip)
-            problems += wrong if normalised.who in ("asked", "clip") else []
-    raise_problems(f"cannot merge {', '.join(names) or 'nothing'}", problems, "nothing was merged or written")
-    assert found is not None  # get_rule raised otherwise
-    weights = options.weights
-    if weights is None:
-        weights = [1.0 if found.default_weights == "one" else 1.0 / len(members)] * len(members)
-    scale, scale_from = _scale(found, options, is_alone(options, len(members)))
-    plan = Plan(
-        members=dict(zip(names, members, strict=True)),
-        rule=found,
-        options=chosen,
-        weights=dict(zip(names, weights, strict=True)),
-        scale=scale,
-        scale_from=scale_from,
-        rank=options.rank,
-        seed=options.seed,
-        statistics=seen,
-        probe=probe,
-        heads=options.heads,
-        base=options.base,
-        agreement=options.agreement,
-        targets=options.targets,
-        as_it_is=as_it_is,
-        stack=stack,
-        normalised=normalised,
-        factors=factors,
-        clip=options.clip,
-        screening=options.screening,
-        distiller=distiller,
-    )
-    return replace(plan, served=for_server(options.server, plan)) if options.server else plan
-
-
-def _scale(rule: Rule, options: MergeOptions, alone: bool) -> tuple[float, ScaleFrom]:
-    """Return the scale in force and whose it is; the rules' own make room for several adapters, one stays as it is."""
-    if options.scale is not None:
-        chosen = options.agreement is not None and options.agreement.chose_scale
-        return options.scale, "agreement" if chosen else "asked"
-    if options.stack:
-        return 1.0, "stack"
-    if alone:
-        return 1.0, "single adapter"
-    return rule.default_scale, "rule"
 
 
 def _times(result: Result, factor: float) -> Result:

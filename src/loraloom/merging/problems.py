@@ -12,7 +12,7 @@ from loraloom.adapters.together import Targets, compatibility_problems, layer_pr
 from loraloom.adapters.update import Adapter
 from loraloom.errors import did_you_mean
 from loraloom.merging.distillation import Distiller
-from loraloom.merging.options import Heads, MergeOptions
+from loraloom.merging.options import Dtype, Heads, MergeOptions
 from loraloom.merging.registry import Probe, Rule
 from loraloom.statistics.file import Statistics
 
@@ -60,6 +60,8 @@ def number_problems(count: int, options: MergeOptions) -> list[str]:
         problems.append(f"rank {options.rank} is below 1")
     if options.targets not in get_args(Targets):
         problems.append(f"targets {options.targets!r} is unknown: {did_you_mean(options.targets, get_args(Targets))}")
+    if options.dtype is not None and options.dtype not in get_args(Dtype):
+        problems.append(f"dtype {options.dtype!r} is unknown: {did_you_mean(options.dtype, get_args(Dtype))}")
     return problems
 
 

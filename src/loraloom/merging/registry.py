@@ -44,6 +44,7 @@ TAKEN = (
         "output",
         "overwrite",
         "fuse_into",
+        "from_mergekit",
         "dry_run",
         "screen",
         "drop_refused",
@@ -59,7 +60,8 @@ _SUPPLIED = (
     "moments",
     "probe",
     "rank",
-)  # keyword-only, without a default: given to the rule by `merge`
+    "weights",
+)  # keyword-only, without a default or None: given to the rule by `merge`
 _HELP = (
     "write it as `def f(updates, *, option: float = 0.2)`: keyword-only, each int, float, bool, str, Literal or None"
 )
@@ -113,11 +115,11 @@ class Rule:
     applied afterwards. An adapter that lacks the layer gives an update of rank 0. It returns an Update; or the dense
     (m, n) dW where the rule has no low-rank form, which `merge` truncates to rank sum r_i and reports the energy lost;
     or a `Shared`, which also tells what each task reads of it.
-    What else it wants it names in its signature, keyword-only and without a default: `generator: torch.Generator`;
-    `moments: Sequence[Moment]`, of each task's inputs to the layer; `rank: int | None`, the one that the caller asked
-    for; `probe: Probe`, the base model with each task's texts; `distiller: Distiller`, which trains a merge by them.
-    With either the rule merges ALL layers: `function(layers: Mapping[str, Sequence[Update]], *, probe, ...)` returns
-    its result by module path.
+    What else it wants it names in its signature, keyword-only, without a default or with None: `generator:
+    torch.Generator`; `moments: Sequence[Moment]`, of each task's inputs to the layer; `rank: int | None`, the one that
+    the caller asked for; `weights: Sequence[float]`, those in the updates already; `probe: Probe`, the base model with
+    each task's texts; `distiller: Distiller`, which trains a merge by them. With either of the last two the rule merges
+    ALL layers: `function(layers: Mapping[str, Sequence[Update]], *, probe, ...)` returns its result by module path.
 
     formula: what it computes of one layer, in one line.
     paper: where it was published.
@@ -201,9 +203,15 @@ class Rule:
         seed: int = 0,
         rank: int | None = None,
         moments: Sequence[Moment] = (),
+        weights: Sequence[float] | None = None,
     ) -> Result:
-        """Merge the updates of one layer; `seed` feeds the generator of a rule that draws at random."""
-        result: Result = self.function(updates, **options, **self._given(seed, rank=rank, moments=moments))
+        """Merge the updates of one layer; `seed` feeds the generator of a rule that draws at random.
+
+        weights: what each update was multiplied by already; None where it was nothing.
+        """
+        folded = [1.0] * len(updates) if weights is None else weights
+        given = self._given(seed, rank=rank, moments=moments, weights=folded)
+        result: Result = self.function(updates, **options, **given)
         return result
 
     def model(
@@ -339,7 +347,7 @@ def _signature(
     found: dict[str, Any] = {}
     supplied = set()
     for parameter in parameters[1:]:
-        if parameter.name in _SUPPLIED and parameter.default is inspect.Parameter.empty:
+        if parameter.name in _SUPPLIED and parameter.default in (inspect.Parameter.empty, None):
             supplied.add(parameter.name)
             continue
         fault = _option_fault(parameter)

@@ -31,12 +31,14 @@ class Entries:
     """The entries of T updates in one space: X_i = left_i right_i, (rows, columns), never all whole at once.
 
     Updates that are zero are left out: they tell nothing. The others are sorted by falling energy |dW_i|_F^2, so that
-    nothing hangs on the order in which they were given. Blocks depend on the shapes alone.
+    nothing hangs on the order in which they were given; `order` tells which was given where. Blocks depend on the
+    shapes alone.
     """
 
     left: tuple[Tensor, ...]
     right: tuple[Tensor, ...]
     back: Callable[[Tensor], Update | Tensor]
+    order: tuple[int, ...]
 
     @property
     def tie(self) -> float:
@@ -88,18 +90,20 @@ class Entries:
 def entries(updates: Sequence[Update], space: str) -> Entries:
     """Return the entries of `updates` in `space`; float64, but for large layers in full space: float32."""
     norms = [norm(update) for update in updates]
-    order = sorted(range(len(updates)), key=lambda i: -norms[i])
-    used = [updates[i] for i in order if norms[i] > 0] or [zero_like(updates[0])]
+    order = tuple(sorted(range(len(updates)), key=lambda i: -norms[i]))
+    order = tuple(i for i in order if norms[i] > 0)
+    used = [updates[i] for i in order] or [zero_like(updates[0])]
+    order = order or (0,)
     if space == "full":
         small = used[0].B.shape[0] * used[0].A.shape[1] <= _SMALL
         dtype = torch.float64 if small else torch.float32
-        return Entries(tuple(u.B.to(dtype) for u in used), tuple(u.A.to(dtype) for u in used), lambda X: X)
+        return Entries(tuple(u.B.to(dtype) for u in used), tuple(u.A.to(dtype) for u in used), lambda X: X, order)
     core = canonical(shared_core(used))
     right = core.QA.T
     if space == "knots":
-        return Entries(core.cores, (right,) * len(used), lambda X: Update(core.QB.float(), X.float()))
+        return Entries(core.cores, (right,) * len(used), lambda X: Update(core.QB.float(), X.float()), order)
     one = torch.eye(right.shape[0], dtype=right.dtype)
-    return Entries(core.cores, (one,) * len(used), lambda M: from_core(core, M))
+    return Entries(core.cores, (one,) * len(used), lambda M: from_core(core, M), order)
 
 
 def generators(generator: torch.Generator, tasks: int) -> list[torch.Generator]:
@@ -127,7 +131,12 @@ def elect(X: Tensor, tie: float) -> Tensor:
     return torch.where(total.abs() > tie * X.abs().sum(dim=0), total.sign(), 0.0)
 
 
-def agree(X: Tensor, tie: float) -> Tensor:
-    """Return the mean of the entries of `X` (T, rows, columns) that have the elected sign: TIES but for trimming."""
+def agree(X: Tensor, tie: float, shares: Tensor | None = None) -> Tensor:
+    """Return the mean of the entries of `X` (T, rows, columns) that have the elected sign: TIES but for trimming.
+
+    shares: what each task counts in the divisor (T,), 1 without it; where they sum to 0 nothing is divided.
+    """
     agreeing = X * elect(X, tie) > 0
-    return (X * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp_min(1)
+    counted = agreeing if shares is None else agreeing * shares[:, None, None]
+    divisor = counted.sum(dim=0)
+    return (X * agreeing).sum(dim=0) / torch.where(divisor == 0, 1, divisor)

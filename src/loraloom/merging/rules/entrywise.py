@@ -6,7 +6,7 @@ They look at single entries, so full, core and KnOTS space are different methods
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,11 @@ from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
 from loraloom.merging.registry import rule
 from loraloom.merging.spaces import SPACES, Entries, SpaceOption, agree, count, elect, entries, generators, kth_largest
+
+DivisorOption = Annotated[
+    Literal["count", "weights", "one"],
+    Field(description="what the sum of the agreeing entries is divided by: their number, their weights, or one"),
+]
 
 
 @rule(
@@ -31,17 +36,23 @@ def ties(
     updates: Sequence[Update],
     *,
     density: Annotated[float, Field(gt=0, le=1, description="share of entries kept per task and layer")] = 0.2,
+    divisor: DivisorOption = "count",
     space: SpaceOption = "full",
+    weights: Sequence[float] | None = None,
 ) -> Update | Tensor:
     """Return the TIES merge of one layer (Yadav et al. 2023, arXiv 2306.01708).
 
     Per task, keep the `density` share of entries of largest |dW_i|; elect s = sign(sum_i dW_i) entry by entry; average
     the kept entries whose sign is s. The published code trims over the whole task vector, here each layer is trimmed
     for itself; where the sum is zero it elects the majority sign of the layer, here nothing is and the entry is zero.
+
+    Of weighted updates PEFT divides by the `count` of those that agree, mergekit by their `weights`, or by `one` where
+    it is told not to normalise.
     """
     X = entries(updates, space)
     least = (1 - X.tie) * X.largest(count(density, X.size))[0, :, None, None]
-    return X.merge(lambda block: agree(torch.where(block.abs() >= least, block, 0.0), X.tie))
+    shares = _shares(X, divisor, weights)
+    return X.merge(lambda block: agree(torch.where(block.abs() >= least, block, 0.0), X.tie, shares))
 
 
 @rule(
@@ -108,17 +119,20 @@ def dare_ties(
     updates: Sequence[Update],
     *,
     density: Annotated[float, Field(gt=0, le=1, description="chance of an entry to be kept, 1 - p")] = 0.2,
+    divisor: DivisorOption = "count",
     space: SpaceOption = "full",
     generator: torch.Generator,
+    weights: Sequence[float] | None = None,
 ) -> Update | Tensor:
     """Return the TIES merge of the updates dropped as in `dare`: dropping takes the place of trimming.
 
-    So do PEFT's and mergekit's dare_ties (the latter sums the agreeing entries, PEFT averages them, as here); the code
-    of the paper trims what is left a second time.
+    So do PEFT's and mergekit's dare_ties (the latter sums the agreeing entries, divisor `one`; PEFT averages them, as
+    here without it); the code of the paper trims what is left a second time.
     """
     X = entries(updates, space)
     drop = _dropper(X, density, generator)
-    return X.merge(lambda block: agree(drop(block), X.tie))
+    shares = _shares(X, divisor, weights)
+    return X.merge(lambda block: agree(drop(block), X.tie, shares))
 
 
 @rule(
@@ -251,6 +265,15 @@ def _spread(block: Tensor, tie: float) -> Tensor:
     """Return the variance over the tasks of each entry of `block` (T, rows, columns); 0 where it is but rounding."""
     spread = (block - block.mean(dim=0)).square().mean(dim=0)
     return torch.where(spread > tie * block.square().mean(dim=0), spread, 0.0)
+
+
+def _shares(X: Entries, divisor: str, weights: Sequence[float] | None) -> Tensor | None:
+    """Return what each of the updates in `X` counts in the divisor of a mean, (T,); None where each counts one."""
+    if divisor == "count" or (divisor == "weights" and weights is None):
+        return None
+    # of `one` they count nothing, and a divisor of 0 divides nothing
+    shares = [weights[i] if weights and divisor == "weights" else 0.0 for i in X.order]
+    return torch.tensor(shares, dtype=X.left[0].dtype)
 
 
 def _dropper(X: Entries, density: float, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
