@@ -13,6 +13,7 @@ import typer
 
 import loraloom
 from loraloom.cli.chat import chat
+from loraloom.cli.check import check
 from loraloom.cli.common import Commands, stop_at_signals
 from loraloom.cli.compare import compare
 from loraloom.cli.distil import distil
@@ -45,6 +46,7 @@ app.command(rich_help_panel=MERGE)(screen)
 app.command(cls=RuleCommand, context_settings=RULE_OPTIONS, rich_help_panel=MERGE)(merge)
 app.command(rich_help_panel=MERGE)(distil)
 app.command(rich_help_panel=MERGE)(rules)
+app.command(rich_help_panel=MERGE)(check)
 app.command(rich_help_panel=MERGE)(align)
 app.command(rich_help_panel=MERGE)(export)
 app.command(rich_help_panel=MEASURE)(evaluate)
