@@ -138,7 +138,7 @@ def test_a_second_run_does_nothing_new(finished: Path, compared: Path, tmp_path:
     stages = tmp_path / "out" / "stages"
     before = {path: path.stat().st_mtime_ns for path in stages.rglob("*") if path.is_file()}
     recipe = Recipe.load(finished / "recipe.yaml")
-    result = compare(adapters(finished), recipe, tmp_path / "out", rules=RULES, scales=SCALES)
+    result = compare(adapters(finished), recipe, tmp_path / "out", rules=RULES, scales=SCALES, normalise="none")
     assert {path: path.stat().st_mtime_ns for path in stages.rglob("*") if path.is_file()} == before
     first = tiny_study.figures(compared / "results.json")
     assert tiny_study.figures(tmp_path / "out" / "results.json") == first
@@ -171,7 +171,7 @@ def test_a_further_rule_merges_alone(finished: Path, compared: Path, tmp_path: P
     shutil.copytree(compared, tmp_path / "out")
     recipe = Recipe.load(finished / "recipe.yaml")
     before = {path.name for path in (tmp_path / "out" / "stages").glob("*/*") if path.is_dir()}
-    compare(adapters(finished), recipe, tmp_path / "out", rules=[*RULES, "weighted"], scales=SCALES)
+    compare(adapters(finished), recipe, tmp_path / "out", rules=[*RULES, "weighted"], scales=SCALES, normalise="none")
     new = {path.name for path in (tmp_path / "out" / "stages").glob("*/*") if path.is_dir()} - before
     assert new
     assert all("weighted" in name for name in new)
