@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tiny
+import tiny_launch
 import tiny_writers
 from commands import refused, said
 from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import read_adapter, write_adapter
 from loraloom.adapters.update import Adapter, Update
+from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
 from loraloom.merging import Merged, merge
 from loraloom.model.distances import log_chances, words_apart
 from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
+from loraloom.model.tokens import batches
 from loraloom.progress import Reporter
+from loraloom.settings import TrainingSettings
 from loraloom.training.distil import Factors, distil
 from loraloom.training.lessons import HeadLesson, WrittenLesson
 
@@ -249,3 +256,92 @@ def test_commands(base: Path, adapters: dict[str, Adapter], tmp_path: Path, monk
         assert two["before"] == pytest.approx(one["before"], rel=1e-3)
         assert two["after"] == pytest.approx(one["after"], rel=1e-2)
     assert "one of the two" in refused("distil", tmp_path / "plain", *folders, "-o", tmp_path / "no")
+
+
+def planted(seed: str, words: Sequence[str], rows: int = 400) -> tuple[Dataset, Tensor]:
+    """Texts of words that say nothing, and one of two that is the label."""
+    chance, texts, labels = random.Random(seed), list[str](), list[int]()
+    for _ in range(rows):
+        text, label = chance.choices(tiny.NEUTRAL, k=chance.randint(2, 7)), chance.randrange(2)
+        text.insert(chance.randrange(len(text)), words[label])
+        texts.append(" ".join(text))
+        labels.append(label)
+    return Dataset.from_dict({"text_a": texts}), torch.tensor(labels)
+
+
+def taught(model: Evaluator, base: Path, rows: Dataset, labels: Tensor, seed: int) -> Adapter:
+    """An adapter and its head that have learnt these rows."""
+    generator = torch.Generator().manual_seed(seed)
+    A = {module: 0.5 * torch.randn(2, 16, generator=generator) for module in LAYERS}
+    updates = {module: Update(torch.zeros(16, 2).requires_grad_(), A[module].requires_grad_()) for module in LAYERS}
+    weight, bias = torch.randn(2, 16, generator=generator).requires_grad_(), torch.zeros(2, requires_grad=True)
+    head = {"classifier.weight": weight.detach(), "classifier.bias": bias.detach()}  # they share memory
+    trained = [weight, bias, *(one for update in updates.values() for one in (update.A, update.B))]
+    optimiser = torch.optim.AdamW(trained, lr=0.03, weight_decay=0.0)
+    order, batch = next(batches(model.encode(rows), model.tokenizer, len(rows)))
+    for _ in range(100):
+        with model.running(updates, Head.of(head)) as run:
+            loss = torch.nn.functional.cross_entropy(run(batch) @ weight.T + bias, labels[list(order)])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    config = {"peft_type": "LORA", "target_modules": ["query", "value"], "base_model_name_or_path": str(base)}
+    return Adapter({name: Update(one.B.detach(), one.A.detach()) for name, one in updates.items()}, config, head)
+
+
+def test_a_task_that_the_sum_loses_is_regained(model: Evaluator, base: Path, tmp_path: Path) -> None:
+    """Trained adapters of planted tasks, scored by labels on texts that nobody has seen."""
+    learnt, asked, adapters = dict[str, Dataset](), dict[str, tuple[Dataset, Tensor]](), dict[str, Adapter]()
+    for seed, (name, words) in enumerate({"mood": ("good", "bad"), "tone": ("warm", "cold")}.items()):
+        rows, labels = planted(name, words)
+        learnt[name], asked[name] = rows.select(range(300)), (rows.select(range(300, 400)), labels[300:])
+        adapters[name] = taught(model, base, learnt[name], labels[:300], seed)
+
+    def right(name: str, updates: Mapping[str, Update]) -> float:
+        (rows, labels), head = asked[name], Head.of(adapters[name].head)
+        return float(
+            (head.logits(model.features(updates, head, model.encode(rows))).argmax(1) == labels).float().mean()
+        )
+
+    assert min(right(name, one.updates) for name, one in adapters.items()) > 0.95
+    for scale in (0.3, 0.5, 1.0):
+        assert right("tone", merge(adapters, "task_arithmetic", scale=scale).adapter.updates) < 0.65
+    usual: dict[str, Any] = {"steps": 100, "batch_size": 16, "learning_rate": 0.01, "teachers": tmp_path / "t"}
+    found = distil(adapters, model, learnt, tmp_path / "s", start="task_arithmetic", **usual)
+    assert min(right(name, found.adapter.updates) for name in adapters) > 0.9
+
+
+def test_bfloat16_and_several_batches_a_step(run: Callable[..., Merged]) -> None:
+    found = run(batch_size=4, settings=TrainingSettings(precision="bfloat16", accumulate=2))
+    facts = found.plan.distiller.facts if found.plan.distiller else None
+    assert facts
+    pairs = [(one.before or 0, one.after or 0) for one in facts.tasks.values()]
+    assert sum(after for _, after in pairs) < 0.6 * sum(before for before, _ in pairs)
+
+
+def test_two_processes_write_once_what_one_would(base: Path, adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    words: list[Any] = ["merge"]
+    for name, adapter in adapters.items():
+        write_adapter(adapter, tmp_path / name, provenance={})
+        words.append(tmp_path / name)
+    for name in adapters:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.task(name, rows=16).train["text_a"]))
+        words += ["--unlabelled", path]
+    words += ["--rule", "distil", "--base", base, "--steps", 4, "--batch-size", 4, "--json", "-o"]
+    port = tiny_launch.free_port()
+    noises = [tmp_path / f"said{rank}" for rank in range(2)]
+    environments = [{**tiny_launch.launched(rank, 2, port), "XDG_CACHE_HOME": str(tmp_path / "c")} for rank in range(2)]
+    runs = [
+        tiny_launch.start_loraloom([*words, tmp_path / "two"], tmp_path, noise, environment)
+        for noise, environment in zip(noises, environments, strict=True)
+    ]
+    for run, noise in zip(runs, noises, strict=True):
+        run.join(300)
+        assert run.exitcode == 0, noise.read_text()
+    assert json.loads(noises[0].read_text())["distilled"]["steps"] == 4
+    assert noises[1].read_text() == ""
+    assert CliRunner().invoke(app, [str(word) for word in [*words, tmp_path / "one"]]).exit_code == 0
+    one, two = (read_adapter(tmp_path / name).updates for name in ("one", "two"))
+    for module in LAYERS:
+        torch.testing.assert_close(two[module].dense(), one[module].dense(), rtol=1e-3, atol=1e-4)

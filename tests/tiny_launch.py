@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -34,6 +35,13 @@ def start_loraloom(
 ) -> BaseProcess:
     """Start the command line with `words`, as `start` does."""
     return start(_loraloom, folder, noise, [str(word) for word in words], dict(environment or {}))
+
+
+def free_port() -> int:
+    """Return a port of this machine on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def launched(rank: int, size: int, port: int) -> dict[str, str]:

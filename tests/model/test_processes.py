@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from loraloom.model.processes import joined, rank_and_size
 from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
-from tiny_launch import launched, start_loraloom, two_processes
+from tiny_launch import free_port, launched, start_loraloom, two_processes
 
 
 def test_the_command_in_two_processes(tmp_path: Path) -> None:
@@ -27,9 +26,7 @@ def test_the_command_in_two_processes(tmp_path: Path) -> None:
     tiny_study.write_study(tmp_path)
     words = ["statistics", "mood.train.jsonl", "--base", str(tmp_path / "base"), "--column", "text"]
     words += ["--target", "query", "--target", "dense", "--texts", "13", "--max-length", "16"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     said = [tmp_path / "first.txt", tmp_path / "second.txt"]
     runs = [
         start_loraloom(

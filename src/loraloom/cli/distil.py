@@ -57,7 +57,7 @@ def distil(
     """Train a merged adapter to answer unlabelled texts as each single adapter does. Heads stay as they are.
 
     The same command after a kill goes on from the last checkpoint. Answers of the single adapters are kept in the cache
-    folder, for the next call.
+    folder, for the next call. Under `accelerate launch -m` or torchrun the processes share out every batch.
     """
     with command(quiet, as_json) as out, out.progress() as shown:
         from loraloom.adapters.peft import read_adapter
@@ -66,6 +66,7 @@ def distil(
         from loraloom.files.outputs import unfinished
         from loraloom.merging import MergeOptions, folders
         from loraloom.merging.facts import MERGED, MergeFacts
+        from loraloom.model.processes import leave
 
         both = [] if bool(recipe) != bool(unlabelled) else ["name texts by --recipe or by --unlabelled, one of the two"]
         raise_problems("distil", both)
@@ -90,3 +91,4 @@ def distil(
         out.result({"folder": str(output), **asdict(done)}, "")
         result_page(out, done, output, facts.warnings)
         next_step(out, done, output, ("loraloom", "align", output, *adapters, "--recipe", recipe or "RECIPE"))
+        leave()

@@ -180,6 +180,7 @@ def merge(
         from loraloom.merging.facts import MERGED, MergeFacts
         from loraloom.merging.fuse import FUSED
         from loraloom.merging.mergekit import read_mergekit
+        from loraloom.model.processes import leave
 
         if fuse_into and dtype:
             raise LoraloomError("--fuse-into keeps the checkpoint's own dtypes", "leave out --dtype")
@@ -247,6 +248,7 @@ def merge(
         if len(facts.inputs) > 1 and not (recipe or unlabelled):
             out.hint(WITH_TEXTS)
         next_step(out, facts, output, ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE"))
+        leave()
 
 
 def align(

@@ -28,6 +28,7 @@ from loraloom.merging.plan import Plan
 from loraloom.merging.planning import make_plan
 from loraloom.merging.problems import leaves_as_it_is, together_problems
 from loraloom.merging.registry import Probe, Rule, get_rule
+from loraloom.model.processes import by_first
 from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
 
@@ -113,11 +114,19 @@ def merge_folders(
     command: as it was typed, for loraloom.json.
     reporter: is told how far the work is.
     overwrite: replace a folder that holds an earlier merged adapter.
+
+    Under a launcher every process calls this: a rule that distils trains in all of them, and the first one writes.
     """
+    if plan.rule.distils:
+        plan.result(plan.modules[0])  # all train together, before one writes alone
     reporter.begin("merging", len(plan.modules))
-    show = reporter.advance
-    write_merged(plan, output, command=command, overwrite=overwrite, progress=lambda done, total: show("merging"))
-    return MergedFacts.read(output)
+
+    def write() -> MergedFacts:
+        show = reporter.advance
+        write_merged(plan, output, command=command, overwrite=overwrite, progress=lambda done, total: show("merging"))
+        return MergedFacts.read(output)
+
+    return by_first(write)
 
 
 def fuse_folders(

@@ -42,6 +42,7 @@ GENERIC_TEXTS = 300  # of a task without texts of its own
 FEWEST = 8  # texts: a slice of them is held out
 _HELDOUT, _MOST_HELDOUT = 8, 200  # a share of one in so many, and the most
 _CHECKS = 10  # measurements on held-out texts
+_ALIKE = 8  # batches whose texts are sorted by length
 _FLAT, _PATIENCE = 1e-3, 3  # less of a distance is no gain; so many checks without one end it
 
 Texts: TypeAlias = Dataset | str  # rows; GENERIC or NEAR where a task has none
@@ -243,8 +244,10 @@ class Order(torch.utils.data.Dataset[dict[str, Any]]):
         seed: int,
     ) -> None:
         self._lessons, self._share, self._shares = list(lessons.values()), batch_size // started(), started()
-        needed = steps * accumulate * batch_size
-        self._drawn = [_drawn(rows[name], needed, task_seed(seed, name)) for name in lessons]
+        count = steps * accumulate
+        self._drawn = [
+            _drawn(rows[name], one.lengths, count, batch_size, task_seed(seed, name)) for name, one in lessons.items()
+        ]
         self._length = steps * accumulate * len(self._lessons) * self._shares
 
     def __len__(self) -> int:
@@ -347,12 +350,20 @@ def _item(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return item
 
 
-def _drawn(rows: Sequence[int], count: int, seed: int) -> list[int]:
-    """Return `count` of `rows`: all of them again and again, each time in another order."""
+def _drawn(rows: Sequence[int], lengths: Sequence[int], count: int, size: int, seed: int) -> list[int]:
+    """Return `count` batches of `size` of `rows`, one after the other: all of them again and again, in another order.
+
+    Texts of a batch are of like length, so that few tokens are padding. lengths: of all texts.
+    """
     generator, found = torch.Generator().manual_seed(seed), list[int]()
-    while len(found) < count:
+    while len(found) < count * size:
         found += [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
-    return found[:count]
+    drawn, together = list[int](), max(1, min(_ALIKE, len(rows) // size)) * size
+    for start in range(0, count * size, together):
+        near = sorted(found[start : min(start + together, count * size)], key=lambda row: -lengths[row])
+        order = torch.randperm(len(near) // size, generator=generator).tolist()
+        drawn += [row for place in order for row in near[place * size : (place + 1) * size]]
+    return drawn
 
 
 def _parted(count: int, seed: int) -> tuple[list[int], list[int]]:

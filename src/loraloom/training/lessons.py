@@ -45,6 +45,10 @@ class Lesson(Protocol):
     def alike(self) -> bool:
         """Tell whether the teacher answers every text alike, or as the base does: there is nothing to learn."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """Return the tokens of every text."""
+
     def batch(self, rows: Sequence[int]) -> tuple[Batch, Given]:
         """Return some texts as model inputs, and what the teacher says of them, in one order."""
 
@@ -79,6 +83,11 @@ class HeadLesson:
     def alike(self) -> bool:
         """Tell whether the head returns the same for every text."""
         return self._unit is None or self._spread is None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the tokens of every text."""
+        return [len(one["input_ids"]) for one in self._encoded]
 
     def batch(self, rows: Sequence[int]) -> tuple[Batch, Given]:
         """Return texts, padded, with the outputs and features of the teacher."""
@@ -145,6 +154,11 @@ class WrittenLesson:
     def alike(self) -> bool:
         """Tell whether the adapter changes nothing of what the base would write."""
         return self._unit <= SILENT
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the tokens of every prompt with its answer."""
+        return [len(one.prompt) + len(one.answer) for one in self._encoded]
 
     def batch(self, rows: Sequence[int]) -> tuple[Batch, Given]:
         """Return prompts with the teacher's answers, with its words and their chances for every token of these."""
