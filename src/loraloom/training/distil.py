@@ -35,14 +35,14 @@ from loraloom.statistics.texts import generic_rows
 from loraloom.tasks.generate import ANSWER_TOKENS
 from loraloom.tasks.prompts import as_prompts
 from loraloom.training.lessons import HeadLesson, Lesson, WrittenLesson
+from loraloom.training.order import Order, parted, used
 from loraloom.training.runs import NOT_FINITE, Watch, arguments, clear, full_disk_told, has_stopped, resumable, state_of
 
 GENERIC, NEAR = "generic", "none"  # in place of a task's texts
 GENERIC_TEXTS = 300  # of a task without texts of its own
 FEWEST = 8  # texts: a slice of them is held out
-_HELDOUT, _MOST_HELDOUT = 8, 200  # a share of one in so many, and the most
 _CHECKS = 10  # measurements on held-out texts
-_ALIKE = 8  # batches whose texts are sorted by length
+_FARTHEST = 10.0  # units
 _FLAT, _PATIENCE = 1e-3, 3  # less of a distance is no gain; so many checks without one end it
 
 Texts: TypeAlias = Dataset | str  # rows; GENERIC or NEAR where a task has none
@@ -105,7 +105,9 @@ class ByTeachers:
         asked = Distilling(steps, "output" if writes else asked.loss, batch_size, rate)
         PartialState(cpu=on_cpu())  # joins the processes that a launcher started
         check_training(batch_size)
-        parts = {name: _parted(len(rows), task_seed(seed, name)) for name, rows in self._rows.items()}
+        drawn = steps * settings.accumulate * batch_size
+        self._rows = {name: used(rows, drawn, task_seed(seed, name)) for name, rows in self._rows.items()}
+        parts = {name: parted(len(rows), task_seed(seed, name)) for name, rows in self._rows.items()}
         keys = {name: self._key(name, start) for name in self._rows}
         begun = self._reporter.each("teachers", self._rows.items())
         lessons = {name: self._lesson(name, rows, parts[name][1], asked, start, keys[name]) for name, rows in begun}
@@ -116,13 +118,14 @@ class ByTeachers:
         call = json.dumps([keys, tensors_sha256(factors.state_dict()), asdict(asked), settings.model_dump(), seed])
         checkpoint = by_first(lambda: resumable(self._scratch, f"{call} {transformers.__version__} {started()}"))
         before = _distances(taught, start)
-        trainer = self._trainer(factors, taught, {name: parts[name][0] for name in taught}, asked, seed, checkpoint)
+        learnt = {name: parts[name][0] for name in taught}
+        trainer = self._trainer(factors, taught, before, learnt, asked, seed, checkpoint)
         with full_disk_told(self._scratch):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best, found = trainer.state.best_metric, factors.updates()
         if best is None or not all(torch.isfinite(one).all() for one in factors.state_dict().values()):
             raise LoraloomError("distil: the trained weights are not finite", NOT_FINITE)
-        if best >= _mean(before):
+        if best >= _mean(before, before):
             found, best_step = dict(start), 0
         else:
             best_step = int(trainer.state.best_global_step or 0)
@@ -181,6 +184,7 @@ class ByTeachers:
         self,
         factors: Factors,
         lessons: Mapping[str, Lesson],
+        before: Mapping[str, float],
         rows: Mapping[str, Sequence[int]],
         asked: Distilling,
         seed: int,
@@ -207,7 +211,7 @@ class ByTeachers:
             dataloader_pin_memory=False,
         )
         self._reporter.begin("distilling", asked.steps)
-        return Distillation(lessons, self._reporter if rank_and_size()[0] == 0 else None, factors, args, order)
+        return Distillation(lessons, before, self._reporter if rank_and_size()[0] == 0 else None, factors, args, order)
 
 
 class Factors(nn.Module):
@@ -231,49 +235,23 @@ class Factors(nn.Module):
         return {name: Update(B.detach().cpu().clone(), A.detach().cpu().clone()) for name, B, A in pairs}
 
 
-class Order(torch.utils.data.Dataset[dict[str, Any]]):
-    """The batches of all steps, one an item: of each task in turn, and of each process its share of the batch."""
-
-    def __init__(
-        self,
-        lessons: Mapping[str, Lesson],
-        rows: Mapping[str, Sequence[int]],
-        steps: int,
-        accumulate: int,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self._lessons, self._share, self._shares = list(lessons.values()), batch_size // started(), started()
-        count = steps * accumulate
-        self._drawn = [
-            _drawn(rows[name], one.lengths, count, batch_size, task_seed(seed, name)) for name, one in lessons.items()
-        ]
-        self._length = steps * accumulate * len(self._lessons) * self._shares
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        """Return a batch: the number of its task, the model's inputs, and what the teacher says of them."""
-        turn, share = divmod(item, self._shares)
-        number, task = divmod(turn, len(self._lessons))
-        start = (number * self._shares + share) * self._share
-        batch, given = self._lessons[task].batch(self._drawn[task][start : start + self._share])
-        return {"task": task, "batch": dict(batch), "given": dict(given)}
-
-
 class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
-    """The Trainer, whose loss is the distance to the batch's teacher, and who measures that on held-out texts."""
+    """The Trainer, whose loss is the distance to the batch's teacher, and who measures that on held-out texts.
+
+    before: that of the start, by task; see `_weighed`.
+    """
 
     def __init__(
         self,
         lessons: Mapping[str, Lesson],
+        before: Mapping[str, float],
         reporter: Reporter | None,
         factors: Factors,
         args: transformers.TrainingArguments,
         order: Order,
     ) -> None:
-        self._lessons, self._reporter, self._factors, self._order, self._told = lessons, reporter, factors, order, ""
+        self._lessons, self._before, self._reporter = lessons, before, reporter
+        self._factors, self._order, self._told = factors, order, ""
         stop = EarlyStoppingCallback(_PATIENCE, _FLAT)
         watch = Watch("distil", self._show if reporter else None)
         # evaluate is our own, and looks at no eval_dataset; the Trainer asks for one that is there
@@ -287,15 +265,16 @@ class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return how far the model is from the teacher of this batch's task."""
-        lesson = list(self._lessons.values())[inputs["task"]]
-        return lesson.loss(model(inputs["task"], inputs["batch"]), inputs["batch"], inputs["given"])
+        name = list(self._lessons)[inputs["task"]]
+        far = self._lessons[name].loss(model(inputs["task"], inputs["batch"]), inputs["batch"], inputs["given"])
+        return far / _weighed(self._before[name])
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Measure and log the mean distance to the teachers on held-out texts."""
         # one measure for all processes: they must stop together
         found = gathered(_distances(self._lessons, self._factors.updates()))[0]
         self._told = ", ".join(f"{name} {distance:.3f}" for name, distance in found.items())
-        metrics = {"eval_distance": _mean(found)}
+        metrics = {"eval_distance": _mean(found, self._before)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -350,35 +329,20 @@ def _item(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return item
 
 
-def _drawn(rows: Sequence[int], lengths: Sequence[int], count: int, size: int, seed: int) -> list[int]:
-    """Return `count` batches of `size` of `rows`, one after the other: all of them again and again, in another order.
-
-    Texts of a batch are of like length, so that few tokens are padding. lengths: of all texts.
-    """
-    generator, found = torch.Generator().manual_seed(seed), list[int]()
-    while len(found) < count * size:
-        found += [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
-    drawn, together = list[int](), max(1, min(_ALIKE, len(rows) // size)) * size
-    for start in range(0, count * size, together):
-        near = sorted(found[start : min(start + together, count * size)], key=lambda row: -lengths[row])
-        order = torch.randperm(len(near) // size, generator=generator).tolist()
-        drawn += [row for place in order for row in near[place * size : (place + 1) * size]]
-    return drawn
-
-
-def _parted(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return which texts are trained on, and which are held out."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = min(max(2, count // _HELDOUT), _MOST_HELDOUT)
-    return order[held:], order[:held]
-
-
 def _distances(lessons: Mapping[str, Lesson], updates: Mapping[str, Update]) -> dict[str, float]:
     return {name: one.distance(updates) for name, one in lessons.items()}
 
 
-def _mean(distances: Mapping[str, float]) -> float:
-    return sum(distances.values()) / len(distances)
+def _mean(distances: Mapping[str, float], before: Mapping[str, float]) -> float:
+    return sum(far / _weighed(before[name]) for name, far in distances.items()) / len(distances)
+
+
+def _weighed(before: float) -> float:
+    """Return what a task's distance is divided by, so that it is `_FARTHEST` at the start at most.
+
+    The unit of a task whose teacher hardly tells texts apart is so small that it would drown all others.
+    """
+    return max(1.0, before / _FARTHEST)
 
 
 def _sha256(updates: Mapping[str, Update]) -> str:
