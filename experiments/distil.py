@@ -96,9 +96,10 @@ class Kept:
     def __init__(self, path: Path, recipe: str, adapters: Path, seed: int) -> None:
         self.path = path
         packages = ("loraloom", "torch", "transformers", "peft")
-        about = {"recipe": Path(recipe).name, "adapters": adapters.name, "seed": seed}
+        about: dict[str, Any] = {"recipe": Path(recipe).name, "adapters": adapters.name, "seed": seed}
         about["versions"] = {name: version(name) for name in packages}
-        self.found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"about": about, "rows": []}
+        fresh: dict[str, Any] = {"about": about, "rows": []}
+        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else fresh
         self.done = {row["arm"] for row in self.found["rows"]}
 
     def add(self, row: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ class Bench:
             self.own[name] = self._read(name, self.members[name].updates)
 
     def _read(self, name: str, updates: Mapping[str, Update]) -> tuple[torch.Tensor, ...]:
-        return self.model.features(updates, self.heads[name], self.encoded[name]).split(self.parts[name])
+        return torch.split(self.model.features(updates, self.heads[name], self.encoded[name]), self.parts[name])
 
     def row(self, arm: Arm) -> dict[str, Any]:
         """Return what an arm costs and reaches."""
@@ -166,7 +167,7 @@ class Bench:
         assert merged.plan.distiller
         facts = merged.plan.distiller.facts
         assert facts
-        told = {"steps": facts.steps, "best_step": facts.best_step, "batch_size": facts.batch_size}
+        told: dict[str, Any] = {"steps": facts.steps, "best_step": facts.best_step, "batch_size": facts.batch_size}
         told["texts"] = {name: one.texts.count for name, one in facts.tasks.items()}
         return dict.fromkeys(names, merged.adapter.updates), told
 
@@ -194,7 +195,7 @@ class Bench:
                 with self.model.running(factors, self.heads[name]) as run:
                     said = self.heads[name].logits(run(inputs))
                 right = labels[name][[chosen[place] for place in order]]
-                _loss(said, right).backward()
+                torch.autograd.backward(_loss(said, right))
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             falling.step()
