@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,7 @@ from typer.core import TyperGroup
 
 from loraloom.cli.common import AsJson, Overwrite, Quiet, command
 from loraloom.cli.words import counted, listed, number, percent
+from loraloom.errors import raise_problems
 from loraloom.settings import Kind, Tokens
 
 if TYPE_CHECKING:
@@ -139,6 +142,29 @@ def statistics(
         if process == 0:
             _save(shared_alone(found, rows, directions, private), output, overwrite, out)
             out.next("start another task off it", "loraloom", "init", "--other", output, "-o", "start")
+
+
+@statistics_app.command("add")
+def add_statistics(
+    files: Annotated[
+        list[Path], typer.Argument(help="Statistics files of parts of a data set that share no text, on one base.")
+    ],
+    output: StatisticsFile,
+    directions: Directions = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add up statistics of a data set's parts, collected apart, as on several machines: as of all texts at once."""
+    with command(quiet, as_json) as out:
+        from loraloom.statistics.file import Statistics
+
+        _check(output, overwrite, *map(str, files))
+        twice = [str(file) for file in files if files.count(file) > 1]
+        raise_problems("statistics to add", [f"{file}: is named twice" for file in dict.fromkeys(twice)])
+        found = reduce(operator.add, map(Statistics.load, files))  # one file at a time beside the sum
+        _save(found if directions is None else found.limit_directions(directions), output, overwrite, out)
+        out.next("start another task off it", "loraloom", "init", "--other", output, "-o", "start")
 
 
 @statistics_app.command("show")
