@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
+from transformers.integrations import integration_utils
 
 import tiny
 from loraloom.adapters.heads import Head
@@ -32,6 +34,7 @@ from loraloom.statistics.collect import collect_statistics
 from loraloom.statistics.file import Statistics
 from loraloom.tasks.task import Task
 from loraloom.training.adapter import lora_config, train_adapter
+from loraloom.training.runs import Reports, check_reports
 
 TASK = tiny.task(rows=24)
 LORA = LoraSettings(rank=2, targets=tiny.TARGETS["bert"])
@@ -119,7 +122,7 @@ def test_it_learns_and_says_what_it_did(bert: str, tmp_path: Path, capfd: pytest
         bert, task, tmp_path / "out", lora=lora, settings=settings, progress=lambda *at: steps.append(at)
     )
     assert done.heldout >= 0.95
-    assert steps == [(step, 60) for step in range(1, 61)]
+    assert [at[:2] for at in steps] == [(step, 60) for step in range(1, 61)]
     assert capfd.readouterr() == ("", "")
     told = read_provenance(done.folder)
     assert told["task"] == {"name": "mood", "sha256": task.digest(), "metric": "accuracy", "labels": ["bad", "good"]}
@@ -139,7 +142,7 @@ class Killed(BaseException):
 
 
 def kill_at(step: int) -> Any:
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, *_: Any) -> None:
         if done == step:
             raise Killed
 
@@ -153,7 +156,7 @@ def test_resumed_after_a_kill(bert: str, undisturbed: Path, tmp_path: Path) -> N
         train_adapter(bert, TASK, tmp_path / "out", lora=LORA, settings=SETTINGS, seed=5, progress=kill_at(8))
     assert not (tmp_path / "out").exists()
     train_adapter(
-        bert, TASK, tmp_path / "out", lora=LORA, settings=SETTINGS, seed=5, progress=lambda done, _: steps.append(done)
+        bert, TASK, tmp_path / "out", lora=LORA, settings=SETTINGS, seed=5, progress=lambda done, *_: steps.append(done)
     )
     assert steps == [7, 8, 9]
     assert same(tmp_path / "out", undisturbed)
@@ -174,7 +177,7 @@ def test_a_checkpoint_written_in_part_is_not_used(bert: str, undisturbed: Path, 
     if damage == "weights missing too":
         (scratch / "checkpoint-6" / WEIGHTS).unlink()
     before = {path.name for path in scratch.glob("checkpoint-*")}
-    train_adapter(bert, TASK, tmp_path / "out", progress=lambda done, _: steps.append(done), **options)
+    train_adapter(bert, TASK, tmp_path / "out", progress=lambda done, *_: steps.append(done), **options)
     assert steps[0] == (4 if "checkpoint-3" in before else 1)
     assert same(tmp_path / "out", undisturbed)
 
@@ -352,7 +355,7 @@ def test_a_full_disk_and_on_from_there(
 ) -> None:
     options: dict[str, Any] = {"lora": LORA, "settings": SETTINGS, "seed": 5}
 
-    def fill(done: int, total: int) -> None:
+    def fill(done: int, *_: Any) -> None:
         if done == 5:  # the first checkpoint was still written
             patch.setattr(where, fails(error))
 
@@ -360,7 +363,7 @@ def test_a_full_disk_and_on_from_there(
         train_adapter(bert, TASK, tmp_path / "out", progress=fill, **options)
     assert "goes on from the last whole checkpoint" in told.value.hint
     steps: list[int] = []
-    train_adapter(bert, TASK, tmp_path / "out", progress=lambda done, _: steps.append(done), **options)
+    train_adapter(bert, TASK, tmp_path / "out", progress=lambda done, *_: steps.append(done), **options)
     assert steps[0] == 4
     assert same(tmp_path / "out", undisturbed)
 
@@ -397,7 +400,7 @@ def test_a_loss_that_is_not_finite(bert: str, tmp_path: Path, monkeypatch: pytes
         return loss * float("nan") if len(calls) == 2 else loss  # one batch among finite ones
 
     monkeypatch.setattr(Trainer, "training_step", broken)
-    with pytest.raises(LoraloomError, match="'mood': the training loss is not finite at step 3"):
+    with pytest.raises(LoraloomError, match="'mood': the training loss is not finite at step 2"):
         train_adapter(bert, TASK, tmp_path / "out", lora=LORA, settings=SETTINGS)
     assert not (tmp_path / "out").exists()
 
@@ -439,3 +442,41 @@ def test_an_existing_output_is_replaced_only_at_the_end(bert: str, undisturbed: 
     assert same(undisturbed, tmp_path / "out")
     train_adapter(bert, TASK, tmp_path / "out", **how)
     assert not same(undisturbed, tmp_path / "out")
+
+
+def test_curves_go_where_they_are_asked_to(bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer's own callback is called, with the folder of the reports; the result is the same without it."""
+    seen: list[Any] = []
+
+    class Recorder(transformers.TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            seen.append(os.environ["TENSORBOARD_LOGGING_DIR"])
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append({"step": state.global_step, "name": args.run_name, **logs})
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    monkeypatch.setitem(known, "tensorboard", Recorder)
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    told: list[Any] = []
+    train_adapter(
+        bert,
+        TASK,
+        tmp_path / "out",
+        lora=LORA,
+        settings=SETTINGS,
+        seed=5,
+        reports=Reports(["tensorboard"], tmp_path / "logs"),
+        progress=lambda *at: told.append(at),
+    )
+    assert seen[0] == str(tmp_path / "logs")
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+    losses = {one["step"]: one["loss"] for one in seen[1:] if "loss" in one}
+    assert list(losses) == list(range(1, 10))
+    assert [loss for _, _, loss in told] == [None, *[losses[step] for step in range(1, 9)]]
+    assert {one["name"] for one in seen[1:]} == {"logs"}
+    with pytest.raises(LoraloomError) as refused:
+        check_reports(["tensorbord", "wandb"])
+    assert "did you mean 'tensorboard'?" in refused.value.message
+    assert "wandb is not installed" in refused.value.message

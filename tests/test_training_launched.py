@@ -108,7 +108,7 @@ def _killed(rank: int, folder: str) -> None:
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
-    def kill(done: int, total: int) -> None:
+    def kill(done: int, *_: Any) -> None:
         if done == 8:  # in the third epoch
             os._exit(9)
 
@@ -117,7 +117,7 @@ def _killed(rank: int, folder: str) -> None:
 
 def _resumed(rank: int, folder: str) -> None:
     steps: list[int] = []
-    _train(Path(folder), "out", progress=lambda done, _: steps.append(done))
+    _train(Path(folder), "out", progress=lambda done, *_: steps.append(done))
     assert steps == ([7, 8, 9] if rank == 0 else [])
     odd = SETTINGS.model_copy(update={"batch_size": 7})
     with pytest.raises(LoraloomError, match="batch_size 7 cannot be shared out among 2"):

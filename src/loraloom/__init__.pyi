@@ -146,7 +146,9 @@ from .study.compare import (
 )
 from .study.demo import demo_recipe as demo_recipe
 from .study.export import run_study as run_study
+from .study.plan import Planned as Planned, plan_study as plan_study
 from .study.recipe import Recipe as Recipe, slug as slug
+from .study.runners import Where as Where
 from .study.stages import merged_adapters as merged_adapters
 from .study.tasks import build_task as build_task
 from .tasks.builtin import builtin_task as builtin_task

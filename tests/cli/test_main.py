@@ -23,6 +23,7 @@ from loraloom.cli.terminal import Out
 from loraloom.report import SummaryRow, summary_rows
 from loraloom.report.aggregate import Merged
 from loraloom.results import Score, StudyResult
+from loraloom.statistics.file import Statistics
 from loraloom.tasks.builtin_text import generic_texts
 from tiny_launch import start_loraloom
 
@@ -118,6 +119,28 @@ def test_statistics_to_share(finished: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
     assert "no such file" in refused("statistics", "show", tmp_path / "gone")
     assert "collect" in call("statistics", "--help").stdout
+
+
+def test_statistics_of_four_parts_add_up_to_those_of_the_whole(finished: Path, tmp_path: Path) -> None:
+    rows, parts = (finished / "mood.train.jsonl").read_text().splitlines(keepends=True), []
+    base = ["--base", finished / "base", "--column", "text", "--target", "all-linear"]
+    for part in range(4):
+        (tmp_path / f"{part}.jsonl").write_text("".join(rows[part * len(rows) // 4 : (part + 1) * len(rows) // 4]))
+        parts.append(tmp_path / f"{part}.safetensors")
+        said("statistics", tmp_path / f"{part}.jsonl", *base, "--texts", len(rows) // 4, "-o", parts[-1])
+    whole = tmp_path / "whole.safetensors"
+    said("statistics", finished / "mood.train.jsonl", *base, "--texts", len(rows), "-o", whole)
+    told = said("statistics", "add", *parts, "-o", tmp_path / "sum.safetensors")
+    ours, truth = (Statistics.load(tmp_path / f"{name}.safetensors") for name in ("sum", "whole"))
+    assert (ours.texts, ours.tokens, ours.layers) == (truth.texts, truth.tokens, truth.layers)
+    assert told["texts"] == len(rows)
+    for name, moment in truth.moments.items():
+        assert ours.moments[name].count == moment.count
+        torch.testing.assert_close(ours.moments[name].as_gram(), moment.as_gram(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.moments[name].total, moment.total, rtol=1e-5, atol=1e-5)
+    assert "named twice" in refused("statistics", "add", parts[0], parts[0], "-o", tmp_path / "x.safetensors")
+    told = said("statistics", "add", *parts, "-o", tmp_path / "few.safetensors", "--directions", "2")
+    assert told["directions"] == 2
 
 
 def test_statistics_with_noise_to_share(finished: Path, tmp_path: Path) -> None:
@@ -218,6 +241,16 @@ def test_run_tells_the_summary_in_80_columns(finished: Path, tmp_path: Path) -> 
     assert "open the report in a browser" in plain.stderr
     table = plain.stdout.split(told["verdict"][:20])[0]
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_plan_starts_nothing(finished: Path, tmp_path: Path) -> None:
+    told = said_thrice("run", finished / "recipe.yaml", "-o", finished / "study", "--plan")
+    assert {one["left"] for one in told["stages"]} == {0}
+    assert (told["cpu_hours"], told["not_measured"]) == (0, [])
+    plain = call("run", finished / "recipe.yaml", "-o", tmp_path / "study", "--plan")
+    assert "at most 4" in plain.stdout
+    assert "not measured yet: task, statistics" in plain.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_study_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,3 +116,12 @@ def test_a_fault_of_the_system_names_the_file(
         Path("/nowhere/at/all").read_bytes()
     assert left.value.exit_code == 2
     assert "/nowhere/at/all: No such file or directory" in capsys.readouterr().err
+
+
+def test_what_is_stopped_tells_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    for stop in (KeyboardInterrupt(), SystemExit(143)):
+        for quiet in (False, True):
+            with pytest.raises(type(stop)), Out(as_json=False, quiet=quiet).goes_on():
+                raise stop
+            told = capsys.readouterr().err
+            assert ("the same command goes on where this one stood" in told) is not quiet

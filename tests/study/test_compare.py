@@ -24,9 +24,11 @@ from loraloom.progress import Reporter
 from loraloom.results import MergeScore, StudyResult
 from loraloom.study.by_hand import evaluate_folder
 from loraloom.study.compare import by_task, compare
+from loraloom.study.engine import Here
+from loraloom.study.parts import GIVEN
 from loraloom.study.recipe import Recipe
 from loraloom.study.stages import merged_adapters
-from loraloom.study.study import GIVEN, Study
+from loraloom.study.study import Study
 
 RULES, SCALES = ("task_arithmetic", "tsv", "emr"), (0.5, 1.0)
 
@@ -328,4 +330,5 @@ def test_no_base_is_loaded_and_nothing_trained(finished: Path, compared: Path) -
     recipe = Recipe.load(finished / "recipe.yaml").model_copy(update=changes)
     study = Study(recipe, compared, Reporter(quiet=True))
     assert len(list(study.evaluations())) == 1
-    assert study.engine.loaded is None
+    assert isinstance(study.engine.runner, Here)
+    assert study.engine.runner.worker.loaded is None

@@ -19,7 +19,7 @@ import tiny
 import tiny_study
 from loraloom.progress import Reporter
 from loraloom.study import stages
-from loraloom.study.engine import Context, Engine, Reading, StageFunction, stage
+from loraloom.study.engine import Context, Engine, Reading, StageFunction, Worker, stage
 from loraloom.study.inputs import Base, Input, Local, Output, Rows, Texts
 from loraloom.study.recipe import Recipe
 from loraloom.study.store import Stage, Store
@@ -136,11 +136,13 @@ def test_neither_recipe_nor_study_can_be_reached_from_a_stage(
     study = Study(Recipe.load(finished / "recipe.yaml"), tmp_path, Reporter(quiet=True))
     study.engine.expect(look, 1)
     study.engine.do(look, "look", word="hello")
-    assert {field.name for field in fields(Context)} == {"scratch", "evaluator", "generator", "progress"}
+    assert {field.name for field in fields(Context)} == {
+        *("scratch", "evaluator", "generator", "unload", "progress", "reports")
+    }
     assert any(isinstance(one, Recipe) for one in reachable(study))
     found = list(reachable(seen, *calls.values()))
     assert not [one for one in found if isinstance(one, Recipe | Study)]
-    assert any(isinstance(one, Engine) for one in found)
+    assert any(isinstance(one, Worker) for one in found)
 
 
 def test_a_label_a_place_and_a_name_are_no_part_of_the_key(tmp_path: Path) -> None:
@@ -183,11 +185,11 @@ def test_what_cannot_be_hashed_is_no_argument() -> None:
 
 
 def test_the_base_model_is_loaded_once_however_it_reads(finished: Path, tmp_path: Path) -> None:
-    engine = Engine(Store(tmp_path), Reporter(quiet=True))
+    worker = Worker(Store(tmp_path))
     base = Base.of(str(finished / "base"))
-    long, short = (engine.evaluator(base, Reading(length, 4)) for length in (16, 6))
+    long, short = (worker.evaluator(base, Reading(length, 4)) for length in (16, 6))
     assert long.model is short.model
     rows = Dataset.from_dict({"text_a": [" ".join(["good"] * 30)]})
     assert [len(one.encode(rows)[0]["input_ids"]) for one in (long, short)] == [16, 6]
-    engine.unload()
-    assert engine.evaluator(base, Reading(16, 4)).model is not long.model
+    worker.unload()
+    assert worker.evaluator(base, Reading(16, 4)).model is not long.model

@@ -28,6 +28,7 @@ from loraloom.files.outputs import RECORD
 from loraloom.progress import Reporter
 from loraloom.results import StudyResult
 from loraloom.study.by_hand import evaluate_folder
+from loraloom.study.engine import Here
 from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
 from loraloom.study.store import Store
@@ -71,7 +72,8 @@ def test_a_second_run_does_nothing(finished: Path, copy: Path) -> None:
     study, counts = computed(changed(finished), copy)
     assert time.monotonic() - started < 5
     assert not counts
-    assert study.engine.loaded is None
+    assert isinstance(study.engine.runner, Here)
+    assert study.engine.runner.worker.loaded is None
     result = run_study(changed(finished), copy, command="again")
     after = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file() and "stages" in path.parts}
     assert {path for path in before if path.suffix != ".lock"} == {path for path in after if path.suffix != ".lock"}

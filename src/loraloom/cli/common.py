@@ -61,6 +61,12 @@ NormaliseOption = Annotated[
         "differ more than 3-fold and no weights are given, for rules that see updates alone.",
     ),
 ]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--report-to", help="Where training's curves go too: tensorboard, wandb, mlflow ... Give it once for each."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the study. Every task draws its own from it.")]
 
 _Value = TypeVar("_Value", float, str)
@@ -97,12 +103,13 @@ def _misuse(error: Any) -> LoraloomError:
     return LoraloomError(message[:1].lower() + message[1:], f"{hint}`{path} --help` tells what it takes")
 
 
-def read_recipe(path: Path, base: str | None) -> Recipe:
-    """Read a recipe, with another base model where one is given."""
+def read_recipe(path: Path, base: str | None, report_to: list[str] | None = None) -> Recipe:
+    """Read a recipe, with another base model and other reports of training where they are given."""
     from loraloom.study.recipe import Recipe
 
     recipe = Recipe.load(path)
-    return recipe.model_copy(update={"base": base}) if base else recipe
+    given = {"base": base, "report_to": report_to}
+    return recipe.model_copy(update={name: value for name, value in given.items() if value})
 
 
 def typed() -> str:

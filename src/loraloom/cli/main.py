@@ -19,11 +19,12 @@ from loraloom.cli.compare import compare
 from loraloom.cli.distil import distil
 from loraloom.cli.inspect import inspect
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, merge, rules
+from loraloom.cli.run import demo, run
 from loraloom.cli.screen import screen
 from loraloom.cli.serve import export, serve_check
 from loraloom.cli.start import init, train
 from loraloom.cli.statistics import atlas, statistics_app
-from loraloom.cli.study import demo, evaluate, report, run, study_app
+from loraloom.cli.study import evaluate, report, study_app
 
 app = typer.Typer(
     name="loraloom",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, RecipeOption, Seed, command, read_recipe
+from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, RecipeOption, ReportTo, Seed, command, read_recipe
 from loraloom.cli.words import counted, listed, number, percent
 from loraloom.starts.options import Keep, Scale, StartRule
 
@@ -195,6 +195,7 @@ def train(
     ] = None,
     base: Base = None,
     seed: Seed = 0,
+    report_to: ReportTo = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -207,8 +208,8 @@ def train(
         from loraloom.model.processes import leave
         from loraloom.study.by_hand import train_from_recipe
 
-        chosen = read_recipe(recipe, base)
-        with out.progress() as shown:
+        chosen = read_recipe(recipe, base, report_to)
+        with out.goes_on(), out.progress() as shown:
             done = train_from_recipe(chosen, task, output, start, seed, shown, overwrite=overwrite)
         heldout = {"metric": done.metric, "heldout": done.heldout, "steps": done.steps}
         out.result({"folder": done.folder, "task": task, **heldout}, "")

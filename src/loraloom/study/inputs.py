@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -19,10 +21,18 @@ from loraloom.tasks.task import Task
 
 @dataclass(frozen=True)
 class Output:
-    """The output of an earlier stage, in the folder `path`."""
+    """The output of an earlier stage; to another process it goes when it is made."""
 
     stage: Stage
-    path: Path
+    _made: Path | Callable[[], Path]
+
+    @property
+    def path(self) -> Path:
+        """Return its folder, which is waited for. Raises what the stage, or one that it needs, raised."""
+        return self._made if isinstance(self._made, Path) else self._made()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Output, (self.stage, self.path)
 
     @property
     def key(self) -> str:

@@ -168,6 +168,7 @@ class Recipe(Settings):
     adapters: dict[str, Path] = Field({}, description="finished adapter folders by task, in place of inits")
     merging: list[MergeSettings] = Field([])
     alignment: AlignmentSettings = AlignmentSettings()
+    report_to: list[str] = Field([], description="where training's curves go too: tensorboard, wandb, mlflow ...")
     _written: dict[str, str] = PrivateAttr({})  # paths as `resolved` found them written
 
     @model_validator(mode="after")

@@ -92,6 +92,7 @@ def train(
     folder: Path, context: Context, *, rows: Rows, start: Output, base: Base, settings: TrainingSettings, seed: int
 ) -> None:
     """Train one task's adapter from its start; a killed training goes on from its last checkpoint."""
+    context.unload()  # the Trainer loads a base of its own; two large ones would not fit
     train_adapter(
         base.name,
         rows.task,
@@ -101,6 +102,7 @@ def train(
         seed=seed,
         checkpoints=context.scratch,
         progress=context.progress,
+        reports=context.reports,
     )
 
 

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -31,7 +32,7 @@ from loraloom.files.outputs import check_folder
 
 RECORD = "stage.json"
 _SHORT = 12  # characters of the key in names
-_UNFINISHED, _FAILURES, _LOCKS = "unfinished", "failures", "locks"
+_UNFINISHED, _FAILURES, _LOCKS, _NOTES = "unfinished", "failures", "locks", "notes"
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,50 @@ class Store:
         kill, for work that can be resumed, and is removed at the end. Two processes never make one stage at a time.
         A failure is recorded in <root>/failures and raised, never served as a result.
         """
-        path = self._found(stage.kind, stage.key)
+        path = self.find(stage)
         if path is None:
             with self._lock(stage.key):
                 # another process may have made it while this one waited
-                path = self._found(stage.kind, stage.key) or self._make(stage, make)
+                path = self.find(stage) or self._make(stage, make)
         self.used[stage.key] = _read_record(path)
         return path
+
+    def find(self, stage: Stage) -> Path | None:
+        """Return the folder of the stage's whole output; None where it is absent or was tampered with."""
+        path = self._found(stage.kind, stage.key)
+        if path is not None:
+            self.used[stage.key] = _read_record(path)
+        return path
+
+    def note(self, stage: Stage, done: int, total: int, loss: float | None) -> None:
+        """Keep a note that a stage is at work in this process, and how far it is."""
+        path = self._note(stage.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        said = {"name": stage.name, "done": done, "total": total, "loss": loss}
+        part = path.with_suffix(".part")
+        write_json(part, {**said, "host": socket.gethostname(), "process": os.getpid(), "at": time.time()})
+        os.replace(part, path)
+
+    def noted(self, stage: Stage) -> dict[str, Any] | None:
+        """Return the note of a stage at work, if there is one."""
+        return _read_note(self._note(stage.key))
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Return the notes of all stages at work, in whatever process."""
+        return [note for path in sorted((self.root / _NOTES).glob("*.json")) if (note := _read_note(path))]
+
+    def forget(self, stage: Stage) -> None:
+        """Remove the note of a stage that is no longer at work."""
+        with suppress(OSError):
+            self._note(stage.key).unlink()
 
     def tidy(self) -> None:
         """Remove what killed runs left half-written, but for scratch that can be resumed and stages now in work."""
         for folder in (*self.root.glob("*"), *(self.root / _FAILURES).glob("*")):
             remove_leftovers(folder)
+        for note in (self.root / _NOTES).glob("*"):
+            with suppress(filelock.Timeout), self._lock(note.stem, timeout=0):
+                note.unlink(missing_ok=True)
         for folder in (self.root / _UNFINISHED).glob("*"):
             with suppress(filelock.Timeout), self._lock(folder.name, timeout=0):
                 if any(self.root.glob(f"*/*-{folder.name}/{RECORD}")):
@@ -156,7 +189,7 @@ class Store:
         path = self.root / stage.name
         scratch = self.root / _UNFINISHED / stage.key[:_SHORT]
         failure = self.root / _FAILURES / f"{stage.name}.txt"
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         try:
             # what is there was tampered with, or it would have been found
             with staged_folder(path, kind=stage.kind, overwrite=True) as folder:
@@ -171,6 +204,7 @@ class Store:
                     "content": dict(stage.content),
                     "inputs": {name: upstream.name for name, upstream in stage.inputs.items()},
                     "seconds": round(time.monotonic() - started, 3),
+                    "cpu_seconds": round(time.process_time() - worked, 3),
                     "written": written,
                     "files": files,
                 }
@@ -183,6 +217,9 @@ class Store:
         shutil.rmtree(scratch, ignore_errors=True)
         failure.unlink(missing_ok=True)
         return path
+
+    def _note(self, key: str) -> Path:
+        return self.root / _NOTES / f"{key[:_SHORT]}.json"
 
     def _found(self, kind: str, key: str) -> Path | None:
         """Return the folder of a whole output, whatever it is labelled."""
@@ -253,6 +290,13 @@ def _is_kept(path: Path, bytes: int, sha256: str, written: int) -> bool:
 def _sha256(path: Path, written: int) -> str:
     """Return the sha256 of a file, read once for every time of writing."""
     return file_sha256(path)
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None  # it has just gone
 
 
 @reads_file

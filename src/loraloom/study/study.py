@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from loraloom.adapters.peft import read_adapter, read_provenance
+from loraloom.adapters.peft import read_adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
 from loraloom.merging import get_rule
@@ -19,42 +18,13 @@ from loraloom.statistics.texts import generic_rows
 from loraloom.study import answers, stages
 from loraloom.study.engine import Engine, Reading, StageFunction
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
-from loraloom.study.recipe import MergeSettings, Recipe, slug
+from loraloom.study.parts import GIVEN, Evaluated, Merges, Trained
+from loraloom.study.recipe import MergeSettings, Recipe
+from loraloom.study.runners import Where, runner_of
 from loraloom.study.store import Store
 from loraloom.study.tasks import ROWS, make_task, task_arguments
 from loraloom.tasks.prompts import as_prompts
 from loraloom.tasks.task import Task
-
-GIVEN = "given adapters"  # the init of a recipe that brings its adapters
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The adapters of one init and seed, by task: as they start, as trained, and evaluated alone."""
-
-    init: str
-    seed: int
-    starts: dict[str, Output] = field(default_factory=dict)
-    adapters: dict[str, Output] = field(default_factory=dict)
-    singles: dict[str, Output] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """Return the name of this init and seed in stages and folders."""
-        return f"{slug(self.init)}.s{self.seed}"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One merged adapter at one scale: at scale 1, its held-out and, where chosen, test evaluation."""
-
-    merged: Output
-    settings: MergeSettings
-    scale: float
-    heldout: Output
-    test: Output | None
-    chosen_as_trained: bool
-    chosen_aligned: bool
 
 
 class Study:
@@ -64,25 +34,35 @@ class Study:
     that can be wrong with the recipe's inputs is found before the first adapter is trained.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, folder: str | Path, reporter: Reporter, where: Where | None = None) -> None:
         recipe.check_complete()
         self.recipe = recipe
         self.folder = Path(folder)
-        self.engine = Engine(Store(self.folder / "stages"), reporter)
         self.base = Base.of(recipe.base, generates=recipe.generates)
         self.measured = Base.of(recipe.base, generates=recipe.generates, precision=recipe.evaluation.precision)
+        store = Store(self.folder / "stages")
+        runner = runner_of(where or Where(), self.base, recipe.report_to, store, reporter)
+        self.engine = Engine(store, reporter, runner)
         self.reading = Reading(recipe.training.max_length, recipe.training.eval_batch_size)
+
+    def close(self) -> None:
+        """End what still runs; the same study goes on with it."""
+        self.engine.runner.close()
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
         """The tasks of the recipe, made or read again. Raises LoraloomError that tells what is wrong with any."""
         self.engine.expect(make_task, len(self.recipe.tasks))
+        made: dict[str, Output] = {}
         tasks: dict[str, Task] = {}
         errors: list[LoraloomError] = []
         for name, settings in self.recipe.tasks.items():
             with collecting(errors):
-                made = self.engine.do(make_task, name, **task_arguments(name, settings))
-                tasks[name] = Task.load(made.path / ROWS)
+                made[name] = self.engine.do(make_task, name, **task_arguments(name, settings))
+        self.engine.settle()
+        for name, output in made.items():
+            with collecting(errors):
+                tasks[name] = Task.load(output.path / ROWS)
                 asked = self.recipe.sample_problems(tasks[name])
                 raise_problems("samples", asked, "lower it in the recipe, or give the task more training rows")
         raise_together(errors)
@@ -158,19 +138,17 @@ class Study:
             self._each(runs, stages.copy_adapter, self._copy)
         else:
             self._each(runs, stages.start_adapter, self._start)
-            self.engine.unload()  # the Trainer loads a base of its own; two large ones would not fit
             self._each(runs, stages.train, self._train)
         self._each(runs, stages.evaluate_single, self._single)
         return runs
 
     def evaluations(self) -> Iterator[tuple[Trained, list[Evaluated]]]:
         """Yield every init and seed with all its merges."""
-        runs, rules = len(self.trained), self.recipe.merging
-        self.engine.expect(stages.merge, runs * len(rules))
-        self.engine.expect(stages.evaluate_heldout, runs * sum(len(rule.scales) for rule in rules))
-        self.engine.expect(stages.evaluate_test, 2 * runs * len(rules))
-        for one in self.trained:
-            yield one, [row for rule in rules for row in self._evaluate(one, rule)]
+        best = [{aligned: self._best_scale(one.heldout, aligned) for aligned in self.heads} for one in self.merges]
+        self.engine.expect(stages.evaluate_test, sum(len(set(scales.values())) for scales in best))
+        tested = [(one.trained, self._tested(one, scales)) for one, scales in zip(self.merges, best, strict=True)]
+        for trained in self.trained:
+            yield trained, [row for of, rows in tested if of is trained for row in rows]
 
     def transcript(self, one: Trained, row: Evaluated) -> Output:
         """Return what is written to a few prompts of every task: before merging, and by this merge."""
@@ -190,9 +168,12 @@ class Study:
         """Yield every init and seed with its responses before and after training."""
         self.engine.expect(stages.measure, len(self.trained))
         heldout = self.statistics["heldout"]
-        for one in self.trained:
-            found = self.engine.do(stages.measure, one.label, starts=one.starts, adapters=one.adapters, heldout=heldout)
-            yield one, stages.read_responses(found)
+        found = [
+            self.engine.do(stages.measure, one.label, starts=one.starts, adapters=one.adapters, heldout=heldout)
+            for one in self.trained
+        ]
+        for one, output in zip(self.trained, found, strict=True):
+            yield one, stages.read_responses(output)
 
     def _collect(self, label: str, texts: Texts) -> Output:
         settings = self.recipe.statistics
@@ -264,20 +245,29 @@ class Study:
             texts=self.recipe.alignment.texts,
         )
 
-    def _evaluate(self, one: Trained, settings: MergeSettings) -> list[Evaluated]:
-        """Return one init and seed merged by one rule at every scale, tested at the scales that held-out rows chose."""
-        label = f"{one.label}.{settings.rule}"
-        merged = self._merge(one, settings, label)
-        heldout = {scale: self._heldout(one, merged, scale, label) for scale in settings.scales}
-        best = {aligned: self._best_scale(heldout, aligned) for aligned in self.heads}
-        tests = {scale: self._test(one, merged, scale, heldout[scale], label) for scale in best.values()}
+    @cached_property
+    def merges(self) -> list[Merges]:
+        """Every init and seed merged by every rule, evaluated on held-out rows at every scale."""
+        runs, rules = self.trained, self.recipe.merging
+        self.engine.expect(stages.merge, len(runs) * len(rules))
+        self.engine.expect(stages.evaluate_heldout, len(runs) * sum(len(rule.scales) for rule in rules))
+        merges = [Merges(one, rule, self._merge(one, rule)) for one in runs for rule in rules]
+        for one in merges:
+            one.heldout.update({scale: self._heldout(one, scale) for scale in one.settings.scales})
+        return merges
+
+    def _tested(self, one: Merges, best: Mapping[bool, float]) -> list[Evaluated]:
+        """Return a merge at every scale, tested at the `best` scales by whether heads are aligned."""
+        tests = {scale: self._test(one, scale) for scale in dict.fromkeys(best.values())}
         return [
-            Evaluated(merged, settings, scale, output, tests.get(scale), scale == best[False], scale == best.get(True))
-            for scale, output in heldout.items()
+            Evaluated(
+                one.merged, one.settings, scale, output, tests.get(scale), scale == best[False], scale == best.get(True)
+            )
+            for scale, output in one.heldout.items()
         ]
 
-    def _merge(self, one: Trained, settings: MergeSettings, label: str) -> Output:
-        rule = get_rule(settings.rule)
+    def _merge(self, one: Trained, settings: MergeSettings) -> Output:
+        rule, label = get_rule(settings.rule), one.merged_by(settings.rule)
         adapters, options = one.adapters, settings.filled()
         statistics = self.statistics["train"] if reads_inputs(rule, settings.normalise) else {}
         if rule.distils:
@@ -322,15 +312,15 @@ class Study:
             seed=one.seed,
         )
 
-    def _heldout(self, one: Trained, merged: Output, scale: float, label: str) -> Output:
+    def _heldout(self, one: Merges, scale: float) -> Output:
         if self.recipe.generates:
-            return self._answered(answers.evaluate_heldout, one, merged, scale, label)
+            return self._answered(answers.evaluate_heldout, one, scale)
         return self.engine.do(
             stages.evaluate_heldout,
-            f"{label}.x{scale:g}",
-            merged=merged,
-            adapters=one.adapters,
-            singles=one.singles,
+            f"{one.label}.x{scale:g}",
+            merged=one.merged,
+            adapters=one.trained.adapters,
+            singles=one.trained.singles,
             rows=self.rows,
             base=self.measured,
             reading=self.reading,
@@ -339,28 +329,28 @@ class Study:
             ridge=self.recipe.alignment.ridge,
         )
 
-    def _test(self, one: Trained, merged: Output, scale: float, heldout: Output, label: str) -> Output:
+    def _test(self, one: Merges, scale: float) -> Output:
         if self.recipe.generates:
-            return self._answered(answers.evaluate_test, one, merged, scale, label)
+            return self._answered(answers.evaluate_test, one, scale)
         return self.engine.do(
             stages.evaluate_test,
-            f"{label}.x{scale:g}",
-            merged=merged,
-            adapters=one.adapters,
-            heldout=heldout,
+            f"{one.label}.x{scale:g}",
+            merged=one.merged,
+            adapters=one.trained.adapters,
+            heldout=one.heldout[scale],
             rows=self.rows,
             base=self.measured,
             reading=self.reading,
             scale=scale,
         )
 
-    def _answered(self, function: StageFunction[Any], one: Trained, merged: Output, scale: float, label: str) -> Output:
+    def _answered(self, function: StageFunction[Any], one: Merges, scale: float) -> Output:
         return self.engine.do(
             function,
-            f"{label}.x{scale:g}",
-            merged=merged,
+            f"{one.label}.x{scale:g}",
+            merged=one.merged,
             bases=self.bases,
-            singles=one.singles,
+            singles=one.trained.singles,
             rows=self.rows,
             base=self.measured,
             reading=self.reading,
@@ -384,15 +374,3 @@ class Study:
 
     def _seed(self, one: Trained, name: str) -> int:
         return one.seed if self.recipe.inits[one.init].seed == "shared" else task_seed(one.seed, name)
-
-
-def merged_facts(merged: Output) -> dict[str, Any]:
-    """Return rule, space, options and output rank of a merged adapter; normalising counts as an option.
-
-    What `auto` came to stands beside it: the same recipe may ask for that by name too.
-    """
-    facts = read_provenance(merged.path / stages.ADAPTER)
-    ranks = [layer["rank"] for layer in facts["layers"].values()]
-    way = facts["normalise"] if facts.get("normalise_from", "asked") == "asked" else f"auto: {facts['normalise']}"
-    options = facts["options"] | ({} if way == "none" else {"normalise": way})
-    return {"rule": facts["rule"], "space": facts["space"], "options": options, "output_rank": max(ranks)}

@@ -39,14 +39,17 @@ from loraloom.tasks.task import Task
 from loraloom.training.runs import (
     NOT_FINITE,
     Progress,
+    Reports,
     Watch,
     arguments,
+    check_reports,
     clear,
     full_disk_told,
     has_stopped,
     known_arguments,
     resumable,
     state_of,
+    tensorboard_in,
 )
 
 TRAINED = "trained adapter"  # the kind of result
@@ -74,6 +77,7 @@ def train_adapter(
     checkpoints: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    reports: Reports | None = None,
 ) -> Trained:
     """Train one adapter and its head on `task.train`, keep the best checkpoint on `task.heldout`, write a PEFT folder.
 
@@ -87,13 +91,14 @@ def train_adapter(
     checkpoints: where unfinished work lies. The same call after a kill goes on from the last whole checkpoint there
       (another call starts afresh), and they are removed at the end.
     overwrite: replace a folder that holds an earlier trained adapter.
-    progress: is called with the steps done and those in all after every optimiser step.
+    progress: is called after every optimiser step with the steps done, those in all, and the last training loss known.
+    reports: where else the Trainer's curves go.
 
     Under `accelerate launch` or torchrun every process calls this, and they train together: a batch is shared out among
     them, the first one writes and tells its progress, all return the same. They need one file system.
 
-    Raises LoraloomError for a base or init that cannot be used, where the loss is not finite, and for a full disk: in
-    all processes the same one, but for a full disk, which the first one meets alone.
+    Raises LoraloomError for a base, an init or reports that cannot be used, where the loss is not finite, and for a
+    full disk: in all processes the same one, but for a full disk, which the first one meets alone.
     """
     settings, lora = settings or TrainingSettings(), lora or LoraSettings()
     output = Path(output)
@@ -102,6 +107,7 @@ def train_adapter(
     errors: list[LoraloomError] = []
     with collecting(errors):
         check_trained(output, base, init, overwrite)
+        check_reports(reports.to if reports else ())
         check_training(settings.batch_size)
         aim = objective(base, task, settings.max_length, seed)
         model = _peft_model(aim, init, lora, seed)
@@ -109,16 +115,18 @@ def train_adapter(
         call = _call(base, task, init, lora, settings, seed)
     raise_of_all(errors)
     checkpoint = by_first(lambda: resumable(checkpoints, call))
-    trainer = Trainer(
-        model=model,
-        args=arguments(settings, seed, checkpoints, **_by_epoch(aim, settings, checkpoint)),
-        train_dataset=rows["train"],
-        eval_dataset=rows["heldout"],
-        data_collator=aim.collator,
-        compute_metrics=aim.compute,
-        preprocess_logits_for_metrics=_logits,
-        callbacks=_callbacks(task, settings, init, progress),
-    )
+    curves = reports.arguments() if reports else {}
+    with tensorboard_in(reports):
+        trainer = Trainer(
+            model=model,
+            args=arguments(settings, seed, checkpoints, **_by_epoch(aim, settings, checkpoint), **curves),
+            train_dataset=rows["train"],
+            eval_dataset=rows["heldout"],
+            data_collator=aim.collator,
+            compute_metrics=aim.compute,
+            preprocess_logits_for_metrics=_logits,
+            callbacks=_callbacks(task, settings, init, progress),
+        )
     trainer.remove_callback(transformers.PrinterCallback)
     with full_disk_told(checkpoints):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -179,7 +187,8 @@ def _by_epoch(aim: Objective, settings: TrainingSettings, checkpoint: Path | Non
         "per_device_eval_batch_size": settings.eval_batch_size,
         "gradient_accumulation_steps": settings.accumulate,
         **({"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}),
-        **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "epoch"),
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "epoch"),
+        "logging_steps": 0.01,  # a share of all; each is a wait for the GPU
         "metric_for_best_model": aim.metric,
         "greater_is_better": aim.greater,
         "prediction_loss_only": aim.compute is None,
@@ -243,8 +252,10 @@ def _save(
         "heldout": {"metric": _told_by(task), "best": state.best_metric, "step": state.best_global_step},
     }
     with staged_folder(output, kind=TRAINED, overwrite=overwrite) as staged:
-        # a folder means nothing on another machine
-        model.peft_config["default"].base_model_name_or_path = public_name(base)
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = public_name(base)  # a folder means nothing on another machine
+        if isinstance(config.target_modules, set):  # which every process would write in an order of its own
+            config.target_modules = sorted(config.target_modules)
         model.save_pretrained(str(staged), save_embedding_layers=False)
         (staged / "README.md").unlink(missing_ok=True)
         write_json(staged / PROVENANCE, provenance)

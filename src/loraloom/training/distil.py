@@ -279,7 +279,7 @@ class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _show(self, done: int, total: int) -> None:
+    def _show(self, done: int, total: int, loss: float | None = None) -> None:
         assert self._reporter is not None
         self._reporter.reach("distilling", done)
         self._reporter.detail("distilling", self._told)

@@ -5,33 +5,79 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 from loraloom.files.atomic import write_text
 from loraloom.model.processes import on_cpu
 from loraloom.model.runner import in_bfloat16
 from loraloom.settings import TrainingSettings
 
-Progress = Callable[[int, int], None]  # of the steps done and those in all
 NOT_FINITE = "lower the learning rate, or train in float32"
 _STATE = "trainer_state.json"  # the Trainer writes it last of a checkpoint's files
 _CALL = "call.json"  # what the checkpoints beside it are of
+_KNOWN_REPORTS = frozenset(integration_utils.INTEGRATION_TO_CALLBACK)
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # where the Trainer's callback looks for its folder
+
+
+class Progress(Protocol):
+    """Is told how many steps of all are done, and the training loss where there is one."""
+
+    def __call__(self, done: int, total: int, loss: float | None = None, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Where the Trainer's curves go, beside our own progress: its integrations, as `tensorboard` or `wandb`.
+
+    folder: for those that write files, as TensorBoard. Its name is the run's name for the others.
+    """
+
+    to: Sequence[str]
+    folder: Path
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the Trainer's arguments for them."""
+        return {"report_to": list(self.to), "run_name": self.folder.name}
+
+
+def check_reports(to: Sequence[str]) -> None:
+    """Raise LoraloomError that tells every integration of the Trainer that is unknown or not installed."""
+    installed = integration_utils.get_available_reporting_integrations()  # type: ignore[no-untyped-call, unused-ignore]
+    problems = [f"{name!r}: {did_you_mean(name, sorted(_KNOWN_REPORTS))}" for name in to if name not in _KNOWN_REPORTS]
+    problems += [f"{name} is not installed" for name in to if name in _KNOWN_REPORTS and name not in installed]
+    raise_problems("reports of training", problems, "install it with pip, or leave it out")
+
+
+@contextmanager
+def tensorboard_in(reports: Reports | None) -> Iterator[None]:
+    """Let the Trainer's TensorBoard write into the folder of the reports, unless the environment names one."""
+    if reports is None or _TENSORBOARD in os.environ:
+        yield
+        return
+    os.environ[_TENSORBOARD] = str(reports.folder)
+    try:
+        yield
+    finally:
+        del os.environ[_TENSORBOARD]
 
 
 def arguments(settings: TrainingSettings, seed: int, checkpoints: Path, **more: Any) -> TrainingArguments:
     """Return the Trainer's arguments: a falling rate, the best checkpoint loaded at the end, nothing printed or sent.
 
-    settings: its rate, warmup, weight decay and precision. more: batches, epochs or steps, the metric of the best.
+    settings: its rate, warmup, weight decay and precision.
+    more: batches, epochs or steps, the metric of the best, and where curves go (`Reports.arguments`).
     """
     by_version: dict[str, Any] = {}  # an option that transformers 5 renamed on its way
     if settings.gradient_checkpointing:
@@ -51,13 +97,11 @@ def arguments(settings: TrainingSettings, seed: int, checkpoints: Path, **more: 
         restore_callback_states_from_checkpoint=True,  # early stopping counts on
         seed=seed,
         data_seed=seed,
-        report_to=[],
         disable_tqdm=True,
         log_level="error",
         log_level_replica="error",
         ddp_find_unused_parameters=False,  # every trained one is used; looking costs time, and fails where layers rerun
-        **by_version,
-        **more,
+        **{"report_to": [], **by_version, **more},
     )
     found._n_gpu = min(found.n_gpu, 1)  # a lone process would take a batch of this size to every GPU
     return found
@@ -69,20 +113,26 @@ def known_arguments() -> set[str]:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Reports progress, and stops where a loss that is logged is not finite; `what` is named then."""
+    """Reports progress, and stops at the first loss logged that is not finite; `what` is named then."""
 
     def __init__(self, what: str, progress: Progress | None) -> None:
         self.what = what
         self.progress = progress
+        self.loss: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step."""
         if self.progress is not None:
-            self.progress(state.global_step, state.max_steps)
+            self.progress(state.global_step, state.max_steps, self.loss)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have a loss logged: the last one of an epoch says whether its checkpoint is of use."""
+        control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise LoraloomError for a loss that is not finite."""
-        if not math.isfinite(kwargs["logs"].get("loss", 0.0)):
+        """Keep the loss. Raise LoraloomError for one that is not finite."""
+        self.loss = kwargs["logs"].get("loss", self.loss)
+        if self.loss is not None and not math.isfinite(self.loss):
             raise LoraloomError(f"{self.what}: the training loss is not finite at step {state.global_step}", NOT_FINITE)
 
 
