@@ -97,6 +97,7 @@ def test_what_is_asked_beside_a_stack_is_refused(made: Path) -> None:
     merge(pair, stack=True, rank=2)  # its loss is told, as of any merge
     words = ("merge", made / "sft", made / "dpo", "--stack", "-o", made / "never")
     assert "leave out --rule" in refused(*words, "--rule", "tsv")
+    assert "--stack sums the adapters whole: leave out --drop-refused" in refused(*words, "--drop-refused")
     assert "leave out --scale and --weight" in refused(*words, "--scale", "auto", "--weight", "1")
     assert "leave out options density" in refused(*words, "--density", "0.3")
 

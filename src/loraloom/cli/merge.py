@@ -185,7 +185,7 @@ def merge(
         if fuse_into and dtype:
             raise LoraloomError("--fuse-into keeps the checkpoint's own dtypes", "leave out --dtype")
         if stack:
-            _check_unused(context, "--stack", "sums the adapters whole", BY_THE_CALLER)
+            _check_unused(context, "--stack", "sums the adapters whole", (*BY_THE_CALLER, "drop_refused"))
         if server and fuse_into:
             raise LoraloomError("--for writes an adapter, --fuse-into a whole checkpoint", "leave out one of them")
         paths, options = split_arguments(adapters or [], rule, _flags(context))
@@ -231,7 +231,7 @@ def merge(
             statistics=seen,
             look=look,
             choose=choose,
-            screen=screen_option(screen, drop_refused and not stack, shown),
+            screen=screen_option(screen, drop_refused, shown),
         )
         read_whole = not dry_run or folders.quickly_read(plan)
         facts = MergeFacts.of(plan, kind, energies=read_whole, hashes=False)

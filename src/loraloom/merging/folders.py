@@ -26,8 +26,8 @@ from loraloom.merging.options import MergeOptions
 from loraloom.merging.placement import Changes
 from loraloom.merging.plan import Plan
 from loraloom.merging.planning import make_plan
-from loraloom.merging.problems import leaves_as_it_is, together_problems
-from loraloom.merging.registry import Probe, Rule, get_rule
+from loraloom.merging.problems import for_server, leaves_as_it_is, number_problems, together_problems
+from loraloom.merging.registry import Probe, Rule, get_rule, rule_names
 from loraloom.model.processes import by_first
 from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
@@ -90,6 +90,12 @@ def plan_folders(
         named, options = screen(named, options)
         kept = [index for index, name in enumerate(every) if name in named]
         members, seen = [members[index] for index in kept], [seen[index] for index in kept if index < len(seen)]
+
+    fit = options.rule in rule_names() and not together_problems(members, options)
+    if options.server and fit and not number_problems(len(members), options):
+        # before texts are read or a base is loaded
+        weighed = zip(members, options.weights or [1.0] * len(members), strict=True)
+        for_server(options.server, [one for one, weight in weighed if weight], get_rule(options.rule), options)
 
     def planned(asked: MergeOptions) -> Plan:
         supplied: Supplied = (seen, None, None)

@@ -132,7 +132,7 @@ class Plan:
     def bound(self, module: str) -> int:
         """Return the rank that a layer's result does not exceed where the caller asks for none."""
         ranks = [self.members[name].shapes[module].r for name in self.having(module)]
-        return max(ranks) if self.rule.output_rank == "max" else sum(ranks)
+        return self.rule.bound(ranks)
 
     def having(self, module: str) -> list[str]:
         """Return the inputs that take part and have this layer."""

@@ -116,7 +116,9 @@ def make_plan(
         distiller=distiller,
         dtype_asked=getattr(torch, options.dtype) if options.dtype else None,
     )
-    return replace(plan, served=for_server(options.server, plan)) if options.server else plan
+    if options.server is None:
+        return plan
+    return replace(plan, served=for_server(options.server, [plan.members[name] for name in plan.used], found, options))
 
 
 def _scale(rule: Rule, options: MergeOptions, alone: bool) -> tuple[float, ScaleFrom]:

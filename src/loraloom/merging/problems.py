@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from loraloom.adapters.servers import ServedFacts, fit_server, get_server
-from loraloom.adapters.together import Targets, compatibility_problems, layer_problems
+from loraloom.adapters.together import Targets, compatibility_problems, layer_problems, layers_of_all
 from loraloom.adapters.update import Adapter
 from loraloom.errors import did_you_mean
 from loraloom.merging.distillation import Distiller
 from loraloom.merging.options import Dtype, Heads, MergeOptions
 from loraloom.merging.registry import Probe, Rule
 from loraloom.statistics.file import Statistics
-
-if TYPE_CHECKING:
-    from loraloom.merging.plan import Plan
 
 
 def together_problems(members: Sequence[Adapter], options: MergeOptions) -> list[str]:
@@ -149,11 +146,18 @@ def unseen_layers(name: str, statistics: Statistics, layers: Collection[str]) ->
     return [f"{name}: {told}"] if count else []
 
 
-def for_server(name: str, plan: Plan) -> ServedFacts:
-    """Return how a merge is written for the server of this name, whatever ranks its layers come out with.
+def for_server(name: str, members: Sequence[Adapter], rule: Rule, options: MergeOptions) -> ServedFacts:
+    """Return how a merge of `members` by `rule` is written for the server of this name.
 
-    Raises LoraloomError with every reason why the server would not take it as it is meant.
+    It is so for whatever ranks its layers come out with, and known before anything is looked at. Raises LoraloomError
+    with every reason why the server would not take it as it is meant.
     """
-    ranks = {module: plan.rank or plan.bound(module) for module in plan.modules}
-    turned = bool(plan.config.get("fan_in_fan_out"))
-    return fit_server(get_server(name), "the merge", ranks, plan.forms, turned=turned, head=plan.head)
+    layers = layers_of_all(members, options.targets)
+    ranks = {
+        module: options.rank or rule.bound([one.shapes[module].r for one in members if module in one.shapes])
+        for module in layers
+    }
+    forms = {module: one.forms[module] for module, one in layers.items() if module in one.forms}
+    turned = any(one.config.get("fan_in_fan_out") for one in members)
+    head = members[0].head if options.heads == "average" else ()
+    return fit_server(get_server(name), "the merge", ranks, forms, turned=turned, head=head)

@@ -180,6 +180,10 @@ class Rule:
         """Tell whether the rule trains the merged adapter by its single adapters, with a distiller."""
         return "distiller" in self.supplied
 
+    def bound(self, ranks: Sequence[int]) -> int:
+        """Return the rank that a layer's result has at most, of updates of `ranks`, where the caller names none."""
+        return max(ranks) if self.output_rank == "max" else sum(ranks)
+
     def check(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Return all options with their defaults filled in, and what is wrong with those given."""
         known = self.options.model_fields
