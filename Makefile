@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TOOLS := $(VENV)/tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz format benchmarks lock sbom licences clean
+.PHONY: help demo test docs fuzz format benchmarks lock sbom licences clean
 
 help: ## Say what can be made
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -20,6 +20,10 @@ test: $(VENV)/.installed ## Install what the checks need, then run ruff, mypy --
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+docs: $(VENV)/.installed ## Build the site out of docs/ and the code into site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html"
 
 fuzz: $(VENV)/.installed ## Try a hundred thousand malformed inputs, an hour at most, and print what became of them
 	LORALOOM_FUZZ=50 timeout 3600 $(BIN)/pytest tests/fuzz

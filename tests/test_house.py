@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+import yaml
 
 from loraloom.cli.main import app
 from loraloom.merging import get_rule, rule_names
@@ -195,6 +196,19 @@ def test_every_file_that_a_document_names_exists() -> None:
     }
     assert len(named) > 20
     assert not sorted((page, name) for page, name in named if not (ROOT / name).exists())
+
+
+def test_every_page_of_docs_has_its_place_in_the_site() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = [page for section in config["nav"] for pages in section.values() for page in _pages(pages)]
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    missing = sorted(pages - set(named))
+    assert not missing, f"pages of docs/ in no section of mkdocs.yml: give each its line under `nav`: {missing}"
+    assert len(named) == len(set(named))
+
+
+def _pages(found: str | list[dict[str, str]]) -> list[str]:
+    return [found] if isinstance(found, str) else [page for one in found for page in one.values()]
 
 
 def test_no_two_test_files_have_one_name() -> None:
