@@ -80,6 +80,7 @@ class StatisticsSettings(Settings):
 
     texts: int = Field(100, ge=1, description="unlabelled training texts a task")
     kind: Kind = Field("token", description="a row a token, or a row the mean of a text's tokens")
+    tokens: Tokens = Field("prompt", description="of tasks of answers, which tokens count: prompt, answer, or both")
     max_length: int = Field(128, ge=2)
     batch_size: int = Field(32, ge=1)
     atlas_texts: int = Field(300, ge=1, description="texts of generic English, for inits that stay off an atlas")

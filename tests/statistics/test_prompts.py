@@ -24,6 +24,10 @@ ROWS = prompt_rows("first", 7)
 READING = StatisticsSettings(texts=7, atlas_texts=7, max_length=30, batch_size=3)
 
 
+def reading(tokens: Tokens) -> StatisticsSettings:
+    return READING.model_copy(update={"tokens": tokens})
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
@@ -74,16 +78,14 @@ def test_the_tokens_that_are_asked_for_count(bases: dict[str, str], tmp_path: Pa
     parts = {"prompt": lambda n: slice(n), "answer": lambda n: slice(n, None), "both": lambda n: slice(None)}
     rows = torch.cat([x[parts[tokens](n)] for n, x in read_alone(bases[kind], layer)])
     file = write(tmp_path / "rows.jsonl", ROWS)
-    found = collect_from_file(file, [], bases[kind], tiny.TARGETS[kind], READING, tokens=tokens)
+    found = collect_from_file(file, [], bases[kind], tiny.TARGETS[kind], reading(tokens))
     assert (found.texts, found.moment(layer).count) == (7, len(rows))
     torch.testing.assert_close(found.moment(layer).as_gram(), gram(rows), rtol=1e-4, atol=1e-4)
 
 
 def test_chats_are_read_as_columns_are(bases: dict[str, str], tmp_path: Path) -> None:
     files = [write(tmp_path / "rows.jsonl", ROWS), write(tmp_path / "chats.jsonl", chats())]
-    one, other = (
-        collect_from_file(file, [], bases["llama"], ["q_proj"], READING, tokens="both").moments for file in files
-    )
+    one, other = (collect_from_file(file, [], bases["llama"], ["q_proj"], reading("both")).moments for file in files)
     assert all(torch.equal(one[name].as_gram(), other[name].as_gram()) for name in one)
 
 
@@ -93,7 +95,7 @@ def test_prompts_need_no_answers(bases: dict[str, str], tmp_path: Path) -> None:
     one, other = (collect_from_file(file, [], bases["llama"], ["q_proj"], READING).moments for file in (whole, bare))
     assert all(torch.equal(one[name].as_gram(), other[name].as_gram()) for name in one)
     with pytest.raises(LoraloomError, match="no column 'answer'"):
-        collect_from_file(bare, [], bases["llama"], ["q_proj"], READING, tokens="answer")
+        collect_from_file(bare, [], bases["llama"], ["q_proj"], reading("answer"))
 
 
 @pytest.mark.parametrize("tokens", ["prompt", "both"])
@@ -112,19 +114,19 @@ def test_an_encoder_reads_prompts_and_its_decoder_answers(
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
         model(input_ids=ids, decoder_input_ids=torch.tensor([answer if tokens == "both" else [0]]))
     file = write(tmp_path / "rows.jsonl", ROWS)
-    found = collect_from_file(file, [], bases["t5"], ["q", "v"], READING, tokens=tokens)
+    found = collect_from_file(file, [], bases["t5"], ["q", "v"], reading(tokens))
     for layer in layers:
         rows = torch.cat(seen[layer])
         assert found.moment(layer).count == len(rows)
         torch.testing.assert_close(found.moment(layer).as_gram(), gram(rows), rtol=1e-4, atol=1e-4)
     with pytest.raises(LoraloomError, match="its encoder reads no answers"):
-        collect_from_file(file, [], bases["t5"], ["q", "v"], READING, tokens="answer")
+        collect_from_file(file, [], bases["t5"], ["q", "v"], reading("answer"))
 
 
 def test_an_atlas_of_prompts_is_their_statistics(bases: dict[str, str], tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", ROWS)
     atlas = make_atlas(bases["llama"], ["q_proj"], READING, texts=file, tokens="both")
-    expected = collect_from_file(file, [], bases["llama"], ["q_proj"], READING, tokens="both")
+    expected = collect_from_file(file, [], bases["llama"], ["q_proj"], reading("both"))
     assert all(
         torch.equal(moment.as_gram(), expected.moments[name].as_gram()) for name, moment in atlas.moments.items()
     )
@@ -140,7 +142,7 @@ def test_the_command_takes_prompts_and_tells_what_is_wrong(bases: dict[str, str]
     done = CliRunner().invoke(app, [*words, "--tokens", "both"])
     assert done.exit_code == 0, done.output
     assert len(Statistics.load(out).layers) == 14  # of two blocks of seven; no head
-    expected = collect_from_file(file, [], bases["llama"], ["q_proj"], READING, tokens="both")
+    expected = collect_from_file(file, [], bases["llama"], ["q_proj"], reading("both"))
     assert Statistics.load(out).tokens == expected.tokens
     for more, told in (
         (["--tokens", "both", "--column", "prompt"], "--tokens: it is for a file of prompts, without --column"),

@@ -16,18 +16,23 @@ import tiny
 from commands import measured, refused, said
 from loraloom.adapters.peft import read_adapter
 from loraloom.cli.terminal import rules_table
+from loraloom.errors import LoraloomError
 from loraloom.files.hashing import task_seed
 from loraloom.model.generator import Generator
+from loraloom.progress import Reporter
 from loraloom.results import StudyResult
 from loraloom.settings import LoraSettings, TrainingSettings
+from loraloom.statistics.texts import collect
+from loraloom.study import stages
 from loraloom.study.answers import KNOWN, kept_probability, recovered
 from loraloom.study.compare import compare
 from loraloom.study.export import run_study
 from loraloom.study.recipe import MergeSettings, Recipe
+from loraloom.study.study import Study
 from loraloom.study.tasks import build_task
 from loraloom.tasks.metrics import resampled_rows
 from loraloom.training.adapter import train_adapter
-from tiny_written import TARGETS
+from tiny_written import TARGETS, write_study
 
 
 def test_training_in_bfloat16_where_there_is_no_gpu(tmp_path: Path) -> None:
@@ -61,6 +66,29 @@ def test_training_learns_to_answer_and_leaves_an_ordinary_adapter(kind: str, tmp
     # the Trainer's own figure is the mean over batches, here one
     assert trained.heldout == pytest.approx(float(after[0] / after[1]), rel=1e-3)
     assert float(after[0]) < 0.95 * float(before[0])
+
+
+def test_a_study_counts_the_tokens_that_it_is_told(tmp_path: Path) -> None:
+    """Merging by statistics needs them first: those of prompts and answers, as collected by hand."""
+    recipe = Recipe.load(write_study(tmp_path, statistics={"texts": 6, "tokens": "both", "max_length": 16}))
+    study = Study(recipe, tmp_path / "study", Reporter(quiet=True))
+    for split, seen in study.statistics.items():
+        for name, found in stages.read_statistics(seen).items():
+            sample = study.tasks[name].sample(split, 6)
+            expected = collect(Generator(recipe.base), sample, TARGETS["llama"], recipe.statistics)
+            prompts = collect(
+                Generator(recipe.base), sample.remove_columns("label"), TARGETS["llama"], recipe.statistics
+            )
+            assert found.tokens == expected.tokens > prompts.tokens
+            for layer, moment in expected.moments.items():
+                torch.testing.assert_close(found.moments[layer].as_gram(), moment.as_gram())
+
+
+def test_tokens_of_answers_are_refused_where_heads_give_them(finished: Path) -> None:
+    raw = yaml.safe_load((finished / "recipe.yaml").read_text())
+    raw["statistics"] = {**raw.get("statistics", {}), "tokens": "answer"}
+    with pytest.raises(LoraloomError, match=r"statistics.tokens: 'answer' is for answers that are written"):
+        Recipe.parse(raw, "recipe.yaml")
 
 
 def test_a_study_tells_base_single_and_merged(written: Path) -> None:

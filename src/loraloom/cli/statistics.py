@@ -125,7 +125,7 @@ def statistics(
 
         check_tokens(texts, column or [], tokens)
         _check(output, overwrite, base, texts)
-        reading = StatisticsSettings(texts=count, kind=kind, max_length=max_length)
+        reading = StatisticsSettings(texts=count, kind=kind, tokens=tokens or "prompt", max_length=max_length)
         private = wanted_noise(noise, delta, clip, kind)
         with joined() as (process, _), out.progress() as shown:
             found = collect_from_file(
@@ -134,7 +134,6 @@ def statistics(
                 base,
                 target,
                 reading,
-                tokens=tokens or "prompt",
                 directions=directions,
                 noise=private,
                 reporter=shown,

@@ -32,21 +32,19 @@ def collect(
     *,
     directions: int | None = None,
     clip: float | None = None,
-    tokens: Tokens = "prompt",
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Return the statistics of all texts in `rows`, as the base model reads them.
 
     model: holds the base model and its tokenizer.
     rows: columns text_a, and text_b for pairs; or, for a base that writes, what stands before a prompt as `history`.
-    reading: what a row is, the length of a text, and the size of a batch.
-    tokens: of a base that writes, which count. Those of a prompt are as they are without an answer; of an answer, those
-      that are read, its end token too. An encoder reads the prompt, its decoder the start token and the answer, so
-      "answer" alone is refused.
+    reading: what a row is, the length of a text, the size of a batch, and of a base that writes which tokens count.
+      Those of a prompt are as they are without an answer; of an answer, those that are read, its end token too. An
+      encoder reads the prompt, its decoder the start token and the answer, so "answer" alone is refused.
     targets, directions, clip, progress: as for `collect_statistics`, which raises what is raised here.
     """
     if isinstance(model, Generator):
-        fed = _written(model, rows, reading, tokens)
+        fed = _written(model, rows, reading)
     else:
         encoded = encode(rows, model.tokenizer, reading.max_length)
         fed = (batch for _, batch in batches(encoded, model.tokenizer, reading.batch_size))
@@ -55,13 +53,13 @@ def collect(
     )
 
 
-def _written(model: Generator, rows: Dataset, reading: StatisticsSettings, tokens: Tokens) -> Iterator[Batch]:
+def _written(model: Generator, rows: Dataset, reading: StatisticsSettings) -> Iterator[Batch]:
     """Yield batches of prompts and, but for "prompt", their answers."""
-    if model.two_sided and tokens == "answer":
+    if model.two_sided and reading.tokens == "answer":
         raise LoraloomError(
             f"{model.base}: its encoder reads no answers, so that they alone have no statistics", "count both"
         )
-    unread = ["label"] if tokens == "prompt" else []
+    unread = ["label"] if reading.tokens == "prompt" else []
     asked = model.encode(rows.select_columns([n for n in rows.column_names if n not in unread]), reading.max_length)
     whole = [one.prompt if model.two_sided else one.prompt + one.answer for one in asked]
     encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in whole]
@@ -74,7 +72,7 @@ def _written(model: Generator, rows: Dataset, reading: StatisticsSettings, token
             )
             ones = [torch.ones_like(ids) for ids in read]
             batch["decoder_attention_mask"] = pad_sequence(ones, batch_first=True)
-        elif tokens == "answer":
+        elif reading.tokens == "answer":
             place = batch["attention_mask"].cumsum(dim=1) - 1
             prompt = torch.tensor([len(asked[row].prompt) for row in chosen])
             batch["counted"] = place >= prompt[:, None]  # of padding, the attention mask says that it never counts
@@ -93,7 +91,6 @@ def collect_from_file(
     targets: Sequence[str],
     reading: StatisticsSettings,
     *,
-    tokens: Tokens = "prompt",
     directions: int | None = None,
     noise: Noise | None = None,
     reporter: Reporter | None = None,
@@ -104,8 +101,8 @@ def collect_from_file(
     columns: of a text, or of a pair of texts. None: rows of prompts, with the base's chat template; see `read_prompts`.
     base: hub name or folder of the base model.
     targets: path endings of the layers to watch, or "all-linear" alone.
-    reading: how many texts, of what length, and what a row is.
-    tokens: which count, where there are prompts; see `collect`. Only for "prompt" no answers are read.
+    reading: how many texts, of what length, what a row is, and which tokens of prompts and answers count; see
+      `collect`. Only for "prompt" no answers are read.
     directions: the most that are kept of an input; None keeps them all.
     noise: that `shared_alone` adds later: rows are clipped for it, and the bound on directions is left to come after.
     reporter: is told how far the work is.
@@ -113,11 +110,11 @@ def collect_from_file(
     Each process of a group reads its part of the texts, and all return the statistics of all. Raises LoraloomError for
     a file or column that is not there, fewer texts than asked for, and what `collect_statistics` raises.
     """
-    asked = None if columns else tokens
-    rows = read_texts(texts, columns, reading.texts) if columns else _prompts(texts, reading.texts, tokens)
+    rows = read_texts(texts, columns, reading.texts) if columns else _prompts(texts, reading.texts, reading.tokens)
+    written = not columns
     if noise:
-        return _collected(base, rows, targets, reading, None, reporter, noise.clip, asked)
-    return _collected(base, rows, targets, reading, directions, reporter, None, asked)
+        return _collected(base, rows, targets, reading, None, reporter, noise.clip, written=written)
+    return _collected(base, rows, targets, reading, directions, reporter, written=written)
 
 
 def _prompts(texts: str, count: int, tokens: Tokens) -> Dataset:
@@ -196,7 +193,7 @@ def make_atlas(
 
     texts: a file or hub data set of them; None takes the English that every installation has.
     columns: of a text in that file; `text` where none is named.
-    tokens: the file holds prompts, with no column named; which count, as for `collect_from_file`.
+    tokens: the file holds prompts, with no column named; which count, whatever `reading` says. See `collect`.
     base, targets, directions, reporter: as for `collect_from_file`, which raises what is raised here.
     """
     raise_problems("atlas", ["--column names a column of no file"] if columns and not texts else [], "give a file too")
@@ -206,8 +203,8 @@ def make_atlas(
         rows = _prompts(texts, count, tokens)
     else:
         rows = read_texts(texts, columns or ["text"], count) if texts else generic_rows(count)
-    reading = reading.model_copy(update={"kind": "token"})
-    return _collected(base, rows, targets, reading, directions, reporter, None, tokens)
+    reading = reading.model_copy(update={"kind": "token", "tokens": tokens or "prompt"})
+    return _collected(base, rows, targets, reading, directions, reporter, written=bool(tokens))
 
 
 def check_tokens(texts: str | None, columns: Sequence[str], tokens: Tokens | None) -> None:
@@ -232,14 +229,15 @@ def _collected(
     directions: int | None,
     reporter: Reporter | None,
     clip: float | None = None,
-    tokens: Tokens | None = None,
+    *,
+    written: bool,
 ) -> Statistics:
     """Return the statistics of the texts in `rows`, of which every process reads each size-th one."""
     shown = reporter or Reporter(quiet=True)
     process, size = rank_and_size()
     part = rows.select(range(process, len(rows), size))
     shown.begin("loading the base model", 1)
-    model = Generator(base_folder(base)) if tokens else Evaluator(base_folder(base))
+    model = Generator(base_folder(base)) if written else Evaluator(base_folder(base))
     shown.advance("loading the base model")
     shown.begin("texts", len(part))
 
@@ -253,6 +251,5 @@ def _collected(
         reading,
         directions=directions,
         clip=clip,
-        tokens=tokens or "prompt",
         progress=reach,
     )

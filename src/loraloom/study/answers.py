@@ -23,9 +23,11 @@ from loraloom.adapters.update import Update
 from loraloom.files.hashing import task_seed, write_json
 from loraloom.model.generator import answer_task
 from loraloom.results import Answers, Score
+from loraloom.settings import Kind, StatisticsSettings, Tokens
+from loraloom.statistics.texts import collect
 from loraloom.study.engine import Context, Reading, stage
 from loraloom.study.inputs import Base, Output, Rows
-from loraloom.study.stages import ADAPTER, RESAMPLES, SCORES, merged_adapters
+from loraloom.study.stages import ADAPTER, RESAMPLES, SCORES, STATISTICS, merged_adapters
 from loraloom.tasks.answers import answer_resampled
 from loraloom.tasks.generate import Generate
 from loraloom.tasks.metrics import resampled_rows
@@ -34,6 +36,28 @@ from loraloom.tasks.task import Task
 LOSSES, ANSWERS, TRANSCRIPT = "losses.safetensors", "answers.jsonl", "transcript.json"
 TRANSCRIBED = 3  # prompts a task
 KNOWN = 0.02  # mean probability of right answers of which a share can be kept: that of one row in fifty
+
+
+@stage("statistics", version=1)
+def collect_statistics(
+    folder: Path,
+    context: Context,
+    *,
+    rows: Rows,
+    split: str,
+    texts: int,
+    base: Base,
+    targets: list[str] | str,
+    kind: Kind,
+    tokens: Tokens,
+    reading: Reading,
+) -> None:
+    """Collect what the base model's layers see of prompts with their answers, of which these tokens count."""
+    settings = StatisticsSettings(
+        kind=kind, tokens=tokens, max_length=reading.max_length, batch_size=reading.batch_size
+    )
+    sample = rows.task.sample(split, texts)
+    collect(context.generator(base, reading), sample, targets, settings).save(folder / STATISTICS)
 
 
 @stage("base", version=2)

@@ -195,6 +195,9 @@ class Recipe(Settings):
                 f"tasks: the answers of {', '.join(written)} are written, those of {rest} given by heads: one model "
                 "cannot do both, so write a recipe for each kind"
             )
+        if self.statistics.tokens != "prompt" and not self.generates:
+            counted = f"statistics.tokens: {self.statistics.tokens!r} is for answers that are written"
+            problems.append(f"{counted}, and those of these tasks are given by heads")
         headed = [entry.rule for entry in self.merging if self.generates and get_rule(entry.rule).heads]
         problems += [f"merging: {rule} needs heads, and these tasks' answers are written" for rule in headed]
         rules = [(entry.rule, entry.way) for entry in self.merging]

@@ -104,6 +104,8 @@ class Study:
         return {
             split: {
                 name: self._collect(f"{name}.{split}", Texts.of(task.sample(split, count)))
+                if self.recipe.statistics.tokens == "prompt"
+                else self._collect_answered(name, split, count)
                 for name, task in self.tasks.items()
             }
             for split in ("train", "heldout")
@@ -184,6 +186,21 @@ class Study:
             base=self.base,
             targets=self.targets,
             kind=settings.kind,
+            reading=Reading(settings.max_length, settings.batch_size),
+        )
+
+    def _collect_answered(self, name: str, split: str, count: int) -> Output:
+        settings = self.recipe.statistics
+        return self.engine.do(
+            answers.collect_statistics,
+            f"{name}.{split}",
+            rows=self.rows[name],
+            split=split,
+            texts=count,
+            base=self.base,
+            targets=self.targets,
+            kind=settings.kind,
+            tokens=settings.tokens,
             reading=Reading(settings.max_length, settings.batch_size),
         )
 
