@@ -18,6 +18,7 @@ from loraloom.cli.common import Commands, stop_at_signals
 from loraloom.cli.compare import compare
 from loraloom.cli.distil import distil
 from loraloom.cli.inspect import inspect
+from loraloom.cli.list import list_
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, merge, rules
 from loraloom.cli.run import demo, run
 from loraloom.cli.screen import screen
@@ -43,6 +44,7 @@ app.command(rich_help_panel=BEFORE)(atlas)
 app.command(rich_help_panel=BEFORE)(inspect)
 app.command(rich_help_panel=BEFORE)(init)
 app.command(rich_help_panel=MERGE)(train)
+app.command("list", rich_help_panel=MERGE)(list_)
 app.command(rich_help_panel=MERGE)(screen)
 app.command(cls=RuleCommand, context_settings=RULE_OPTIONS, rich_help_panel=MERGE)(merge)
 app.command(rich_help_panel=MERGE)(distil)

@@ -58,6 +58,10 @@ def screen(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML page to write, with the plot that shows it.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write the verdicts to; as screening.json in a folder, `list` shows them."),
+    ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -67,17 +71,30 @@ def screen(
     Exits with 3 where one is to be refused. A screen, no protection: docs/screening.md tells what it cannot see.
     """
     with command(quiet, as_json) as out:
+        from loraloom.adapters.listing import VERDICTS_MARK, verdicts_text
+        from loraloom.adapters.peft import adapter_sha256
         from loraloom.analysis.screening_folders import screen_folders
+        from loraloom.files.atomic import write_text
+        from loraloom.files.outputs import check_file
         from loraloom.report.screening import check_screen_page, write_screen_page
 
         if output:
             check_screen_page(output, overwrite=overwrite, inputs=adapters)
+        if record:
+            check_file(record, mark=VERDICTS_MARK, overwrite=overwrite, inputs=adapters)
+        # of the files before they are read: should one change meanwhile, no verdict is kept for what it is then
+        hashes = list(map(adapter_sha256, adapters)) if record else []
         with out.progress() as shown:
             found = screen_folders(adapters, reference=reference, starts=starts, reporter=shown)
         told = facts(found)
         if output:
             write_screen_page(told, output, overwrite=overwrite)
-        out.result({**told, "page": output}, "")
+        if record:
+            verdicts = [
+                (name, sha, one.verdict) for sha, (name, one) in zip(hashes, found.adapters.items(), strict=True)
+            ]
+            write_text(record, verdicts_text(verdicts), mark=VERDICTS_MARK, overwrite=overwrite)
+        out.result({**told, "page": output, "record": record}, "")
         out.table(f"Screened against {counted(found.compared, 'other adapter')}", *_table(found))
         for name, one in found.adapters.items():
             out.facts(f"{name}: {one.verdict}", _reasons(one))
