@@ -19,8 +19,10 @@ from loraloom.tasks.splits import Checked, Row, SplitTask, parted, read_tables
 from loraloom.tasks.task import Task
 
 HISTORY = {"role": datasets.Value("string"), "content": datasets.Value("string")}  # a turn before the prompt
+ALPACA = ("instruction", "input", "output", "system", "history")  # the first and `output` must be there
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
+Form = Literal["columns", "messages", "alpaca", "template"]  # how the rows of a table are written
 Turn = dict[str, str]  # role and content
 
 
@@ -85,13 +87,13 @@ def prompt_task(name: str, options: PromptTask, *, seed: int = 0) -> Task:
     seed: of the shuffle that draws rows.
 
     Each row has a prompt and an answer: from two columns, from a chat whose last turn is the assistant's, or from a
-    template. Chats may be written as TRL, axolotl (role, content) or LLaMA-Factory (from, value) write them. What
-    stands before the prompt goes to the column `history`, which is absent where `chat` is off. Splits and leaks as
-    for `file_task`.
+    template; or from Alpaca's columns instruction, input and output, where there is no other prompt. Chats may be
+    written as TRL, axolotl (role, content) or LLaMA-Factory (from, value) write them. What stands before the prompt
+    goes to the column `history`, which is absent where `chat` is off. Splits and leaks as for `file_task`.
 
     Raises LoraloomError telling all faults at once, each with its file, column and rows (counted from 1).
     """
-    wanted = [*options.fields, options.prompt, options.messages, options.answer]
+    wanted = [*options.fields, options.prompt, options.messages, options.answer, *ALPACA]
     tables, problems = read_tables(options, wanted, lambda table: _needed(options, table))
     checked = {split: _checked(table, options) for split, table in tables.items()}
     problems += [problem for one in checked.values() for problem in one.problems]
@@ -139,22 +141,23 @@ def as_prompts(texts: datasets.Dataset) -> datasets.Dataset:
 def read_prompts(source: str, count: int, *, answers: bool) -> datasets.Dataset:
     """Return the first `count` rows of prompts in a file or on the Hub: text_a, history, and with `answers` label.
 
-    source: with the columns `prompt` and, for answers, `answer`; or `messages`, whole chats.
+    source: with the columns `prompt` and, for answers, `answer`; or `messages`, whole chats; or Alpaca's.
 
     Raises LoraloomError telling all that is wrong with them.
     """
     options = PromptTask(train=source, test=source)
     try:
-        table = read_table(source, "train", [options.prompt, options.messages, options.answer])
+        table = read_table(source, "train", [options.prompt, options.messages, options.answer, *ALPACA])
     except ValueError as error:
         raise LoraloomError(f"{source}: {error}", "name a JSONL, CSV, TSV or Parquet file, or org/name") from error
-    chat = _is_chat(options, table)
-    needed = [column for column in _needed(options, table) if chat or answers or column != options.answer]
+    form = _form(options, table)
+    answer = {"columns": options.answer, "alpaca": "output"}.get(form)
+    needed = [column for column in _needed(options, table) if answers or column != answer]
     missing = [f"no column {column!r}" for column in needed if column not in table.columns]
     raise_problems(source, missing, "name the column of other texts by --column, which no chat template is for")
     short = f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts"
     raise_problems(source, [short] if len(table.rows) < count else [])
-    unread = {} if chat or answers else {options.answer: "-"}
+    unread = {} if answers or answer is None else {answer: "-"}
     checked = _checked(table._replace(rows=[{**row, **unread} for row in table.rows[:count]]), options)
     raise_problems("these prompts cannot be read", checked.problems)
     rows = prompt_rows(checked.rows)
@@ -173,13 +176,24 @@ def _unmeasured(parts: Mapping[str, list[Row]], options: PromptTask) -> list[str
 
 
 def _needed(options: PromptTask, table: Table) -> Sequence[str]:
+    return {
+        "template": [*options.fields, options.answer],
+        "columns": [options.prompt, options.answer],
+        "messages": [options.messages],
+        "alpaca": ["instruction", "output"],
+    }[_form(options, table)]
+
+
+def _form(options: PromptTask, table: Table) -> Form:
+    """Tell how rows are written: as asked, or as the first of what the table has columns for."""
     if options.template is not None:
-        return [*options.fields, options.answer]
-    return [options.messages] if _is_chat(options, table) else [options.prompt, options.answer]
-
-
-def _is_chat(options: PromptTask, table: Table) -> bool:
-    return options.template is None and options.prompt not in table.columns and options.messages in table.columns
+        return "template"
+    if options.prompt not in table.columns:
+        if options.messages in table.columns:
+            return "messages"
+        if (options.prompt, options.answer) == ("prompt", "answer") and "instruction" in table.columns:
+            return "alpaca"
+    return "columns"
 
 
 def _checked(table: Table, options: PromptTask) -> Checked:
@@ -187,16 +201,17 @@ def _checked(table: Table, options: PromptTask) -> Checked:
     faults: dict[tuple[str, str], list[str]] = defaultdict(list)
     rows: list[Row] = []
     empty = 0
+    form = _form(options, table)
     for number, cells in enumerate(table.rows, start=1):
-        column = options.answer
+        column = "output" if form == "alpaca" else options.answer
         try:
-            if _is_chat(options, table):
+            if form == "messages":
                 column = options.messages
                 turns, answer = _chat(cells.get(column))
             else:
                 answer = _answer(cells.get(column))
-                column = options.prompt if options.template is None else "template"
-                turns = _prompt(cells, options)
+                column = {"template": "template", "alpaca": "instruction"}.get(form, options.prompt)
+                turns = _alpaca(cells) if form == "alpaca" else _prompt(cells, options)
             rows.append(_row(turns, answer, options, chat=isinstance(cells.get(column), list)))
         except ValueError as error:
             if options.empty == "drop" and str(error).startswith(("empty ", "null ")):
@@ -229,6 +244,19 @@ def _prompt(cells: Mapping[str, Any], options: PromptTask) -> list[Turn]:
         return [{"role": "user", "content": options.template.format(**given)}]
     value = cells.get(options.prompt)
     return _turns(value) if isinstance(value, list) else [{"role": "user", "content": _text(value, "prompt")}]
+
+
+def _alpaca(cells: Mapping[str, Any]) -> list[Turn]:
+    """Return the turns of a row of Alpaca's; `system` and `history`, pairs of turns, are LLaMA-Factory's."""
+    system, before = cells.get("system"), cells.get("history") or []
+    if not isinstance(before, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in before):
+        raise ValueError("history that is no list of pairs")
+    turns = [{"role": "system", "content": _text(system, "system prompt")}] if system else []
+    for pair in before:
+        turns += [{"role": r, "content": _text(t, "turn")} for r, t in zip(("user", "assistant"), pair, strict=True)]
+    asked = _text(cells.get("instruction"), "prompt")
+    more = cells.get("input")
+    return [*turns, {"role": "user", "content": f"{asked}\n{_text(more, 'input')}" if more else asked}]
 
 
 def _answer(value: Any) -> str:
