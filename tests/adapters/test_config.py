@@ -108,13 +108,6 @@ def test_folders_of_other_tools_are_named(files: dict[str, bytes], told: str, tm
         read_adapter(tmp_path)
 
 
-def test_kohyas_files_are_named(tmp_path: Path) -> None:
-    save_file({"lora_unet_x.lora_down.weight": torch.ones(1)}, tmp_path / "one.safetensors", {"ss_network_dim": "4"})
-    for place in (tmp_path, tmp_path / "one.safetensors"):
-        with pytest.raises(LoraloomError, match="kohya-ss"):
-            read_adapter(place)
-
-
 # one config for several
 
 STRANGE = {

@@ -12,7 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loraloom.adapters.peft import write_adapter
+from commands import refused
+from loraloom.adapters.peft import read_adapter, write_adapter
 from loraloom.adapters.update import Adapter, Update
 from loraloom.cli.main import app
 
@@ -107,6 +108,38 @@ def test_the_page_shows_options_as_they_are_typed(place: Path, tmp_path: Path) -
     )
     assert "rule dare --density 0.2 --space full --seed 3" in words_of(done.stdout)
     assert "rule: dare --density 0.2 --space full --seed 3" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_merge_for_another_tool_says_how_it_is_loaded(place: Path, tmp_path: Path) -> None:
+    words = ("merge", *adapters(place, "plain"), "--to", "mlx", "-o", tmp_path / "out")
+    done = call(*words)
+    assert "written as MLX (mlx-lm) has it: adapters.safetensors" in words_of(done.stdout)
+    assert "mlx_lm.load(base_model, adapter_path=" in words_of(done.stderr)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: mlx" in card
+    assert "An ordinary adapter of MLX (mlx-lm)" in card
+    assert json.loads((tmp_path / "out" / "loraloom.json").read_text())["dialect"] == "mlx"
+    call("export", tmp_path / "out", "--for", "vllm", "-o", tmp_path / "served")
+    theirs, ours = read_adapter(tmp_path / "served"), read_adapter(tmp_path / "out")
+    assert (theirs.dialect, ours.dialect) == ("peft", "mlx")
+    assert theirs.config["target_modules"] == sorted(LAYERS)
+    for module in LAYERS:
+        torch.testing.assert_close(theirs.updates[module].dense(), ours.updates[module].dense())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--to", "kohya"), "and 17 more is not known - merge it as PEFT writes it: leave --to out"),
+        (("--to", "diffuser"), "dialect 'diffuser' is unknown"),
+        (("--to", "mlx", "--for", "vllm"), "vLLM reads no adapters of MLX"),
+        (("--to", "mlx", "--fuse-into", "base"), "--to writes an adapter, --fuse-into a whole checkpoint"),
+        (("--to", "mlx", "--heads", "average"), "heads cannot be averaged"),
+    ],
+)
+def test_what_no_tool_takes_is_refused(words: tuple[str, ...], told: str, place: Path, tmp_path: Path) -> None:
+    assert told in refused("merge", *adapters(place, "heads"), *words, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_adapter_says_why_its_scale_is_one(place: Path, tmp_path: Path) -> None:

@@ -241,9 +241,12 @@ def renamed(change: Callable[[str], str]) -> Callable[[Path], None]:
 def sharded(folder: Path) -> None:
     tensors = sorted(load_file(folder / WEIGHTS).items())
     (folder / WEIGHTS).unlink()
+    places = {}
     for part in range(2):
-        save_file(dict(tensors[part::2]), folder / f"adapter_model-0000{part + 1}-of-00002.safetensors")
-    (folder / "adapter_model.safetensors.index.json").write_text("{}")
+        name = f"adapter_model-0000{part + 1}-of-00002.safetensors"
+        save_file(dict(tensors[part::2]), folder / name)
+        places.update({key: name for key, _ in tensors[part::2]})
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 PREFIX = "base_model.model."
@@ -316,7 +319,7 @@ def test_a_style_of_keys_does_in_peft_what_the_plain_one_does(style: str, plain:
         (lambda key: key.replace(".lora_A.weight", ".lora_down.weight"), "kohya-ss's naming"),
         (lambda key: key.replace(".lora_A.weight", ".lora.down.weight"), "diffusers' naming"),
         (lambda key: key.replace(".lora_A.weight", ".lora_a"), "MLX's naming"),
-        (lambda key: key.replace("lora_A", "hada_w1_a"), "LyCORIS' naming"),
+        (lambda key: key.replace("lora_A", "hada_w1_a"), "LyCORIS', and no LoRA"),
         (lambda key: key.replace("lora_B", "lora_C"), "is no factor that PEFT writes"),
         (lambda key: key.replace("layers", "lay\x1b[2Jers"), r"a name with control characters"),
     ],

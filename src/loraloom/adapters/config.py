@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraloom.adapters.bases import best_name
-from loraloom.adapters.dialects import folder_kind
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.reading import read_json_object
 
@@ -83,42 +82,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        kind = folder_kind(folder, None)
-        if kind:
-            raise LoraloomError(f"{folder}: {kind}: {CONFIG} is missing", "convert it to PEFT's format first")
         inner = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
         hint = f"name one of its sub-folders: {', '.join(inner)}" if inner else "name the folder that PEFT saved"
         raise LoraloomError(f"{folder}: not an adapter folder: {CONFIG} is missing", hint)
     config = read_json_object(path, "save the adapter again")
     if config.get("peft_type") != "LORA":
-        kind = folder_kind(folder, config)
-        if kind:
-            raise LoraloomError(f"{folder}: {kind}", "convert it to PEFT's format first")
         raise LoraloomError(
             f"{path}: peft_type is {config.get('peft_type')!r:.80}, not 'LORA'", "only LoRA adapters can be merged here"
         )
-    try:
-        Fields.model_validate(config)
-    except ValidationError as error:
-        told = {_field(one["loc"], config): (one["msg"], one["input"]) for one in reversed(error.errors())}
-        problems = [f"{field}: {message}, not {given!r:.80}" for field, (message, given) in sorted(told.items())]
-        raise_problems(str(path), problems, "mend the field, or save the adapter again")
+    raise_problems(str(path), field_problems(config), "mend the field, or save the adapter again")
     return config
 
 
-def unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Return what of `config` low-rank updates cannot express."""
+def field_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return which fields of PEFT's config that are read here have a wrong type."""
+    try:
+        Fields.model_validate(dict(config))
+    except ValidationError as error:
+        told = {_field(one["loc"], config): (one["msg"], one["input"]) for one in reversed(error.errors())}
+        return [f"{field}: {message}, not {given!r:.80}" for field, (message, given) in sorted(told.items())]
+    return []
+
+
+def unsupported(config: Mapping[str, Any], where: str = CONFIG) -> list[str]:
+    """Return what of `config` low-rank updates cannot express; `where` it stands."""
     found = [
-        f"{CONFIG}: {key}: {why}: not a low-rank update of a layer"
+        f"{where}: {key}: {why}: not a low-rank update of a layer"
         for key, why in _NOT_AN_UPDATE.items()
         if config.get(key)
     ]
     if (config.get("bias") or "none") != "none":
-        found.append(f"{CONFIG}: bias: {config['bias']!r:.80}: trained biases would be lost")
+        found.append(f"{where}: bias: {config['bias']!r:.80}: trained biases would be lost")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
         found.append(
-            f"{CONFIG}: init_lora_weights: {init!r:.80} changed the base weights; convert it with "
+            f"{where}: init_lora_weights: {init!r:.80} changed the base weights; convert it with "
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)` of PEFT"
         )
     return found

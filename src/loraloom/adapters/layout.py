@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +39,12 @@ def find_layers(
     scaling of a place; r is the rank of the tensors, and that of the config for experts. Raises LoraloomError for a
     pattern of the config that cannot be matched.
     """
-    layers = Layers()
-    dtypes = [checked[key].dtype for parts in factors.values() for key in parts.values() if not checked[key].fault]
-    layers.dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+    layers = Layers(dtype=_common_dtype(factors, checked))
     found = {module: _pair(module, parts, checked, layers.problems) for module, parts in factors.items()}
     parameters = {module: parameters_of(module, config) for module in found}
     plain = [module for module in found if not parameters[module]]
     check_patterns(config, plain)
-    alphas = _alphas(plain, config)
+    alphas = alphas_of(plain, config)
     found_in = {module: names for module, names in parameters.items() if names}
     experts = {module: _expert_settings(module, names, config, layers.problems) for module, names in found_in.items()}
     for module, pair in found.items():
@@ -54,14 +53,50 @@ def find_layers(
         if parameters[module]:
             _add_experts(layers, module, pair, *experts[module], checked, config)
             continue
-        a, b = checked[pair.A], checked[pair.B]
-        r = a.shape[0]
-        layers.shapes[module] = Shape(b.shape[0], torch.Size(a.shape[1:]).numel(), r)
-        layers.places[module] = pair._replace(scaling=_scaling(alphas[module], r, config))
-        if pair.form:
-            layers.forms[module] = pair.form
-        layers.problems += _overflow(module, b, layers.places[module].scaling)
+        _add_layer(layers, module, pair, checked, scaling_of(alphas[module], checked[pair.A].shape[0], config))
     return layers
+
+
+def plain_layers(
+    factors: Mapping[str, Mapping[str, str]],
+    checked: Mapping[str, Checked],
+    scaling: Callable[[str, int], float],
+    *,
+    transposed: bool = False,
+) -> Layers:
+    """Return the layers that `factors` make where no config of PEFT tells of them.
+
+    scaling: of a module whose factors have this rank. transposed: whether A lies as (n, r) in the file, B as (r, m).
+    """
+    layers = Layers(dtype=_common_dtype(factors, checked))
+    if transposed:
+        checked = {key: one._replace(shape=one.shape[::-1]) for key, one in checked.items()}
+    for module, parts in factors.items():
+        if transposed and any(len(checked[key].shape) == 3 for key in parts.values()):
+            layers.problems.append(f"{module}: experts in one tensor, which are read of PEFT's adapters alone")
+            continue
+        pair = _pair(module, parts, checked, layers.problems)
+        if pair is None:
+            continue
+        _add_layer(
+            layers, module, pair._replace(transposed=transposed), checked, scaling(module, checked[pair.A].shape[0])
+        )
+    return layers
+
+
+def _add_layer(layers: Layers, module: str, pair: Place, checked: Mapping[str, Checked], scaling: float) -> None:
+    a, b = checked[pair.A], checked[pair.B]
+    layers.shapes[module] = Shape(b.shape[0], torch.Size(a.shape[1:]).numel(), a.shape[0])
+    layers.places[module] = pair._replace(scaling=scaling)
+    if pair.form:
+        layers.forms[module] = pair.form
+    layers.problems += _overflow(module, b, scaling)
+
+
+def _common_dtype(factors: Mapping[str, Mapping[str, str]], checked: Mapping[str, Checked]) -> torch.dtype:
+    """Return the dtype that holds every factor."""
+    dtypes = [checked[key].dtype for parts in factors.values() for key in parts.values() if not checked[key].fault]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def parameters_of(module: str, config: Mapping[str, Any]) -> list[str]:
@@ -86,7 +121,8 @@ def _pair(module: str, parts: Mapping[str, str], checked: Mapping[str, Checked],
         return None
     embedding = set(parts) == {"embedding_A", "embedding_B"}
     if not embedding and set(parts) != {"A", "B"}:
-        problems.append(f"{module} has lora_{' and lora_'.join(sorted(parts))} alone: a half-written adapter?")
+        told = " and ".join(_as_written(part, key) for part, key in sorted(parts.items()))
+        problems.append(f"{module} has {told} alone: a half-written adapter?")
         return None
     a, b = sorted(parts.values(), key=lambda key: key != parts.get("embedding_A" if embedding else "A"))
     A, B = checked[a].shape, checked[b].shape
@@ -102,11 +138,19 @@ def _pair(module: str, parts: Mapping[str, str], checked: Mapping[str, Checked],
     return None
 
 
-def _alphas(modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, float]:
+def _as_written(part: str, key: str) -> str:
+    """Return what the file calls A or B."""
+    match = re.search(r"(lora_(?:down|up|a|b)|down|up)(?:\.weight)?$", key)
+    return match[1] if match else f"lora_{part}"
+
+
+def alphas_of(modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the alpha that PEFT's config gives each module. Raises LoraloomError for a pattern that is none."""
     return pattern_values(config.get("alpha_pattern") or {}, modules, config.get("lora_alpha", 8), "alpha_pattern")
 
 
-def _scaling(alpha: float, r: int, config: Mapping[str, Any]) -> float:
+def scaling_of(alpha: float, r: int, config: Mapping[str, Any]) -> float:
+    """Return alpha/r, or alpha/sqrt(r) where PEFT's config asks for rsLoRA."""
     return float(alpha) / (r**0.5 if config.get("use_rslora") else r)
 
 
@@ -115,7 +159,7 @@ def _expert_settings(
 ) -> tuple[int, float]:
     """Return rank and alpha of a parameter's factors. Which of a module's parameters they are of, no name tells."""
     ranks = pattern_values(config.get("rank_pattern") or {}, parameters, config.get("r", 8))
-    alphas = _alphas(parameters, config)
+    alphas = alphas_of(parameters, config)
     pairs = {(int(ranks[name]), float(alphas[name])) for name in parameters}
     if len(pairs) > 1:
         problems.append(f"{module}: rank_pattern and alpha_pattern differ between {', '.join(parameters)}")
@@ -140,7 +184,7 @@ def _add_experts(
     if count > _MOST_EXPERTS:
         layers.problems.append(f"{module}: {count} experts of rank {r}: is r of the config the factors'?")
         return
-    scaling = _scaling(alpha, r, config)
+    scaling = scaling_of(alpha, r, config)
     for index in range(count):
         expert = f"{module}.{index}"
         form = Form("experts", module=module, index=index, count=count)

@@ -1,4 +1,4 @@
-"""PEFT's adapter folders: read, check, write. The only place that knows their format."""
+"""Adapters' folders and files: read, check, write, in PEFT's format and those of other tools."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loraloom.adapters.beside import carry, files_beside
-from loraloom.adapters.config import CONFIG as CONFIG, read_config, unsupported
-from loraloom.adapters.dialects import PREFIX, read_names
-from loraloom.adapters.layout import Layers, find_layers
+from loraloom.adapters.alphas import METADATA, read_scaling
+from loraloom.adapters.beside import Beside, carry, files_beside
+from loraloom.adapters.config import CONFIG as CONFIG, unsupported
+from loraloom.adapters.dialects import DIALECTS, MLX, PEFT, Dialect, read_factors
+from loraloom.adapters.layout import Layers, find_layers, plain_layers
+from loraloom.adapters.mlx import is_embedding
+from loraloom.adapters.names import PREFIX, Names, read_names
+from loraloom.adapters.source import Source, find_source
 from loraloom.adapters.stored import (
+    INDEX,
     WEIGHTS as WEIGHTS,
+    Checked,
     StoredTensors,
     StoredUpdates,
     check_tensors,
-    weight_files,
     whole_problems,
 )
 from loraloom.adapters.update import Adapter, Form, Update
 from loraloom.adapters.writer import UpdateFile
-from loraloom.errors import LoraloomError, raise_problems, reads_file
+from loraloom.errors import LoraloomError, first_few, raise_problems, reads_file
 from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import Seen, file_sha256, write_json
 from loraloom.files.outputs import RECORD
 from loraloom.files.reading import read_json_object
-from loraloom.files.tensors import save_tensors, write_files
+from loraloom.files.tensors import StoredFile, save_tensors, write_files
 
 PROVENANCE = "loraloom.json"
 ADAPTER = "adapter"  # the kind of a folder of which no more is told
@@ -38,54 +43,97 @@ ADAPTER = "adapter"  # the kind of a folder of which no more is told
 
 @reads_file
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter folder; its updates stay in the file until they are asked for.
+    """Read an adapter; its updates stay in the file until they are asked for.
+
+    folder: PEFT's or mlx-lm's, or one with a single LoRA of diffusers or kohya-ss; or such a safetensors file itself.
 
     Raises LoraloomError that tells at once all that is wrong or that low-rank updates cannot express: a missing or
     truncated file, an A without its B, values that are not finite or no floating-point numbers, names that tell no
     place in the base, DoRA, biases, inits that changed the base, trained weights in further files.
     """
-    folder = Path(folder)
-    sources = _seen(folder / CONFIG)  # first: what is read later must be of these files
-    config = read_config(folder)
-    paths, fault = weight_files(folder)
-    sources += _seen(*paths)
-    beside, wrong = files_beside(folder, {CONFIG, PROVENANCE, RECORD, *(path.name for path in paths)})
-    problems = [*unsupported(config), *wrong, *([fault] if fault else [])]
+    sources = _seen(Path(folder) / CONFIG)  # first: what is read later must be of these files
+    source = find_source(Path(folder))
+    place, files, dialect = source.place, source.files, source.dialect
+    what = WEIGHTS if dialect is PEFT else files.paths[0].name if files.paths else dialect.weights
+    sources = (sources if dialect in (PEFT, MLX) else ()) + _seen(*files.paths)
+    beside, problems = _beside(source)
+    problems += [files.fault] if files.fault else []
     try:
-        checked, files = check_tensors(paths)
+        checked, stored = check_tensors(files.paths, files.places)
     except ValueError as error:
-        checked, files = {}, {}
-        problems.append(f"{WEIGHTS} cannot be read ({error}): half-written?")
-    names = read_names(checked, config)
-    layers = Layers()
-    try:
-        layers = find_layers(names.factors, checked, config)
-    except LoraloomError as error:
-        problems.append(f"{CONFIG}: {error.message}: {error.hint}")
+        checked, stored = {}, {}
+        problems.append(f"{what} cannot be read ({error}): half-written?")
+    if dialect is PEFT:
+        problems = unsupported(source.config) + problems
+        names, layers = _of_peft(source.config, checked, problems)
+    else:
+        names, layers = _of_others(source, checked, stored)
     saved = {path: checked[key] for path, key in {**names.whole, **names.copies}.items()}
     told = [*names.problems, *layers.problems, *whole_problems(saved)]
     if not (names.factors or told or problems):
         told.append("holds no lora_A and lora_B tensors")
-    problems += [f"{WEIGHTS}: {problem}" for problem in told]
-    raise_problems(str(folder), problems, "train the adapter again or convert it with the tool that made it")
-    beside.left_out.update({f"{WEIGHTS}: {key}": why for key, why in names.unread.items()})
+    problems += [f"{what}: {problem}" for problem in told]
+    raise_problems(str(place), problems, "train the adapter again or convert it with the tool that made it")
+    beside.left_out.update({f"{what}: {key}": why for key, why in names.unread.items()})
     return Adapter(
-        StoredUpdates(files, layers.places, layers.shapes),
-        config,
-        dict(StoredTensors(files, names.whole)),
+        StoredUpdates(stored, layers.places, layers.shapes),
+        source.config,
+        dict(StoredTensors(stored, names.whole)),
         layers.dtype,
-        folder,
-        str(read_provenance(folder).get("base_fingerprint") or ""),
-        task_of(folder),
+        place,
+        str(read_provenance(place).get("base_fingerprint") or ""),
+        task_of(place),
         layers.forms,
-        StoredTensors(files, names.copies),
+        StoredTensors(stored, names.copies),
         beside,
         sources,
+        dialect.name,
     )
 
 
+def _of_peft(config: Mapping[str, Any], checked: Mapping[str, Checked], problems: list[str]) -> tuple[Names, Layers]:
+    names = read_names(checked, config)
+    try:
+        return names, find_layers(names.factors, checked, config)
+    except LoraloomError as error:
+        problems.append(f"{CONFIG}: {error.message}: {error.hint}")
+        return names, Layers()
+
+
+def _of_others(
+    source: Source, checked: Mapping[str, Checked], stored: Mapping[str, StoredFile]
+) -> tuple[Names, Layers]:
+    names = read_factors(checked, source.dialect)
+    if source.dialect is MLX:
+        layers = plain_layers(names.factors, checked, lambda module, rank: source.scale, transposed=True)
+        layers.forms.update({module: Form("embedding") for module in layers.shapes if is_embedding(module)})
+        return names, layers
+    layers = plain_layers(names.factors, checked, read_scaling(names, stored, names.problems))
+    names.unread.update({f"metadata: {entry}": "of the training" for entry in _trained_with(stored)})
+    return names, layers
+
+
+def _trained_with(stored: Mapping[str, StoredFile]) -> list[str]:
+    """Return what is said beside the tensors and read by nobody: one line, of as many entries as it holds."""
+    read = ("format", "ss_base_model_version", METADATA)
+    entries = sorted({entry for file in stored.values() for entry in file.metadata} - set(read))
+    return [first_few(entries)] if entries else []
+
+
+def _beside(source: Source) -> tuple[Beside, list[str]]:
+    """Return what lies in the adapter's folder beside what is read, and problems; a file stands alone."""
+    if source.place.is_file():
+        return Beside(), []
+    indices = [path.name for path in source.place.glob(f"*{INDEX}")] if source.files.places else []
+    read = {CONFIG, PROVENANCE, RECORD, *indices, *(path.name for path in source.files.paths)}
+    beside, problems = files_beside(source.place, read)
+    if source.unread:
+        beside.left_out[f"{CONFIG}: {first_few(source.unread)}"] = "of the training"
+    return beside, problems
+
+
 class AdapterWriter:
-    """Writes an ordinary PEFT adapter update by update; see `adapter_writer`."""
+    """Writes an adapter update by update, as PEFT or another tool has it; see `adapter_writer`."""
 
     def __init__(self, folder: Path, staged: Path, config: Mapping[str, Any], weights: UpdateFile) -> None:
         self.folder = folder
@@ -115,8 +163,9 @@ class AdapterWriter:
         """
         problems = [f"{name}: overflows {self.weights.dtype}" for name in self.weights.overflowing]
         raise_problems(str(self.folder), problems, "nothing was written; use a smaller scale")
-        self.weights.close()
-        write_json(self.staged / CONFIG, self.weights.config(self.config), sort_keys=True)
+        config = self.weights.finish(self.config)
+        if config:
+            write_json(self.staged / CONFIG, config, sort_keys=True)
         for name, content in (carried or {}).items():
             (self.staged / name).write_bytes(content)
         _write_beside(self.staged, provenance, files, extra)
@@ -131,12 +180,13 @@ def adapter_writer(
     head: Iterable[str] = (),
     forms: Mapping[str, Form] | None = None,
     *,
+    dialect: Dialect = PEFT,
     rank: int | None = None,
     kind: str = ADAPTER,
     overwrite: bool = False,
     inputs: Iterable[Path] = (),
 ) -> Iterator[AdapterWriter]:
-    """Yield a writer of the updates of `modules`, and of a head of those parameter paths, as a PEFT folder.
+    """Yield a writer of the updates of `modules`, and of a head of those parameter paths, as an adapter's folder.
 
     folder: appears whole at the end, or not at all where something raises.
     config: PEFT's adapter_config.json; rank and alpha are filled in.
@@ -144,13 +194,15 @@ def adapter_writer(
     modules: paths of the layers whose updates will come.
     head: paths of the head's parameters that will come.
     forms: of the modules that are not linear layers.
+    dialect: whose files are written. Others than PEFT's have no heads.
     rank: in which every layer is written, widened by zeros; None writes each in its own.
     kind, overwrite, inputs: see `staged_folder`.
 
     Raises LoraloomError where a value does not fit `dtype`.
     """
     with staged_folder(Path(folder), kind=kind, overwrite=overwrite, inputs=inputs) as staged:
-        weights = UpdateFile(staged, dtype, modules, head, forms or {}, rank)
+        base = config.get("base_model_name_or_path")
+        weights = UpdateFile(staged, dialect, dtype, modules, head, forms or {}, base=base, rank=rank)
         try:
             yield AdapterWriter(Path(folder), staged, config, weights)
         finally:
@@ -167,9 +219,10 @@ def write_adapter(
     rank: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter as a PEFT folder, with its head and what comes along with it, and return the folder.
+    """Write an adapter as a folder, with its head and what comes along with it, and return the folder.
 
-    adapter: its updates may lie in a file; they are written one by one, in the adapter's own dtype.
+    adapter: written as the tool has it by which its layers are named, PEFT or another. Its updates may lie in a file;
+      they are written one by one, in the adapter's own dtype.
     provenance: the content of loraloom.json.
     files: further text files by name.
     extra: further safetensors files by name, as tensors by name.
@@ -181,6 +234,7 @@ def write_adapter(
     whole = [*adapter.head, *adapter.copies]
     place: dict[str, Any] = {"kind": str(provenance.get("kind", ADAPTER)), "overwrite": overwrite, "rank": rank}
     place["inputs"] = [adapter.path] if adapter.path else []
+    place["dialect"] = DIALECTS[adapter.dialect]
     with adapter_writer(folder, adapter.config, adapter.dtype, adapter.updates, whole, adapter.forms, **place) as out:
         out.add_head(adapter.head)
         out.add_head(adapter.copies)
@@ -225,9 +279,11 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 
 
 def task_of(folder: str | Path) -> str:
-    """Return the task that an adapter was trained on, by its loraloom.json, or else the name of its folder."""
+    """Return the task that an adapter was trained on, by its loraloom.json, or else the name of its folder or file."""
     task = read_provenance(folder).get("task")
-    return str(task["name"]) if isinstance(task, dict) and "name" in task else Path(folder).resolve().name
+    if isinstance(task, dict) and "name" in task:
+        return str(task["name"])
+    return Path(folder).resolve().name.removesuffix(".safetensors")
 
 
 class Input(NamedTuple):
@@ -261,9 +317,9 @@ def files_by_task(folder: Path, place: str) -> dict[str, tuple[str, Path]]:
 
 def adapter_sha256(folder: str | Path) -> str:
     """Return the sha256 over config and weights of an adapter folder. Raises LoraloomError where it has none."""
-    paths, fault = weight_files(Path(folder))
-    raise_problems(str(folder), [fault] if fault else [], "save the adapter again")
-    return file_sha256(Path(folder) / CONFIG, *paths)
+    source = find_source(Path(folder))
+    raise_problems(str(folder), [source.files.fault] if source.files.fault else [], "save the adapter again")
+    return file_sha256(*source.described)
 
 
 def _seen(*paths: Path) -> tuple[Seen, ...]:

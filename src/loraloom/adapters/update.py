@@ -77,6 +77,7 @@ class Adapter:
     known. `forms` tells of the layers that are not
     linear; `copies` are weights of the base that PEFT saves beside an embedding's update, by parameter path; `beside`
     is what else lies in the folder, and `sources` are the config and weights that were read, as they were then.
+    `dialect` names the tool in whose files it stands and that its layers are named by: see `adapters.dialects`.
     """
 
     updates: Mapping[str, Update]
@@ -90,6 +91,7 @@ class Adapter:
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     beside: Beside = field(default_factory=Beside)
     sources: tuple[Seen, ...] = ()
+    dialect: str = "peft"
 
     @property
     def name(self) -> str:

@@ -1,7 +1,8 @@
-"""Updates written one by one as an ordinary PEFT adapter, each in the form that its layer has there."""
+"""Updates written one by one as PEFT or another tool has them, each in the form that its layer has there."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.config import INIT_ONLY
-from loraloom.adapters.dialects import PREFIX
+from loraloom.adapters.dialects import KOHYA, MLX, PEFT, Dialect
+from loraloom.adapters.images import component_of
 from loraloom.adapters.layout import parameters_of, without_wrappers
-from loraloom.adapters.stored import WEIGHTS
+from loraloom.adapters.mlx import mlx_config
+from loraloom.adapters.names import PREFIX
 from loraloom.adapters.update import Form, Update
-from loraloom.files.tensors import TensorFile, all_finite
+from loraloom.files.tensors import StoredFile, TensorFile, all_finite
+
+_ALPHA = ".alpha"
 
 
 class UpdateFile:
     """The weights of an adapter, written update by update with a scaling of 1 (alpha = r), for B holds it already.
+
+    dialect: whose names and layout they are written in. base: the base model's name, for kohya-ss.
 
     `names` of further tensors must be told at the start; `forms` as in `Adapter`. Every update is widened to `rank` by
     zeros where it is given. `ranks` and `overflowing` tell what was written and what did not fit `dtype`.
@@ -27,20 +34,29 @@ class UpdateFile:
     def __init__(
         self,
         folder: Path,
+        dialect: Dialect,
         dtype: torch.dtype,
         modules: Iterable[str],
         names: Iterable[str],
         forms: Mapping[str, Form],
+        *,
+        base: str | None = None,
         rank: int | None = None,
     ) -> None:
+        self.dialect = dialect
         self.dtype = dtype
         self.forms = forms
         self.rank = rank
         self.ranks: dict[str, int] = {}
         self.overflowing: list[str] = []
         self._waiting: dict[str, dict[str, Update]] = {}  # experts of a module that is not whole yet
+        self._prefix = PREFIX if dialect is PEFT else ""
         keys = {key for module in modules for key in self._keys(module)}
-        self._file = TensorFile(folder / WEIGHTS, [PREFIX + name for name in (*keys, *names)])
+        self._path = folder / dialect.weights
+        metadata = {"format": "pt", "ss_network_module": "networks.lora"} if dialect is KOHYA else None
+        if metadata and base:
+            metadata["ss_base_model_version"] = base
+        self._file = TensorFile(self._path, [self._prefix + name for name in (*keys, *names)], metadata)
 
     def add(self, module: str, update: Update) -> None:
         """Write one update. Raises ValueError for one that was not announced or was added before."""
@@ -56,16 +72,53 @@ class UpdateFile:
         A, B = update.A, update.B
         if form and form.kind == "convolution":
             A, B = A.reshape(-1, *form.kernel), B.reshape(*B.shape, *(1 for _ in form.kernel[1:]))
-        for key, factor in zip(self._keys(module), (A, B), strict=True):
+        if self.dialect.transposed:
+            A, B = A.T, B.T
+        for key, factor in zip(self._keys(module), (A, B), strict=False):
             self._write(key, factor)
+        if self.dialect.alpha:  # in bfloat16 a rank above 256 would be rounded
+            self._file.add(f"{module}{_ALPHA}", torch.tensor(float(update.rank)))
 
     def add_whole(self, name: str, tensor: Tensor) -> None:
         """Write a tensor in its own dtype, by its parameter's path."""
-        self._file.add(PREFIX + name, tensor)
+        self._file.add(self._prefix + name, tensor)
 
     def close(self) -> None:
         """Write the file's header and close it; calling it twice does no harm."""
         self._file.close()
+
+    def finish(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Close the file and return the config to write beside it, from PEFT's `config`; None where there is none."""
+        self.close()
+        if self.dialect.one_rank:
+            self._widen()
+        if self.dialect is PEFT:
+            return self.config(config)
+        if self.dialect is MLX:
+            return mlx_config(self.ranks, max(self.ranks.values()), config.get("base_model_name_or_path"))
+        return None
+
+    def _widen(self) -> None:
+        """Write the file again with zeros added to the factors, where the ranks of a model's layers differ."""
+        parts = {module: component_of(module) if self.dialect.images else "" for module in self.ranks}
+        largest: dict[str, int] = {}
+        for module, part in parts.items():
+            largest[part] = max(largest.get(part, 0), self.ranks[module])
+        short = {module: largest[parts[module]] - rank for module, rank in self.ranks.items()}
+        if not any(short.values()):
+            return
+        narrow = StoredFile(self._path)
+        wide = TensorFile(self._path.with_suffix(".wide"), narrow, narrow.metadata)
+        for module, more in short.items():
+            keys = self._keys(module)
+            for key, at in zip(keys[:2], (1, 0) if self.dialect.transposed else (0, 1), strict=True):
+                tensor = narrow[key]
+                zeros = tensor.new_zeros([more if axis == at else size for axis, size in enumerate(tensor.shape)])
+                wide.add(key, torch.cat([tensor, zeros], dim=at))
+            if self.dialect.alpha:
+                wide.add(keys[2], narrow[keys[2]] + more)
+        wide.close()
+        os.replace(self._path.with_suffix(".wide"), self._path)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return `config` with the ranks that were written, as PEFT needs it to load them."""
@@ -90,12 +143,13 @@ class UpdateFile:
         """Return what PEFT matches rank_pattern against: the module's path, or those of its adapted parameters."""
         return parameters_of(module, config) or [module]
 
-    def _keys(self, module: str) -> tuple[str, str]:
-        form = self.forms.get(module)
-        if form and form.kind == "embedding":
+    def _keys(self, module: str) -> tuple[str, ...]:
+        form, dialect = self.forms.get(module), self.dialect
+        if dialect is PEFT and form and form.kind == "embedding":
             return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
         stored = form.module if form and form.kind == "experts" else module
-        return f"{stored}.lora_A.weight", f"{stored}.lora_B.weight"
+        factors = stored + dialect.A, stored + dialect.B
+        return (*factors, f"{module}{_ALPHA}") if dialect.alpha else factors
 
     def _add_expert(self, module: str, form: Form, update: Update) -> None:
         """Keep an expert's update until all of its module's parameters are there: they are written in one rank."""
@@ -118,7 +172,7 @@ class UpdateFile:
         written = tensor.to(self.dtype)
         if not all_finite(written):
             self.overflowing.append(name)
-        self._file.add(PREFIX + name, written)
+        self._file.add(self._prefix + name, written)
 
 
 def balanced(update: Update) -> Update:

@@ -43,6 +43,14 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--column", help="Column of a text in --unlabelled, `text` without it; twice for a pair of texts."),
 ]
+ToOption = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        metavar="peft|diffusers|kohya|mlx",
+        help="Tool whose files are written: see docs/dialects.md. Without it that of the adapters.",
+    ),
+]
 ServerOption = Annotated[
     str | None,
     typer.Option(

@@ -21,6 +21,7 @@ from loraloom.cli.common import (
     Quiet,
     RecipeOption,
     ServerOption,
+    ToOption,
     command,
     one_value,
     read_recipe,
@@ -143,6 +144,7 @@ def merge(
             help="The adapters were trained one on top of the other, in this order (SFT, then DPO): sum them whole.",
         ),
     ] = False,
+    to: ToOption = None,
     server: ServerOption = None,
     from_mergekit: Annotated[
         Path | None,
@@ -186,8 +188,9 @@ def merge(
             raise LoraloomError("--fuse-into keeps the checkpoint's own dtypes", "leave out --dtype")
         if stack:
             _check_unused(context, "--stack", "sums the adapters whole", (*BY_THE_CALLER, "drop_refused"))
-        if server and fuse_into:
-            raise LoraloomError("--for writes an adapter, --fuse-into a whole checkpoint", "leave out one of them")
+        if (server or to) and fuse_into:
+            named = "--for" if server else "--to"
+            raise LoraloomError(f"{named} writes an adapter, --fuse-into a whole checkpoint", "leave out one of them")
         paths, options = split_arguments(adapters or [], rule, _flags(context))
         candidates = to_try(rule, scale, options, recipe, unlabelled)
         look, choose, count = None, None, probe_texts or AGREEMENT_TEXTS
@@ -219,7 +222,7 @@ def merge(
             not_taken = {"not_taken": said.left_out}
             for name, why in said.left_out.items():
                 out.warn(f"{from_mergekit}: {name} is not taken: {why}")
-        asked = replace(asked, rank=rank, seed=seed, heads=cast("Heads", heads), base=base)
+        asked = replace(asked, rank=rank, seed=seed, heads=cast("Heads", heads), base=base, to=to)
         asked = replace(asked, targets=cast("Targets", targets), stack=stack, normalise=way, server=server, clip=clip)
         kind, seen = FUSED if fuse_into else MERGED, statistics or ()
         plan = folders.plan_folders(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraloom.adapters.dialects import DIALECTS, PEFT
 from loraloom.adapters.servers import VLLM, ServedFacts
 from loraloom.cli.terminal import Out
 from loraloom.cli.words import counted
@@ -106,6 +107,8 @@ def next_step(out: Out, facts: MergeFacts, folder: Path, align: Sequence[object]
         out.next("serve it", "vllm", "serve", folder)
     elif isinstance(facts, MergedFacts) and facts.served:
         serve_steps(out, facts.served, folder, facts.base)
+    elif facts.dialect != PEFT.name:
+        out.hint(f"in Python: {DIALECTS[facts.dialect].loading.replace('folder', repr(str(folder)))}")
     elif isinstance(facts, MergedFacts) and facts.heads:
         out.next("fit the heads to it, without labels", *align)
     elif isinstance(facts, MergedFacts) and facts.output_rank <= VLLM.ranks[-1]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loraloom.adapters.dialects import DIALECTS, PEFT
 from loraloom.adapters.servers import ServedFacts, get_server
 from loraloom.merging.choice import AgreementFacts, CandidateFacts
 from loraloom.merging.distillation import DistilledFacts
@@ -72,6 +73,8 @@ def merge_lines(facts: MergeFacts) -> Lines:
         lines += _fused(facts)
     elif isinstance(facts, ForecastFacts):
         lines += _forecast(facts)
+    if facts.dialect != PEFT.name:
+        lines.append(("written as", f"{DIALECTS[facts.dialect].title} has it: {DIALECTS[facts.dialect].weights}"))
     if facts.served:
         lines.append(("written for", served_line(facts.served)))
     lines += agreement_lines(facts.agreement) if facts.agreement else []
@@ -166,12 +169,13 @@ def distilled_lines(facts: DistilledFacts) -> Lines:
 
 def merged_card(facts: MergedFacts) -> str:
     """Return the model card of a merged adapter: of what, how, what was lost, how to load it."""
-    front = ["library_name: peft", "tags:", "- lora", "- merge", "- loraloom"]
+    dialect = DIALECTS[facts.dialect]
+    front = [f"library_name: {dialect.library}", "tags:", "- lora", "- merge", "- loraloom"]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", facts.base) and not facts.base.startswith("."):
         front.insert(0, f"base_model: {facts.base}")  # a name on the Hub; the Hub refuses a folder here
     loading = [
-        *("An ordinary PEFT adapter, with the scaling folded in:", ""),
-        *("```python", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""),
+        *(f"An ordinary adapter of {dialect.title}, with the scaling folded in:", ""),
+        *("```python", dialect.loading, "```", ""),
         "Everything needed to make it again is in `loraloom.json`.",
     ]
     return _card(front, "Merged LoRA adapter", "", facts, loading)

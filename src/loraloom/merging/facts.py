@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from loraloom.adapters.dialects import PEFT
 from loraloom.adapters.peft import PROVENANCE, read_provenance
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets
@@ -89,6 +90,7 @@ class MergeFacts:
     agreement: every candidate that was tried where rule or scale were chosen without labels.
     screening: verdicts on the adapters, with reasons, and who was dropped; None where they were not screened.
     clip: the most that an adapter's energy in a layer may be, times the adapters' median there; None where any may be.
+    dialect: of the tool in whose files the result is written, or whose names its layers have.
     served: the server that the result is written for, and its rank there.
     distilled: what was done where the result was trained by the single adapters, on which texts.
     """
@@ -120,6 +122,7 @@ class MergeFacts:
     clip: float | None = field(default=None, kw_only=True)
     normalise_from: NormaliseFrom = field(default="asked", kw_only=True)
     loudness: float | None = field(default=None, kw_only=True)
+    dialect: str = field(default=PEFT.name, kw_only=True)
     served: ServedFacts | None = field(default=None, kw_only=True)
     distilled: DistilledFacts | None = field(default=None, kw_only=True)
 
@@ -160,6 +163,7 @@ class MergeFacts:
             clip=plan.clip,
             normalise_from=plan.normalised.who,
             loudness=plan.normalised.loudness,
+            dialect=plan.dialect.name,
             served=plan.served,
             distilled=plan.distiller.facts if plan.distiller else None,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from loraloom.adapters.bases import public_name
+from loraloom.adapters.dialects import common_dialect
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
 from loraloom.adapters.update import Adapter, Update
@@ -84,7 +85,9 @@ def plan_folders(
         with collecting(errors):  # where all can be read, `make_plan` tells what is wrong with the rest
             raise_problems("the rule", get_rule(options.rule).check(options.options)[1])
     raise_together(errors)
-    named: Mapping[str, Adapter] = dict(zip(input_names(folders), members, strict=True))
+    names = input_names([one.path or Path() for one in members])
+    members = common_dialect(members, options.to)[1]
+    named: Mapping[str, Adapter] = dict(zip(names, members, strict=True))
     if screen is not None and not together_problems(members, options):
         every = list(named)
         named, options = screen(named, options)

@@ -38,7 +38,8 @@ class Merged:
         """Return the merged adapter."""
         updates = {module: layer.update for module, layer in self.merged.items()}
         plan = self.plan
-        return Adapter(updates, plan.config, plan.head, plan.dtype, forms=plan.forms, copies=plan.copies)
+        adapter = Adapter(updates, plan.config, plan.head, plan.dtype, forms=plan.forms, copies=plan.copies)
+        return replace(adapter, dialect=plan.dialect.name)
 
     @property
     def energy_lost(self) -> dict[str, float]:
@@ -53,7 +54,8 @@ class Merged:
         index = self.plan.used.index(task)
         updates = {module: layer.shared.readouts()[index] for module, layer in self.merged.items() if layer.shared}
         plan = self.plan
-        return Adapter(updates, plan.config, {}, plan.dtype, forms=plan.forms, copies=plan.copies)
+        adapter = Adapter(updates, plan.config, {}, plan.dtype, forms=plan.forms, copies=plan.copies)
+        return replace(adapter, dialect=plan.dialect.name)
 
     def layers(self) -> Iterable[Layer]:
         """Return the merged layers."""
@@ -74,6 +76,7 @@ def merge(
     targets: Targets = "union",
     stack: bool = False,
     normalise: Normalise = "auto",
+    to: str | None = None,
     clip: float | None = None,
     server: str | None = None,
     screening: ScreenFacts | None = None,
@@ -99,6 +102,7 @@ def merge(
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
       each does to its own inputs, which takes statistics; "auto": the former where their energies differ more than
       3-fold and no weights are given, for rules that see updates alone, else nothing ("none").
+    to: the tool that the result is written for: "peft", "diffusers", "kohya" or "mlx"; None takes the adapters' own.
     server: for which `write_merged` writes the result: "vllm", "sglang", "llamacpp" or "ollama"; see `SERVERS`.
     clip: the most energy |dW|^2 of an adapter in a layer, times the adapters' median there.
     screening: what a screening found before, for the record; see `screen`.
@@ -111,7 +115,7 @@ def merge(
     Raises LoraloomError that tells all problems at once; see `make_plan`.
     """
     asked = MergeOptions(rule, options, weights, scale, rank, seed, heads, base, agreement, targets, stack, normalise)
-    asked = replace(asked, clip=clip, server=server, screening=screening, dtype=dtype)
+    asked = replace(asked, to=to, clip=clip, server=server, screening=screening, dtype=dtype)
     plan = make_plan(adapters, asked, statistics=statistics, probe=probe, distiller=distiller)
     return Merged(plan, {layer.module: layer for layer in plan.layers()})
 
@@ -124,7 +128,9 @@ def write_merged(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a PEFT folder with heads/<input>.safetensors, a model card and loraloom.json; return the folder.
+    """Write an adapter's folder with heads/<input>.safetensors, a model card and loraloom.json; return the folder.
+
+    It is PEFT's, or that of the tool in whose files all inputs stand, or for which the merge was asked.
 
     merged: what `merge` returned; or a plan, which is computed while it is written: one layer at a time in memory.
     folder: appears whole or not at all.
@@ -138,7 +144,8 @@ def write_merged(
     head, layers, copies = plan.head, {}, plan.copies
     readouts: dict[str, dict[str, Tensor]] = {}
     rank = plan.served.rank if plan.served else None
-    place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders, "rank": rank}
+    place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders}
+    place |= {"dialect": plan.dialect, "rank": rank}
     with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms, **place) as out:
         out.add_head(head)
         out.add_head(copies)

@@ -19,13 +19,14 @@ def input_names(folders: Sequence[Path]) -> list[str]:
 
     What file names, shells and the Hub do not take (`lr=0.1,seed=3` of a sweep) becomes a dash.
     """
-    parts = [folder.resolve().parts[1:] for folder in folders]
+    places = [folder.resolve() for folder in folders]
+    parts = [(*place.parts[1:-1], place.name.removesuffix(".safetensors")) for place in places]
     for count in range(1, max((len(one) for one in parts), default=0) + 1):
         names = ["-".join(map(_plain, one[-count:])) for one in parts]
         if len({name.casefold() for name in names}) == len(names):
             break
     else:
-        names = [_plain(folder.resolve().name) for folder in folders]
+        names = [_plain(one[-1]) for one in parts]
     names = [name if len(name.encode()) <= _LONGEST else _shortened(name) for name in names]
     found: list[str] = []
     for name in names:  # one folder twice, or two that differ in what became a dash

@@ -34,9 +34,11 @@ class MergeOptions:
     normalise: what is made equal of all adapters, layer by layer, before the weights: "norm", |dW|_F; "response", what
         each does to its own inputs, which takes statistics; "auto" is "norm" where the energies differ more than 3-fold
         and no weights were given, for rules that see nothing but updates, and else "none"; see `merging.normalise`.
+    to: the tool that the result is written for, by the name of its dialect: see `adapters.dialects`; None takes that of
+        the adapters.
     clip: brings the energy |dW|^2 of each adapter in each layer to at most so many times the adapters' median there.
     screening: what a screening found before, for the record; see `analysis.screening`.
-    server: what the result is written for: a name of `adapters.servers.SERVERS`; None for an ordinary PEFT adapter.
+    server: what the result is written for: a name of `adapters.servers.SERVERS`; None for none of them.
     dtype: of the result's weights; None takes the widest of the adapters'.
     """
 
@@ -52,6 +54,7 @@ class MergeOptions:
     targets: Targets = "union"
     stack: bool = False
     normalise: Normalise = "auto"
+    to: str | None = None
     clip: float | None = None
     server: str | None = None
     screening: ScreenFacts | None = None

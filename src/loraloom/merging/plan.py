@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraloom.adapters.beside import carry
 from loraloom.adapters.config import CONFIG, merged_config
+from loraloom.adapters.dialects import PEFT, Dialect
 from loraloom.adapters.lowrank import Shared, no_update, truncate, truncate_dense
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets, common_copies, equal_adapters, layers_of_all
@@ -63,6 +64,7 @@ class Plan:
     stack: what is known of the inputs' bases, where they are summed as trained one on top of the other.
     normalised: what was made equal before the weights, and who decided it. factors: of that or of clipping; else 1.
     served: the server that the result is written for, and its rank there.
+    dialect: of the tool that the result is written for; the members' layers are named as there.
     dtype_asked: of the result; None for the widest of the inputs.
     """
 
@@ -84,6 +86,7 @@ class Plan:
     stack: Stack | None = None
     normalised: Normalised = AS_THEY_ARE
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    dialect: Dialect = PEFT
     served: ServedFacts | None = None
     clip: float | None = None
     screening: ScreenFacts | None = None

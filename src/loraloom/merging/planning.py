@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loraloom.adapters.dialects import common_dialect
 from loraloom.adapters.together import common_copies
 from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, raise_problems
@@ -55,8 +56,10 @@ def make_plan(
     options, weights that do not match, what the rule needs and was not given.
     """
     names, members = named_adapters(adapters)
+    dialect, members, strange = common_dialect(members, options.to)
     stack = look_at(dict(zip(names, members, strict=True))) if options.stack else None
-    problems = name_problems(names) + twice_problems(members) + together_problems(members, options)
+    problems = strange + name_problems(names) + twice_problems(members)
+    problems += [] if strange else together_problems(members, options)
     if stack:
         problems += asked_problems(options) + stack.problems
         options = replace(options, rule=SUM, options={}, weights=None, scale=None, base=options.base or members[0].base)
@@ -111,6 +114,7 @@ def make_plan(
         stack=stack,
         normalised=normalised,
         factors=factors,
+        dialect=dialect,
         clip=options.clip,
         screening=options.screening,
         distiller=distiller,

@@ -7,10 +7,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import get_args
 
+from loraloom.adapters.dialects import DIALECTS, PEFT
 from loraloom.adapters.servers import ServedFacts, fit_server, get_server
 from loraloom.adapters.together import Targets, compatibility_problems, layer_problems, layers_of_all
 from loraloom.adapters.update import Adapter
-from loraloom.errors import did_you_mean
+from loraloom.errors import LoraloomError, did_you_mean
 from loraloom.merging.distillation import Distiller
 from loraloom.merging.options import Dtype, Heads, MergeOptions
 from loraloom.merging.registry import Probe, Rule
@@ -81,6 +82,8 @@ def head_problems(names: Sequence[str], members: Sequence[Adapter], options: Mer
         return [f"heads {options.heads!r} is unknown: {did_you_mean(options.heads, get_args(Heads))}"]
     if options.heads == "keep":
         return []
+    if any(member.dialect != PEFT.name for member in members):
+        return ["heads cannot be averaged: PEFT's adapters alone have any in them"]
     shapes = [{path: tuple(tensor.shape) for path, tensor in member.head.items()} for member in members]
     problems = [
         f"heads cannot be averaged: {name} has {shape or 'none'}, {names[0]} has {shapes[0] or 'none'}"
@@ -152,6 +155,10 @@ def for_server(name: str, members: Sequence[Adapter], rule: Rule, options: Merge
     It is so for whatever ranks its layers come out with, and known before anything is looked at. Raises LoraloomError
     with every reason why the server would not take it as it is meant.
     """
+    server = get_server(name)
+    other = next((DIALECTS[one.dialect] for one in members if one.dialect != PEFT.name), None)
+    if other:
+        raise LoraloomError(f"{server.title} reads no adapters of {other.title}", "say --to peft as well")
     layers = layers_of_all(members, options.targets)
     ranks = {
         module: options.rank or rule.bound([one.shapes[module].r for one in members if module in one.shapes])
@@ -160,4 +167,4 @@ def for_server(name: str, members: Sequence[Adapter], rule: Rule, options: Merge
     forms = {module: one.forms[module] for module, one in layers.items() if module in one.forms}
     turned = any(one.config.get("fan_in_fan_out") for one in members)
     head = members[0].head if options.heads == "average" else ()
-    return fit_server(get_server(name), "the merge", ranks, forms, turned=turned, head=head)
+    return fit_server(server, "the merge", ranks, forms, turned=turned, head=head)

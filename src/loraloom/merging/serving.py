@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from loraloom.adapters.config import headless_config
+from loraloom.adapters.dialects import PEFT, translated
 from loraloom.adapters.peft import ADAPTER, adapter_sha256, read_adapter, read_provenance, write_adapter
 from loraloom.adapters.servers import ServedFacts, fit_server, get_server
 from loraloom.files.atomic import make_readable
@@ -51,7 +52,7 @@ def export_folder(
     Raises LoraloomError with every reason why the server would not take it, and where `output` may not be written.
     """
     folder, output, wanted = Path(folder), Path(output), get_server(server)
-    adapter, sha256 = read_adapter(folder), adapter_sha256(folder)
+    adapter, sha256 = translated(read_adapter(folder), PEFT), adapter_sha256(folder)
     ranks = {module: shape.r for module, shape in adapter.shapes.items()}
     turned = bool(adapter.config.get("fan_in_fan_out"))
     served = fit_server(wanted, str(folder), ranks, adapter.forms, turned=turned)
