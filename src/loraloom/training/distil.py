@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +43,9 @@ GENERIC, NEAR = "generic", "none"  # in place of a task's texts
 GENERIC_TEXTS = 300  # of a task without texts of its own
 FEWEST = 8  # texts: a slice of them is held out
 _CHECKS = 10  # measurements on held-out texts
-_FARTHEST = 10.0  # units
+# units, beyond which a distance counts by its logarithm: that of a task whose teacher hardly tells texts apart is
+# told in a unit so small that it would drown all others
+_FAR = 2.0
 _FLAT, _PATIENCE = 1e-3, 3  # less of a distance is no gain; so many checks without one end it
 
 Texts: TypeAlias = Dataset | str  # rows; GENERIC or NEAR where a task has none
@@ -119,13 +122,13 @@ class ByTeachers:
         checkpoint = by_first(lambda: resumable(self._scratch, f"{call} {transformers.__version__} {started()}"))
         before = _distances(taught, start)
         learnt = {name: parts[name][0] for name in taught}
-        trainer = self._trainer(factors, taught, before, learnt, asked, seed, checkpoint)
+        trainer = self._trainer(factors, taught, learnt, asked, seed, checkpoint)
         with full_disk_told(self._scratch):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best, found = trainer.state.best_metric, factors.updates()
         if best is None or not all(torch.isfinite(one).all() for one in factors.state_dict().values()):
             raise LoraloomError("distil: the trained weights are not finite", NOT_FINITE)
-        if best >= _mean(before, before):
+        if best >= _mean(before):
             found, best_step = dict(start), 0
         else:
             best_step = int(trainer.state.best_global_step or 0)
@@ -184,7 +187,6 @@ class ByTeachers:
         self,
         factors: Factors,
         lessons: Mapping[str, Lesson],
-        before: Mapping[str, float],
         rows: Mapping[str, Sequence[int]],
         asked: Distilling,
         seed: int,
@@ -211,7 +213,7 @@ class ByTeachers:
             dataloader_pin_memory=False,
         )
         self._reporter.begin("distilling", asked.steps)
-        return Distillation(lessons, before, self._reporter if rank_and_size()[0] == 0 else None, factors, args, order)
+        return Distillation(lessons, self._reporter if rank_and_size()[0] == 0 else None, factors, args, order)
 
 
 class Factors(nn.Module):
@@ -236,22 +238,17 @@ class Factors(nn.Module):
 
 
 class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
-    """The Trainer, whose loss is the distance to the batch's teacher, and who measures that on held-out texts.
-
-    before: that of the start, by task; see `_weighed`.
-    """
+    """The Trainer, whose loss is the distance to the batch's teacher, and who measures that on held-out texts."""
 
     def __init__(
         self,
         lessons: Mapping[str, Lesson],
-        before: Mapping[str, float],
         reporter: Reporter | None,
         factors: Factors,
         args: transformers.TrainingArguments,
         order: Order,
     ) -> None:
-        self._lessons, self._before, self._reporter = lessons, before, reporter
-        self._factors, self._order, self._told = factors, order, ""
+        self._lessons, self._reporter, self._factors, self._order, self._told = lessons, reporter, factors, order, ""
         stop = EarlyStoppingCallback(_PATIENCE, _FLAT)
         watch = Watch("distil", self._show if reporter else None)
         # evaluate is our own, and looks at no eval_dataset; the Trainer asks for one that is there
@@ -267,14 +264,14 @@ class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
         """Return how far the model is from the teacher of this batch's task."""
         name = list(self._lessons)[inputs["task"]]
         far = self._lessons[name].loss(model(inputs["task"], inputs["batch"]), inputs["batch"], inputs["given"])
-        return far / _weighed(self._before[name])
+        return far / max(1.0, float(far.detach()) / _FAR)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Measure and log the mean distance to the teachers on held-out texts."""
         # one measure for all processes: they must stop together
         found = gathered(_distances(self._lessons, self._factors.updates()))[0]
         self._told = ", ".join(f"{name} {distance:.3f}" for name, distance in found.items())
-        metrics = {"eval_distance": _mean(found, self._before)}
+        metrics = {"eval_distance": _mean(found)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -333,16 +330,9 @@ def _distances(lessons: Mapping[str, Lesson], updates: Mapping[str, Update]) -> 
     return {name: one.distance(updates) for name, one in lessons.items()}
 
 
-def _mean(distances: Mapping[str, float], before: Mapping[str, float]) -> float:
-    return sum(far / _weighed(before[name]) for name, far in distances.items()) / len(distances)
-
-
-def _weighed(before: float) -> float:
-    """Return what a task's distance is divided by, so that it is `_FARTHEST` at the start at most.
-
-    The unit of a task whose teacher hardly tells texts apart is so small that it would drown all others.
-    """
-    return max(1.0, before / _FARTHEST)
+def _mean(distances: Mapping[str, float]) -> float:
+    """Return the mean over tasks, of a far one as `_FAR` says."""
+    return sum(min(far, _FAR * (1 + math.log(max(far / _FAR, 1)))) for far in distances.values()) / len(distances)
 
 
 def _sha256(updates: Mapping[str, Update]) -> str:
