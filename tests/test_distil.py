@@ -84,7 +84,8 @@ def adapters(base: Path) -> dict[str, Adapter]:
 def run(model: Evaluator, adapters: dict[str, Adapter], tmp_path: Path) -> Callable[..., Merged]:
     def made(**changes: Any) -> Merged:
         texts = {name: tiny.task(name, rows=48).train for name in adapters}
-        options: dict[str, Any] = {"steps": 100, "batch_size": 8, "learning_rate": 0.02, "teachers": tmp_path / "t"}
+        options: dict[str, Any] = {"steps": 100, "batch_size": 8, "learning_rate": 0.02, "loss": "both"}
+        options["teachers"] = tmp_path / "t"
         given = {"adapters": adapters, "model": model, "texts": texts, "scratch": tmp_path / "s", **options, **changes}
         return distil(**given)
 
@@ -121,7 +122,8 @@ def test_distance_and_loss_equal_a_dense_computation(
         both = far / unit + (features["own"] - features["merged"]).square().sum(1) / spread
         batch, given = lesson.batch([5, 0, 7])
         loss = lesson.loss(lesson.run(merged, batch), batch, given)
-        assert float(loss) == pytest.approx(float(both[[5, 0, 7]].mean()), rel=1e-4)
+        times = 1 if name == "mood" else 2  # numbers count more
+        assert float(loss) == pytest.approx(times * float(both[[5, 0, 7]].mean()), rel=1e-4)
 
 
 def test_the_gradient_reaches_only_the_factors(model: Evaluator, adapters: dict[str, Adapter], tmp_path: Path) -> None:

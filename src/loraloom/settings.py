@@ -12,7 +12,7 @@ from loraloom.errors import raise_problems
 Tokens = Literal["prompt", "answer", "both"]  # of rows of prompts and answers, which tokens statistics count
 Kind = Literal["token", "sample"]  # what a row of statistics is: a token, or the mean over a sample's tokens
 Precision = Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 where a GPU has it
-DISTIL_TEXTS = 2000  # unlabelled texts a task at most by which a merge is trained
+DISTIL_TEXTS = 1000  # unlabelled texts a task at most by which a merge is trained
 AGREEMENT_TEXTS = 32  # unlabelled texts a task by which rule and scale are chosen; docs/agreement.md
 
 

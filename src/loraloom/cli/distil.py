@@ -37,14 +37,15 @@ def distil(
         int | None, typer.Option(min=1, help="Rank of the result at most; the sum of the adapters' without it.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps at most; without it 200, and 60 where answers are written.")
+        int | None,
+        typer.Option(min=1, help="Steps at most; without it those that read 10,000 texts, and 60 for answers."),
     ] = None,
-    loss: Annotated[str, typer.Option(help="`output`, `features` that a head reads, or `both`.")] = "both",
+    loss: Annotated[str, typer.Option(help="`output`, `features` that a head reads, or `both`.")] = "output",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Texts of a task a step; without it 32, and 4 where answers are written.")
+        int | None, typer.Option(min=1, help="Texts of a task a step; without it 8, and 4 where answers are written.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Without it 1e-3, and 5e-4 where answers are written. It falls to 0.")
+        float | None, typer.Option(help="Without it 2e-3, and 5e-4 where answers are written. It falls to 0.")
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Base model in place of the recipe's, or of the one the adapters name.")

@@ -111,7 +111,7 @@ def merge(
         typer.Option(
             min=1,
             help="Texts a task for a rule that looks at texts, and for `auto`. Without it as the recipe has them, "
-            f"{AGREEMENT_TEXTS} for `auto`, and 2000 at most for `distil`.",
+            f"{AGREEMENT_TEXTS} for `auto`, and {DISTIL_TEXTS} at most for `distil`.",
         ),
     ] = None,
     unlabelled: Annotated[

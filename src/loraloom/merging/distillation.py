@@ -22,7 +22,7 @@ class Distilling:
     """
 
     steps: int | None = None
-    loss: Loss = "both"
+    loss: Loss = "output"
     batch_size: int | None = None
     learning_rate: float | None = None
 

@@ -42,7 +42,8 @@ from loraloom.training.runs import NOT_FINITE, Watch, arguments, clear, full_dis
 GENERIC, NEAR = "generic", "none"  # in place of a task's texts
 GENERIC_TEXTS = 300  # of a task without texts of its own
 FEWEST = 8  # texts: a slice of them is held out
-_CHECKS = 10  # measurements on held-out texts
+_READ, _STEPS = 10_000, 400  # texts of all tasks that are trained on where heads answer, and the most steps
+_CHECKS = 5  # measurements on held-out texts
 # units, beyond which a distance counts by its logarithm: that of a task whose teacher hardly tells texts apart is
 # told in a unit so small that it would drown all others
 _FAR = 2.0
@@ -103,8 +104,8 @@ class ByTeachers:
             raise LoraloomError(
                 "loss 'features': answers that are written are read by no head", "choose output or both"
             )
-        steps, batch_size = asked.steps or (60 if writes else 200), asked.batch_size or (4 if writes else 32)
-        rate = asked.learning_rate or (5e-4 if writes else 1e-3)
+        batch_size, rate = asked.batch_size or (4 if writes else 8), asked.learning_rate or (5e-4 if writes else 2e-3)
+        steps = asked.steps or (60 if writes else min(_STEPS, -(-_READ // (batch_size * len(self._rows)))))
         asked = Distilling(steps, "output" if writes else asked.loss, batch_size, rate)
         PartialState(cpu=on_cpu())  # joins the processes that a launcher started
         check_training(batch_size)
@@ -264,7 +265,8 @@ class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
         """Return how far the model is from the teacher of this batch's task."""
         name = list(self._lessons)[inputs["task"]]
         far = self._lessons[name].loss(model(inputs["task"], inputs["batch"]), inputs["batch"], inputs["given"])
-        return far / max(1.0, float(far.detach()) / _FAR)
+        shares = gathered(float(far.detach()))  # one factor for all processes: they have parts of one batch
+        return far / max(1.0, sum(shares) / len(shares) / _FAR)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Measure and log the mean distance to the teachers on held-out texts."""

@@ -34,6 +34,8 @@ from loraloom.model.runner import Evaluator
 from loraloom.model.tokens import IGNORED, Batch, batches
 from loraloom.training.teachers import PART, Teacher
 
+_NUMBERS = 2.0  # times: by one unit of distance a correlation falls far more than an accuracy does; docs/distil.md
+
 Updates = Mapping[str, Update]  # by module path
 Given = Mapping[str, Tensor]  # what a teacher says of a batch, by name
 
@@ -101,7 +103,7 @@ class HeadLesson:
             return run(batch)
 
     def loss(self, found: Tensor, batch: Batch, given: Given) -> Tensor:
-        """Return the distance of outputs, of features, or the sum of both."""
+        """Return the distance of outputs, of features, or the sum of both; of numbers, `_NUMBERS` times that."""
         own = {name: tensor.to(found.device) for name, tensor in given.items()}
         far = torch.zeros(len(found))
         assert self._unit
@@ -110,7 +112,7 @@ class HeadLesson:
             far = far + outputs_apart(own["outputs"], self._head.logits(found)) / self._unit
         if self._loss != "output":
             far = far + squares(own["features"], found) / self._spread
-        return far.mean()
+        return far.mean() * (_NUMBERS if own["outputs"].shape[1] == 1 else 1.0)
 
     def distance(self, updates: Updates) -> float:
         """Return the distance of outputs on the held-out texts."""

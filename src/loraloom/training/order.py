@@ -12,7 +12,7 @@ from loraloom.files.hashing import task_seed
 from loraloom.model.processes import started
 from loraloom.training.lessons import Lesson
 
-_HELDOUT, _MOST_HELDOUT = 8, 200  # a share of one in so many, and the most
+_HELDOUT, _MOST_HELDOUT = 8, 64  # a share of one in so many, and the most
 _ALIKE = 8  # batches whose texts are sorted by length
 
 
