@@ -86,6 +86,14 @@ def init(
             "response for apart, unit for all other rules."
         ),
     ] = None,
+    task_type: Annotated[
+        str | None,
+        typer.Option(
+            "--task-type",
+            metavar="CAUSAL_LM|SEQ_2_SEQ_LM",
+            help="PEFT's word for what the base does, for trainers that ask for it, as Unsloth does.",
+        ),
+    ] = None,
     energy_share: Annotated[
         float,
         typer.Option(help="Share of the others' energy whose directions count as loud. More leaves less room for A."),
@@ -119,7 +127,7 @@ def init(
         lora = checked(LoraSettings, "init", shape)
         chosen = {"rule": rule, "keep": keep, "scale": scale, "energy_share": energy_share}
         options = checked(StartOptions, "init", chosen)
-        more: dict[str, Any] = {"after": after or [], "overwrite": overwrite}
+        more: dict[str, Any] = {"after": after or [], "task_type": task_type, "overwrite": overwrite}
         with out.progress() as shown:
             shown.begin("starts", 1)
             if tasks:

@@ -9,13 +9,15 @@ from peft import LoraConfig
 
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter
-from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
+from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
 from loraloom.files.outputs import check_folder
 from loraloom.settings import LoraSettings
 from loraloom.starts.initialise import START, Initialisation, initialise, initialise_all
 from loraloom.starts.options import StartOptions
 from loraloom.statistics.file import Statistics
+
+_TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def initialise_from_files(
@@ -27,6 +29,7 @@ def initialise_from_files(
     *,
     seed: int | None = None,
     after: Sequence[Path] = (),
+    task_type: str | None = None,
     overwrite: bool = False,
 ) -> Initialisation:
     """Write the adapter folder that one task starts from; see `initialise`.
@@ -37,6 +40,7 @@ def initialise_from_files(
     lora: the adapter's shape; target modules "all-linear" are all layers of the statistics.
     seed: None draws it from the folder's name: teams that share an atlas must not start at the same A.
     after: adapter folders that are there already; they go by their names.
+    task_type: PEFT's, of a base without a head: "CAUSAL_LM" or "SEQ_2_SEQ_LM"; None writes none.
     overwrite: replace a folder that holds an earlier start.
 
     Raises LoraloomError that tells together every file that cannot be read.
@@ -46,7 +50,7 @@ def initialise_from_files(
         output,
         read[own] if own else None,
         {name: read[path] for name, path in _named(others).items()},
-        LoraConfig(**lora.for_peft()),
+        _config(lora, task_type),
         options,
         seed=task_seed(0, output.resolve().name) if seed is None else seed,
         after=earlier,
@@ -62,13 +66,14 @@ def initialise_all_from_files(
     *,
     seed: int = 0,
     after: Sequence[Path] = (),
+    task_type: str | None = None,
     overwrite: bool = False,
 ) -> dict[Path, Initialisation]:
     """Write the adapter folders that all tasks start from, each off the others, and return what was written by folder.
 
     output: where the folders lie, each by the name of its task's file.
     files: statistics file of every task.
-    lora, after, overwrite: as for `initialise_from_files`. options, seed: as for `initialise_all`.
+    lora, after, task_type, overwrite: as for `initialise_from_files`. options, seed: as for `initialise_all`.
 
     Raises LoraloomError that tells together every file that cannot be read.
     """
@@ -77,9 +82,16 @@ def initialise_all_from_files(
     raise_problems("init", twice, "name each file after its task")
     read, earlier = _read([output / name for name in names], files, after, overwrite)
     tasks = {path.stem: read[path] for path in files}
-    config = LoraConfig(**lora.for_peft())
+    config = _config(lora, task_type)
     done = initialise_all(output, tasks, config, options, seed=seed, after=earlier, overwrite=overwrite)
     return {output / name: one for name, one in done.items()}
+
+
+def _config(lora: LoraSettings, task_type: str | None) -> LoraConfig:
+    """Return PEFT's config of a start. Raises LoraloomError for a task type that needs a head, or is none."""
+    if task_type not in (None, *_TASK_TYPES):
+        raise LoraloomError(f"task type {task_type!r}: no base without a head", did_you_mean(task_type, _TASK_TYPES))
+    return LoraConfig(**lora.for_peft(), task_type=task_type)
 
 
 def _read(
