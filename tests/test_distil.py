@@ -32,6 +32,7 @@ from loraloom.progress import Reporter
 from loraloom.settings import TrainingSettings
 from loraloom.training.distil import Factors, distil
 from loraloom.training.lessons import HeadLesson, WrittenLesson
+from loraloom.training.teachers import PART, Teacher
 
 LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{name}" for layer in (0, 1) for name in ("query", "value")]
 NAMES = ("mood", "tone")
@@ -158,6 +159,30 @@ def test_it_recovers_what_the_merge_lost_and_goes_on_after_a_kill(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
     assert len(list((tmp_path / "t").iterdir())) == 2  # teachers of the first call served the others
     assert capfd.readouterr() == ("", "")
+
+
+def test_teachers_that_were_killed_go_on(tmp_path: Path) -> None:
+    """A kill costs the part at work, and what a full disk or a kill cut short is made anew."""
+    made = list[range]()
+
+    def make(part: range) -> dict[str, Tensor]:
+        if len(made) == 2:
+            raise Killed
+        made.append(part)
+        return {"outputs": torch.arange(part.start, part.stop)}
+
+    with pytest.raises(Killed):
+        Teacher(tmp_path, 3 * PART + 5, make)
+    assert made == [range(PART), range(PART, 2 * PART)]
+    first = tmp_path / "part-00000.safetensors"
+    first.write_bytes(first.read_bytes()[:-8])
+    made.clear()
+    with pytest.raises(Killed):
+        Teacher(tmp_path, 3 * PART + 5, make)
+    assert made == [range(PART), range(2 * PART, 3 * PART)]
+    made.clear()
+    assert Teacher(tmp_path, 3 * PART + 5, make).whole("outputs").tolist() == list(range(3 * PART + 5))
+    assert made == [range(3 * PART, 3 * PART + 5)]
 
 
 def test_a_rank_below_the_sum(run: Callable[..., Merged]) -> None:
