@@ -117,12 +117,23 @@ class MergeScore(_Record):
     recovered: dict[str, Score] = Field(
         {}, description="by task of answers: (loss of base - loss) / (loss of base - loss of the single adapter)"
     )
+    agreement: dict[str, _Figure | None] = Field(
+        {},
+        description="by task: distance from the single adapter's answers on unlabelled held-out texts; 0 is the same, "
+        "1 knows nothing of the task, null of a task whose own answers are all alike",
+    )
     average: Score
     resamples: _List[_Figure] = Field(
         default_factory=list,
         description="average on seeded resamples of the test rows, the same for every merge: differences are paired",
     )
     kept: float = Field(description="average / average of the single-task adapters on the same split")
+
+    @property
+    def distance(self) -> float | None:
+        """Return the mean distance from the single adapters over the tasks that have one; None where none has."""
+        known = [one for one in self.agreement.values() if one is not None]
+        return sum(known) / len(known) if known else None
 
     @property
     def way(self) -> tuple[str, str, str]:
@@ -249,7 +260,7 @@ def _misfits(result: StudyResult) -> list[str]:
             problems.append(f"merges.{at}.scores: not one for each task")
         problems += [
             f"merges.{at}.{field}: not one for each task"
-            for field in ("kept_probability", "recovered")
+            for field in ("kept_probability", "recovered", "agreement")
             if getattr(merge, field) and getattr(merge, field).keys() != known["task"]
         ]
     for at, table in enumerate(result.interference):
@@ -267,6 +278,7 @@ def _identity(record: BaseModel) -> str:
         "scores",
         "kept_probability",
         "recovered",
+        "agreement",
         "average",
         "resamples",
         "kept",

@@ -103,9 +103,14 @@ class TrainingSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """How models are run when they are measured."""
+    """How models are run when they are measured, and by how many texts merges are compared with the single models."""
 
     precision: Precision = Field("auto", description="of a base that writes; auto: bfloat16 where a GPU has it")
+    agreement: int = Field(
+        AGREEMENT_TEXTS,
+        ge=0,
+        description="unlabelled held-out texts a task by which every merge's distance from the single models is told",
+    )
 
 
 class AlignmentSettings(Settings):

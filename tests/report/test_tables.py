@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from loraloom.report import markdown_tables, merged_table, single_table, summary_rows, summary_table, verdict
 from loraloom.report.aggregate import Figures, Merged, off_diagonal_mean, over_seeds
-from loraloom.report.tables import points
+from loraloom.report.tables import agreement_table, points
 from loraloom.report.verdict import comparisons
 from loraloom.results import MergeScore, Score, StudyResult
 
@@ -36,6 +37,30 @@ def test_error_over_seeds_is_the_larger_of_rows_and_spread() -> None:
     assert close.stderr == pytest.approx(0.025)
     far = over_seeds([Score(value=0.4, stderr=0.01), Score(value=0.6, stderr=0.01)])
     assert (far.value, far.stderr) == (pytest.approx(0.5), pytest.approx(0.1))
+
+
+def test_agreement_is_the_rank_correlation_of_distance_and_held_out_average(result: StudyResult) -> None:
+    assert agreement_table(result) is None
+    far = {0.25: 0.9, 0.5: 0.2, 1.0: 0.7}
+    merges = [
+        merge.model_copy(update={"agreement": dict.fromkeys(merge.scores, far[merge.scale]) | {"grammar": None}})
+        for merge in result.merges
+    ]
+    told = result.model_copy(update={"merges": merges})
+    for one in Figures(told).agreed:
+        own = [m for m in of(told, one.init, "heldout", one.aligned) if m.seed == one.seed]
+        assert one.candidates == len(own) == 9
+        ranks = [scipy.stats.rankdata(side) for side in ([far[m.scale] for m in own], [m.average.value for m in own])]
+        assert one.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
+        assert (one.nearest.scale, one.best) == (0.5, max(own, key=lambda m: m.average.value))
+    table = agreement_table(told)
+    assert table is not None
+    assert len(table.rows) == 16
+    assert "Agreement" in markdown_tables(told)
+    merged = merged_table(told)
+    assert {row[merged.columns.index("distance")] for row in merged.rows} == {"0.20"}
+    alike = [merge.model_copy(update={"agreement": dict.fromkeys(merge.scores)}) for merge in result.merges]
+    assert Figures(result.model_copy(update={"merges": alike})).agreed == []
 
 
 def test_summary_equals_recomputation(result: StudyResult) -> None:

@@ -64,7 +64,8 @@ class Merged:
     `heldout` is the held-out average at the same scales, None where the study did not measure it; `by_seed` the test
     average of every seed; `resamples` that of every resample of the test rows, mean over seeds, empty where not kept.
     `shares` are those of tasks of answers, by name as in SHARES, else empty; `heldout` is the average of the first of
-    them on held-out rows.
+    them on held-out rows. `distance` is the mean over tasks from the single adapters on unlabelled texts, None where it
+    was not measured.
     """
 
     init: str
@@ -82,6 +83,7 @@ class Merged:
     by_seed: dict[int, float]
     resamples: tuple[float, ...]
     shares: dict[str, Share]
+    distance: float | None = None
 
     @property
     def share(self) -> Share | None:
@@ -98,6 +100,23 @@ class Sweep:
     aligned: bool
     scales: tuple[float, ...]
     averages: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """How near the merges of one init and seed are to its single adapters, and how good on held-out rows.
+
+    candidates: ways to merge, each at a scale. spearman: rank correlation of mean distance and held-out average, -1
+    where the nearer is always the better; None of fewer than three, or where one of the two never changes.
+    """
+
+    init: str
+    seed: int
+    aligned: bool
+    candidates: int
+    spearman: float | None
+    nearest: MergeScore
+    best: MergeScore
 
 
 class Figures:
@@ -203,6 +222,7 @@ class Figures:
                     by_seed={merge.seed: merge.average.value for merge in merges},
                     resamples=_mean_resamples(merges),
                     shares=_shares(merges),
+                    distance=_mean_distance(merges),
                 )
             )
         order = list(self.labels.values())
@@ -220,6 +240,25 @@ class Figures:
             Sweep(init, label, aligned, tuple(sorted(scales)), tuple(over_seeds(scales[s]) for s in sorted(scales)))
             for (init, label, aligned), scales in found.items()
             if len(scales) > 1
+        ]
+
+    @cached_property
+    def agreed(self) -> list[Agreed]:
+        """Distances from the single adapters against held-out averages, of every init, seed and kind of heads."""
+        found: dict[tuple[str, int, bool], list[tuple[float, MergeScore]]] = {}
+        for merge in self.result.merges:
+            if merge.split == "heldout" and merge.distance is not None:
+                key = (merge.init, merge.seed, merge.aligned)
+                found.setdefault(key, []).append((merge.distance, merge))
+        return [
+            Agreed(
+                *key,
+                candidates=len(pairs),
+                spearman=_spearman([(far, merge.average.value) for far, merge in pairs]),
+                nearest=min(pairs, key=lambda pair: pair[0])[1],
+                best=max((merge for _, merge in pairs), key=lambda merge: merge.average.value),
+            )
+            for key, pairs in found.items()
         ]
 
     @cached_property
@@ -302,6 +341,18 @@ def _mean_resamples(merges: Sequence[MergeScore]) -> tuple[float, ...]:
     if len({len(merge.resamples) for merge in merges}) > 1:
         return ()
     return tuple(np.mean([merge.resamples for merge in merges], axis=0).tolist())
+
+
+def _mean_distance(merges: Sequence[MergeScore]) -> float | None:
+    known = [merge.distance for merge in merges if merge.distance is not None]
+    return float(np.mean(known)) if len(known) == len(merges) else None
+
+
+def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    from scipy.stats import spearmanr  # here, because it takes long to import
+
+    changing = all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 and changing else None
 
 
 def _shares(merges: Sequence[MergeScore]) -> dict[str, Share]:

@@ -16,6 +16,7 @@ from loraloom.report.aggregate import Figures, Merged
 from loraloom.report.charts import charts
 from loraloom.report.figure import Chart, color_of, symbol_of
 from loraloom.report.tables import (
+    agreement_table,
     average_share,
     merged_table,
     metric_tables,
@@ -59,6 +60,7 @@ def render(result: StudyResult) -> str:
         tiles=tiles(result),
         summary=summary_table(result),
         merged=merged_table(result),
+        agreement=agreement_table(result),
         transcript=transcript_table(result),
         metrics=metric_tables(result),
         written=figures.written,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loraloom.report.aggregate import HEADS, STAGES, Figures, Merged, Stage
-from loraloom.results import Score, StudyResult
+from loraloom.results import MergeScore, Score, StudyResult
 
 MISSING = "not measured"
 BASE = "base model alone"
@@ -135,7 +135,8 @@ def summary_table(result: StudyResult) -> Table:
 def merged_table(result: StudyResult) -> Table:
     """Return every merge on the test split, task by task; of answers after the base model and the single adapters."""
     figures = Figures(result)
-    tail = ("output rank", "scale", "scale chosen with labels", "space")
+    near = any(row.distance is not None for row in figures.merged)
+    tail = (*(["distance"] if near else []), "output rank", "scale", "scale chosen with labels", "space")
     rows = [
         (
             row.init,
@@ -144,6 +145,7 @@ def merged_table(result: StudyResult) -> Table:
             points(row.average),
             *(_kept(figures, row) if figures.written else (f"{100 * row.kept:.1f} %",)),
             *(points(row.scores.get(task)) for task in figures.tasks),
+            *([number(row.distance)] if near else []),
             ", ".join(map(str, row.output_ranks)),
             scales_text(row.scales),
             "yes" if row.scale_chosen_with_labels else "no",
@@ -248,10 +250,37 @@ def interference_table(result: StudyResult) -> Table:
     return Table("Interference ratio: response to other tasks' inputs / response to own inputs", columns, rows)
 
 
+def agreement_table(result: StudyResult) -> Table | None:
+    """Return how distances from the single adapters tell good merges, without labels; None where none was measured."""
+    figures = Figures(result)
+    if not figures.agreed:
+        return None
+    heads = () if figures.written else ("heads",)
+    rows = tuple(
+        (
+            one.init,
+            *([HEADS[one.aligned]] if heads else []),
+            str(one.seed),
+            str(one.candidates),
+            number(one.spearman).replace("-", "−"),
+            *(_at(figures, one.nearest), points(one.nearest.average), _at(figures, one.best), points(one.best.average)),
+        )
+        for one in figures.agreed
+    )
+    columns = ("init", *heads, "seed", "candidates", "Spearman's ρ", "nearest", "its average", "best", "its average")
+    caption = f"Agreement: mean distance from the single adapters, without labels, against the held-out {figures.judge}"
+    return Table(caption, columns, rows, headers=1 + len(heads))
+
+
+def _at(figures: Figures, merge: MergeScore) -> str:
+    return f"{figures.labels[merge.way]}, scale {merge.scale:.4g}"
+
+
 def markdown_tables(result: StudyResult) -> str:
     """Return every table of the study as Markdown, each under a heading."""
-    makers = (summary_table, merged_table, single_table, interference_table)
-    return "\n".join(map(_markdown, [*(make(result) for make in makers), *metric_tables(result)]))
+    makers = (summary_table, merged_table, agreement_table, single_table, interference_table)
+    made = [table for make in makers if (table := make(result)) is not None]
+    return "\n".join(map(_markdown, [*made, *metric_tables(result)]))
 
 
 def _rule_text(row: Merged) -> str:

@@ -43,7 +43,7 @@ from loraloom.results import (
     Transcript,
     average,
 )
-from loraloom.study import answers, stages
+from loraloom.study import agreement, answers, stages
 from loraloom.study.inputs import Output
 from loraloom.study.parts import GIVEN, Evaluated, Trained, merged_facts
 from loraloom.study.recipe import MergeSettings, Recipe, slug
@@ -173,6 +173,7 @@ def _merge_score(
         average=together,
         resamples=stages.read_resamples(output, aligned) if tested else [],
         kept=kept,
+        agreement=agreement.read_distances(row.distances, aligned) if row.distances else {},
         **(answers.read_shares(output) if written else {}),
         **merged_facts(row.merged),
     )

@@ -26,7 +26,11 @@ from loraloom.study.store import Store
 
 TRIES = 3  # of a stage whose process dies
 _GRACE = 10.0  # seconds that a process has to clean up before it is killed
-_PRELOADED = ["loraloom.study.stages", "loraloom.study.answers"]  # what a new process need not import again
+_PRELOADED = [
+    "loraloom.study.stages",
+    "loraloom.study.answers",
+    "loraloom.study.agreement",
+]  # what a new process need not import again
 
 
 @dataclass

@@ -35,12 +35,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Merges:
-    """The adapters of one init and seed merged by one rule, evaluated on held-out rows by scale."""
+    """The adapters of one init and seed merged by one rule; by scale, their held-out evaluation and agreement."""
 
     trained: Trained
     settings: MergeSettings
     merged: Output
     heldout: dict[float, Output] = field(default_factory=dict)
+    distances: dict[float, Output] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -50,7 +51,7 @@ class Merges:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One merged adapter at one scale: at scale 1, its held-out and, where chosen, test evaluation."""
+    """One merged adapter at one scale: at scale 1, its held-out and, where chosen, test evaluation; its agreement."""
 
     merged: Output
     settings: MergeSettings
@@ -59,6 +60,7 @@ class Evaluated:
     test: Output | None
     chosen_as_trained: bool
     chosen_aligned: bool
+    distances: Output | None = None
 
 
 def merged_facts(merged: Output) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def _at_most(recipe: Recipe) -> Mapping[str, int]:
     first = {"task": tasks, "statistics": 2 * tasks + atlas}
     trained = {"adapter": tasks} if recipe.adapters else {"init": runs * tasks, "train": runs * tasks}
     alone = {"single": runs * tasks, **({"base": tasks} if recipe.generates else {})}
-    after = {"merge": merges, "heldout": heldout, "test": tests, "interference": runs}
+    agreed = {"own": runs * tasks, "agreement": heldout} if recipe.evaluation.agreement else {}
+    after = {"merge": merges, "heldout": heldout, **agreed, "test": tests, "interference": runs}
     return {**first, **trained, **alone, **after, **({"transcript": 1} if recipe.generates else {})}
 
 

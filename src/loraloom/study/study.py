@@ -10,16 +10,15 @@ from typing import Any, Literal
 from loraloom.adapters.peft import read_adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
-from loraloom.merging import get_rule
-from loraloom.merging.needs import reads_inputs
 from loraloom.progress import Reporter
 from loraloom.results import Score, average
 from loraloom.statistics.texts import generic_rows
-from loraloom.study import answers, stages
+from loraloom.study import agreement, answers, stages
 from loraloom.study.engine import Engine, Reading, StageFunction
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
+from loraloom.study.merging import MergeStages
 from loraloom.study.parts import GIVEN, Evaluated, Merges, Trained
-from loraloom.study.recipe import MergeSettings, Recipe
+from loraloom.study.recipe import Recipe
 from loraloom.study.runners import Where, runner_of
 from loraloom.study.store import Store
 from loraloom.study.tasks import ROWS, make_task, task_arguments
@@ -263,116 +262,53 @@ class Study:
         )
 
     @cached_property
+    def _stages(self) -> MergeStages:
+        seen, bases = self.statistics["train"], self.bases
+        return MergeStages(self.recipe, self.engine, self.rows, bases, seen, self.base, self.measured, self.reading)
+
+    @cached_property
+    def agreement_texts(self) -> dict[str, Texts]:
+        """The unlabelled held-out texts by which merges are compared with the single adapters; none where none are."""
+        count = self.recipe.evaluation.agreement
+        return {name: Texts.of(task.sample("heldout", count)) for name, task in self.tasks.items() if count}
+
+    @cached_property
     def merges(self) -> list[Merges]:
         """Every init and seed merged by every rule, evaluated on held-out rows at every scale."""
         runs, rules = self.trained, self.recipe.merging
         self.engine.expect(stages.merge, len(runs) * len(rules))
         self.engine.expect(stages.evaluate_heldout, len(runs) * sum(len(rule.scales) for rule in rules))
-        merges = [Merges(one, rule, self._merge(one, rule)) for one in runs for rule in rules]
+        merges = [Merges(one, rule, self._stages.merge(one, rule)) for one in runs for rule in rules]
         for one in merges:
-            one.heldout.update({scale: self._heldout(one, scale) for scale in one.settings.scales})
+            one.heldout.update({scale: self._stages.heldout(one, scale) for scale in one.settings.scales})
+        self._measure_agreement(merges)
         return merges
+
+    def _measure_agreement(self, merges: Sequence[Merges]) -> None:
+        texts = self.agreement_texts
+        if not texts:
+            return
+        self.engine.expect(agreement.answer_alone, len(self.trained) * len(texts))
+        self.engine.expect(agreement.measure_distances, sum(len(one.heldout) for one in merges))
+        for one in merges:
+            one.distances.update({scale: self._stages.distances(one, scale, texts) for scale in one.heldout})
 
     def _tested(self, one: Merges, best: Mapping[bool, float]) -> list[Evaluated]:
         """Return a merge at every scale, tested at the `best` scales by whether heads are aligned."""
-        tests = {scale: self._test(one, scale) for scale in dict.fromkeys(best.values())}
+        tests = {scale: self._stages.test(one, scale) for scale in dict.fromkeys(best.values())}
         return [
             Evaluated(
-                one.merged, one.settings, scale, output, tests.get(scale), scale == best[False], scale == best.get(True)
+                one.merged,
+                one.settings,
+                scale,
+                output,
+                tests.get(scale),
+                scale == best[False],
+                scale == best.get(True),
+                one.distances.get(scale),
             )
             for scale, output in one.heldout.items()
         ]
-
-    def _merge(self, one: Trained, settings: MergeSettings) -> Output:
-        rule, label = get_rule(settings.rule), one.merged_by(settings.rule)
-        adapters, options = one.adapters, settings.filled()
-        statistics = self.statistics["train"] if reads_inputs(rule, settings.normalise) else {}
-        if rule.distils:
-            return self.engine.do(
-                stages.merge_by_teachers,
-                label,
-                adapters=adapters,
-                statistics=statistics,
-                rows=self.rows,
-                base=self.base,
-                reading=self.reading,
-                texts=settings.texts,
-                rule=rule.name,
-                options=options,
-                normalise=settings.normalise,
-                training=self.recipe.training,
-                seed=one.seed,
-            )
-        if not rule.whole:
-            return self.engine.do(
-                stages.merge,
-                label,
-                adapters=adapters,
-                statistics=statistics,
-                rule=rule.name,
-                options=options,
-                normalise=settings.normalise,
-                seed=one.seed,
-            )
-        return self.engine.do(
-            stages.merge_by_texts,
-            label,
-            adapters=adapters,
-            statistics=statistics,
-            rows=self.rows,
-            base=self.base,
-            reading=self.reading,
-            texts=settings.texts,
-            rule=rule.name,
-            options=options,
-            normalise=settings.normalise,
-            seed=one.seed,
-        )
-
-    def _heldout(self, one: Merges, scale: float) -> Output:
-        if self.recipe.generates:
-            return self._answered(answers.evaluate_heldout, one, scale)
-        return self.engine.do(
-            stages.evaluate_heldout,
-            f"{one.label}.x{scale:g}",
-            merged=one.merged,
-            adapters=one.trained.adapters,
-            singles=one.trained.singles,
-            rows=self.rows,
-            base=self.measured,
-            reading=self.reading,
-            scale=scale,
-            texts=self.recipe.alignment.texts,
-            ridge=self.recipe.alignment.ridge,
-        )
-
-    def _test(self, one: Merges, scale: float) -> Output:
-        if self.recipe.generates:
-            return self._answered(answers.evaluate_test, one, scale)
-        return self.engine.do(
-            stages.evaluate_test,
-            f"{one.label}.x{scale:g}",
-            merged=one.merged,
-            adapters=one.trained.adapters,
-            heldout=one.heldout[scale],
-            rows=self.rows,
-            base=self.measured,
-            reading=self.reading,
-            scale=scale,
-        )
-
-    def _answered(self, function: StageFunction[Any], one: Merges, scale: float) -> Output:
-        return self.engine.do(
-            function,
-            f"{one.label}.x{scale:g}",
-            merged=one.merged,
-            bases=self.bases,
-            singles=one.trained.singles,
-            rows=self.rows,
-            base=self.measured,
-            reading=self.reading,
-            scale=scale,
-        )
 
     def alone(self, single: Output, split: Literal["heldout", "test"] = "test") -> Score:
         """Return the score of an adapter alone, or of the base model; where answers are written, on test rows."""
