@@ -95,7 +95,8 @@ class HeadLesson:
         """Return texts, padded, with the outputs and features of the teacher."""
         chosen, batch = next(batches([self._encoded[row] for row in rows], self._model.tokenizer, len(rows)))
         places = [rows[place] for place in chosen]
-        return batch, {name: self._teacher.rows(name, places) for name in ("outputs", "features")}
+        read = ("outputs",) if self._loss == "output" else ("outputs", "features")
+        return batch, {name: self._teacher.rows(name, places) for name in read}
 
     def run(self, updates: Updates, batch: Batch) -> Tensor:
         """Return the features (k, d) float32 that the head reads, on the CPU."""
