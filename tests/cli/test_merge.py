@@ -130,7 +130,10 @@ def test_a_merge_for_another_tool_says_how_it_is_loaded(place: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--to", "kohya"), "and 17 more is not known - merge it as PEFT writes it: leave --to out"),
+        (
+            ("--to", "kohya"),
+            "and 17 more is not known; merge it as PEFT writes it: leave --to out next: nothing was merged",
+        ),
         (("--to", "diffuser"), "dialect 'diffuser' is unknown"),
         (("--to", "mlx", "--for", "vllm"), "vLLM reads no adapters of MLX"),
         (("--to", "mlx", "--fuse-into", "base"), "--to writes an adapter, --fuse-into a whole checkpoint"),

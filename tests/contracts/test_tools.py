@@ -16,8 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from loraloom.adapters.images import diffusers_module
 from loraloom.adapters.peft import CONFIG, adapter_sha256, read_adapter
+from loraloom.analysis.checking import folder_facts
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, merge, rule_names, write_merged
+from loraloom.merging.facts import MergeFacts
 
 RULES = [name for name in rule_names() if get_rule(name).needs in ((), ("seed",))]
 LINEAR, CONV, POINT = "unet.mid_block.attentions.0.proj_in", "unet.conv_in", "unet.up_blocks.0.resnets.1.conv_shortcut"
@@ -121,6 +123,21 @@ def test_image_loras_of_two_tools_merge_by_every_rule(rule: str, tmp_path: Path)
     folder = write_merged(merged, tmp_path / "out")
     assert same(written(folder), {name: one.update.dense().double() for name, one in merged.merged.items()})
     assert set(merged.merged) == set(KOHYA.values())
+
+
+def test_what_is_said_of_image_loras_is_short_and_true(tmp_path: Path) -> None:
+    for seed in range(2):
+        save_file(kohya(seed), tmp_path / f"{seed}.safetensors")
+    members = [read_adapter(tmp_path / f"{seed}.safetensors") for seed in range(2)]
+    merged = merge(members, "task_arithmetic", to="diffusers")
+    facts = folder_facts(read_adapter(write_merged(merged, tmp_path / "out")))
+    assert facts.zeros == 0  # of what was added to have one rank nothing is told
+    told = MergeFacts.of(merge(members, "task_arithmetic").plan, "merged adapter")
+    assert told.inputs[0].targets == ["conv_in", "conv_shortcut", "proj_in", "q_proj"]
+    with pytest.raises(
+        LoraloomError, match="text_encoder and unet, where PEFT has one model a folder; merge it as kohya"
+    ):
+        merge(members[:1], to="peft")
 
 
 def test_mlx_is_read_and_written_with_its_scale_in_one_rank(tmp_path: Path) -> None:

@@ -199,7 +199,8 @@ def common_dialect(adapters: Sequence[Adapter], asked: str | None) -> tuple[Dial
     try:
         return dialect, in_dialect(adapters, dialect), []
     except LoraloomError as error:
-        return dialect, list(adapters), str(error).split("\n")
+        told = [line.removeprefix("  - ") for line in error.message.split("\n")]
+        return dialect, list(adapters), [*told[:-1], f"{told[-1]}; {error.hint}"]
 
 
 def in_dialect(adapters: Sequence[Adapter], dialect: Dialect) -> list[Adapter]:
@@ -260,6 +261,14 @@ def _translated(module: str, source: Dialect, dialect: Dialect, adapter: Adapter
     if dialect is KOHYA:
         return kohya_module(plain, numbered=numbered)
     return plain if dialect.images else plain.partition(".")[2]
+
+
+def last_name(module: str) -> str:
+    """Return the last part of a layer's path, found again where kohya-ss wrote the path flat."""
+    plain = (
+        diffusers_module(module) if module.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")) else None
+    )
+    return (plain or module).rpartition(".")[2]
 
 
 def _component(config: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ class FolderFacts:
     ranks: the smallest and the largest. scalings: what B is multiplied by, alpha / r or alpha / sqrt(r), so too.
     energy: |dW|_F^2. held: how many directions hold 99 % of a layer's energy, the middle one of the layers.
     loudest: the layer of largest |dW|_F, and how many times the middle one's it is.
-    zeros: the share of entries of A and B that are exactly 0, layers that are still left out.
+    zeros: the share of entries of A and B that are exactly 0, but for what widens a rank; still layers are left out.
     leftover: sqrt(r) where alpha is r beside use_rslora, as PEFT's merges of rsLoRA adapters leave it; else None.
     """
 
@@ -150,7 +150,8 @@ def _holding(spectrum: Tensor) -> int:
 def _zeros(updates: Iterable[Update]) -> float:
     zeros, entries = 0, 0
     for update in updates:
-        for factor in (update.A, update.B):
+        filled = update.A.any(dim=1) | update.B.any(dim=0)  # what widens a rank is 0 in both
+        for factor in (update.A[filled], update.B[:, filled]):
             zeros += int((factor == 0).sum())
             entries += factor.numel()
     return zeros / max(entries, 1)

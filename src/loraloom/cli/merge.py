@@ -248,7 +248,7 @@ def merge(
             facts = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
         out.result({"folder": str(output), **asdict(facts), **not_taken}, "")
         result_page(out, facts, output, told)
-        if len(facts.inputs) > 1 and not (recipe or unlabelled):
+        if len(facts.inputs) > 1 and not (recipe or unlabelled or plan.dialect.images):
             out.hint(WITH_TEXTS)
         next_step(out, facts, output, ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE"))
         leave()

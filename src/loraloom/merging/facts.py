@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from loraloom.adapters.dialects import PEFT
+from loraloom.adapters.dialects import PEFT, last_name
 from loraloom.adapters.peft import PROVENANCE, read_provenance
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets
@@ -273,7 +273,7 @@ def _members(plan: Plan, energies: Mapping[str, float], hashes: bool) -> list[Me
             sha256=seen_sha256(member.sources) if member.sources and hashes else None,
             rank=member.rank,
             alpha=_alpha(member),
-            targets=sorted({module.rpartition(".")[2] for module in member.shapes}),
+            targets=sorted(set(map(last_name, member.shapes))),
             layers=sum(module in member.shapes for module in plan.modules),
             lacks=sum(module not in member.shapes for module in plan.modules),
             energy=sum(plan.energies[name].values()) if energies else None,
