@@ -65,3 +65,16 @@ def test_all_that_does_not_fit_is_told(finished: Path, tmp_path: Path) -> None:
     assert "the recipe has no task 'moody'" in str(told.value)
     assert "did you mean 'mood'" in str(told.value)
     assert "absent" in str(told.value)
+
+
+def test_a_record_of_an_older_version_is_told_before_anything_is_written(finished: Path, tmp_path: Path) -> None:
+    folders = [finished / "study" / "adapters" / "LoRA" / name for name in ("mood", "tone")]
+    out = write_merged(merge([read_adapter(folder) for folder in folders], "task_arithmetic"), tmp_path / "out")
+    told = read_provenance(out)
+    old = {name: value for name, value in told.items() if name not in ("targets", "left_out", "scale_from")}
+    (out / PROVENANCE).write_text(json.dumps(old))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    wrong = r"loraloom.json: does not tell of a merge, as this version writes it: scale_from, targets, left_out missing"
+    with pytest.raises(LoraloomError, match=wrong), Reporter(quiet=True) as reporter:
+        align_folder(Recipe.load(finished / "recipe.yaml"), out, folders, reporter)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -18,7 +18,7 @@ from loraloom.adapters.peft import PROVENANCE, read_provenance
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets
 from loraloom.adapters.update import Adapter
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, first_few
 from loraloom.files.hashing import seen_sha256
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import DistilledFacts
@@ -202,8 +202,10 @@ class MergedFacts(MergeFacts):
         try:
             return TypeAdapter(cls).validate_python(read_provenance(folder))
         except ValidationError as error:
+            missing = [str(one["loc"][-1]) for one in error.errors() if one["type"] == "missing"]
+            lacks = f", as this version writes it: {first_few(missing)} missing" if missing else ""
             raise LoraloomError(
-                f"{folder / PROVENANCE}: does not tell of a merge", "merge the adapters again"
+                f"{folder / PROVENANCE}: does not tell of a merge{lacks}", "merge the adapters again"
             ) from error
 
     def scaled(self, scale: float, notes: list[str]) -> MergedFacts:

@@ -31,6 +31,9 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
     """
     adapter = read_adapter(merged)
     errors: list[LoraloomError] = []
+    if "output_rank" in read_provenance(merged):
+        with collecting(errors):  # before anything is written: its model card is made from this anew
+            MergedFacts.read(merged)
     given: list[tuple[Adapter, Head]] = []
     for folder in folders:
         with collecting(errors):
