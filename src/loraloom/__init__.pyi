@@ -7,6 +7,7 @@ from .adapters.heads import (
     align_heads as align_heads,
     heads_by_task as heads_by_task,
 )
+from .adapters.hub import adapter_folder as adapter_folder
 from .adapters.lowrank import (
     concatenate as concatenate,
     norm as norm,

@@ -15,6 +15,7 @@ from loraloom.adapters.alphas import METADATA, read_scaling
 from loraloom.adapters.beside import Beside, carry, files_beside
 from loraloom.adapters.config import CONFIG as CONFIG, unsupported
 from loraloom.adapters.dialects import DIALECTS, MLX, PEFT, Dialect, read_factors
+from loraloom.adapters.hub import folder_name
 from loraloom.adapters.layout import Layers, find_layers, plain_layers
 from loraloom.adapters.mlx import is_embedding
 from loraloom.adapters.names import PREFIX, Names, read_names
@@ -281,9 +282,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 def task_of(folder: str | Path) -> str:
     """Return the task that an adapter was trained on, by its loraloom.json, or else the name of its folder or file."""
     task = read_provenance(folder).get("task")
-    if isinstance(task, dict) and "name" in task:
-        return str(task["name"])
-    return Path(folder).resolve().name.removesuffix(".safetensors")
+    return str(task["name"]) if isinstance(task, dict) and "name" in task else folder_name(Path(folder))
 
 
 class Input(NamedTuple):

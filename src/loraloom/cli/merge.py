@@ -57,7 +57,10 @@ def merge(
     context: typer.Context,
     output: Output,
     adapters: Annotated[
-        list[str] | None, typer.Argument(help="Adapter folders. Options of the rule may stand among them.")
+        list[str] | None,
+        typer.Argument(
+            help="Adapter folders, or org/name@revision on the hub. Options of the rule may stand among them."
+        ),
     ] = None,
     rule: Annotated[
         str,

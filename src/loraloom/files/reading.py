@@ -65,7 +65,8 @@ def read_json(path: Path, hint: str = "save it again", *, most: int = _MOST, wid
 def is_own(path: Path) -> bool:
     """Tell whether `path` is a regular file that lies in its folder, or in the blobs beside a snapshot of the hub's."""
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    stores = (one.parent for one in folder.parents if one.name == "snapshots")
+    cached = any(target.parent == store / "blobs" for store in stores)
     return target.is_file() and (cached or target.is_relative_to(folder))
 
 

@@ -67,6 +67,8 @@ def merge_lines(facts: MergeFacts) -> Lines:
         why = _NORMALISE_FROM.get(facts.normalise_from, "").format(facts.loudness)
         lines.append(("normalised", _NORMALISED[facts.normalise] + why))
     lines += _mends(facts)
+    from_hub = [f"{one.name} is {one.hub}" for one in facts.inputs if one.hub]
+    lines += [("from the hub", ", ".join(from_hub))] if from_hub else []
     if isinstance(facts, MergedFacts):
         lines += _merged(facts)
     elif isinstance(facts, FusionFacts):

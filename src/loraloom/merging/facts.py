@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from loraloom.adapters.dialects import PEFT, last_name
+from loraloom.adapters.hub import folder_name, pinned
 from loraloom.adapters.peft import PROVENANCE, read_provenance
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets
@@ -49,6 +50,8 @@ class MemberFacts:
     factor: what they do to its whole norm: sqrt(sum_l |f_il dW_il|_F^2 / sum_l |dW_il|_F^2).
     weight: w_i, in force.
     energy_share: of sum_i |w_i f_i dW_i|_F^2, of what the rule is given, its part; None as `energy`.
+    hub: its name on the hub with the commit, `org/name@commit`, as a merge takes it; None of another folder.
+    files: of one from the hub, the sha256 of config and weights each; empty where `sha256` is None.
     """
 
     name: str
@@ -65,6 +68,8 @@ class MemberFacts:
     factor: float
     weight: float
     energy_share: float | None
+    hub: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,7 @@ def _members(plan: Plan, energies: Mapping[str, float], hashes: bool) -> list[Me
         MemberFacts(
             name=name,
             task=member.task or name,
-            folder=member.path.resolve().name if member.path else None,
+            folder=folder_name(member.path) if member.path else None,
             sha256=seen_sha256(member.sources) if member.sources and hashes else None,
             rank=member.rank,
             alpha=_alpha(member),
@@ -283,9 +288,17 @@ def _members(plan: Plan, energies: Mapping[str, float], hashes: bool) -> list[Me
             factor=_factor(plan, name),
             weight=plan.weights[name],
             energy_share=energies[name] / total if energies else None,
+            hub=pinned(member.path) if member.path else None,
+            files=_hashes(member) if hashes else {},
         )
         for name, member in plan.members.items()
     ]
+
+
+def _hashes(member: Adapter) -> dict[str, str]:
+    """Return the sha256 of each file that was read of an adapter from the hub; of another the one over all will do."""
+    of_hub = member.path is not None and pinned(member.path) is not None
+    return {seen.path.name: seen_sha256([seen]) for seen in member.sources} if of_hub else {}
 
 
 def _factor(plan: Plan, name: str) -> float:

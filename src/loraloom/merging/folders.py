@@ -11,6 +11,7 @@ import torch
 
 from loraloom.adapters.bases import public_name
 from loraloom.adapters.dialects import common_dialect
+from loraloom.adapters.hub import adapter_folder
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
 from loraloom.adapters.update import Adapter, Update
@@ -60,6 +61,7 @@ def plan_folders(
 ) -> Plan:
     """Read adapter folders, and return the plan of their merge into `output`.
 
+    folders: of the adapters, or their names on the hub; see `adapter_folder`.
     options: how they are merged; see `MergeOptions`.
     kind: of the result, MERGED or FUSED.
     overwrite: whether an earlier result of its kind is replaced.
@@ -77,7 +79,7 @@ def plan_folders(
         check_folder(output, kind=kind, overwrite=overwrite, inputs=[*folders, *statistics])
     for folder in folders:
         with collecting(errors):
-            members.append(read_adapter(folder))
+            members.append(read_adapter(adapter_folder(folder)))
     for path in statistics:
         with collecting(errors):
             seen.append(Statistics.load(path))

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from loraloom.adapters.hub import folder_name, place_parts
 from loraloom.adapters.update import Adapter
 from loraloom.files.hashing import text_sha256
 
@@ -19,14 +20,13 @@ def input_names(folders: Sequence[Path]) -> list[str]:
 
     What file names, shells and the Hub do not take (`lr=0.1,seed=3` of a sweep) becomes a dash.
     """
-    places = [folder.resolve() for folder in folders]
-    parts = [(*place.parts[1:-1], place.name.removesuffix(".safetensors")) for place in places]
+    parts = [place_parts(folder) for folder in folders]
     for count in range(1, max((len(one) for one in parts), default=0) + 1):
         names = ["-".join(map(_plain, one[-count:])) for one in parts]
         if len({name.casefold() for name in names}) == len(names):
             break
     else:
-        names = [_plain(one[-1]) for one in parts]
+        names = [_plain(folder_name(folder)) for folder in folders]
     names = [name if len(name.encode()) <= _LONGEST else _shortened(name) for name in names]
     found: list[str] = []
     for name in names:  # one folder twice, or two that differ in what became a dash
@@ -43,7 +43,7 @@ def named_adapters(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> tuple
     paths = [adapter.path for adapter in adapters if adapter.path]
     if len(paths) == len(adapters):
         return input_names(paths), list(adapters)
-    names = [a.path.resolve().name if a.path else f"adapter{i}" for i, a in enumerate(adapters, start=1)]
+    names = [folder_name(a.path) if a.path else f"adapter{i}" for i, a in enumerate(adapters, start=1)]
     return names, list(adapters)
 
 
