@@ -253,6 +253,7 @@ def test_shipped_recipes_parse_and_say_how_to_run_them(path: Path) -> None:
     assert len(recipe.tasks) == {
         "rules-glue6": 6,
         "gen6-smollm2": 6,
+        "distil-glue6": 6,
         "agreement-glue5": 5,
         "subspaces-smollm2": 3,
         "subspaces-builtin": 4,
