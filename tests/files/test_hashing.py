@@ -23,9 +23,9 @@ def test_values_are_those_of_earlier_versions(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 300_000)
     assert base_sha256(str(tmp_path)) == "0de94ea92268eabaa70e6cd281ccd921921b029742ed8628bf542a203f9ddf60"
-    (tmp_path / "adapter_config.json").write_text("{}\n")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}\n')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"abc" * 700_000)
-    assert adapter_sha256(tmp_path) == "8e3776b81510c7b1f5fe016aa8abc481ccd821edba5026eb046625e19c94785b"
+    assert adapter_sha256(tmp_path) == "1a2cd581a42e084f9c7af9bbd06b4946e05fa8558d9af90399b834d2b885b968"
 
 
 def test_a_file_is_hashed_as_sha256sum_does(tmp_path: Path) -> None:

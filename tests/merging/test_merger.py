@@ -118,7 +118,7 @@ def test_one_adapter_comes_back_as_itself_by_default() -> None:
 
 def test_space_and_options_are_recorded() -> None:
     merged = merge([adapter(0), adapter(1)], "ties", space="core")
-    assert (merged.plan.space, merged.plan.options) == ("core", {"density": 0.2, "space": "core"})
+    assert (merged.plan.space, merged.plan.options) == ("core", {"density": 0.2, "divisor": "count", "space": "core"})
     assert list(merged.plan.members) == ["adapter1", "adapter2"]
 
 
@@ -173,6 +173,8 @@ def test_written_folder_tells_where_it_came_from(tmp_path) -> None:
             "factor": 1.0,
             "weight": 0.5,
             "energy_share": pytest.approx(energies[i] / sum(energies)),
+            "hub": None,
+            "files": {},
         }
         for i in range(2)
     ]

@@ -191,7 +191,7 @@ def test_the_command_tells_who_adapts_what(folders: list[Path], tmp_path: Path) 
     alone = call("merge", folders[0], "--rule", "ties", "-o", tmp_path / "alone").output
     assert "ties, left out: there is nothing to merge" in alone
     alone = call("merge", folders[0], "--rule", "ties", "--density", "0.5", "-o", tmp_path / "half").output
-    assert "ties --density 0.5 --space full" in alone
+    assert "ties --density 0.5 --divisor count --space full" in alone
     said("merge", *folders, "-o", tmp_path / "shared", "--targets", "intersection")
     assert list(read_adapter(tmp_path / "shared").shapes) == ["layer.0.q"]
     assert "adapts layer.0.v" in refused("merge", *folders, "-o", tmp_path / "same", "--targets", "same")

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import tiny
 import tiny_study
 from loraloom.progress import Reporter
-from loraloom.study import stages
+from loraloom.study import agreement, stages
 from loraloom.study.engine import Context, Engine, Reading, StageFunction, Worker, stage
 from loraloom.study.inputs import Base, Input, Local, Output, Rows, Texts
 from loraloom.study.recipe import Recipe
@@ -26,9 +26,9 @@ from loraloom.study.store import Stage, Store
 from loraloom.study.study import Study
 from loraloom.study.tasks import make_task
 
-FUNCTIONS = {name: one for name, one in vars(stages).items() if isinstance(one, StageFunction)} | {
-    "make_task": make_task
-}
+FUNCTIONS = {
+    name: one for place in (stages, agreement) for name, one in vars(place).items() if isinstance(one, StageFunction)
+} | {"make_task": make_task}
 # one rule without a base model, one by statistics, one by texts, one by teachers
 RULES: list[dict[str, Any]] = [
     *({"rule": rule, "scales": [1.0]} for rule in ("tsv", "regmean", "regmean_pp")),

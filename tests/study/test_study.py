@@ -85,15 +85,15 @@ def test_a_second_run_does_nothing(finished: Path, copy: Path) -> None:
 RULES = tiny_study.recipe()["merging"]
 
 
-AFTER_TRAINING = {"single", "merge", "heldout", "test", "interference"}
+AFTER_TRAINING = {"single", "own", "merge", "heldout", "agreement", "test", "interference"}
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"merging": [{**RULES[0], "scales": [0.5, 1.0, 0.7]}, RULES[1]]}, {"heldout", "test"}),
-        ({"merging": [*RULES, {"rule": "svd", "scales": [1.0]}]}, {"merge", "heldout", "test"}),
-        ({"alignment": {"texts": 10, "ridge": 0.5}}, {"heldout", "test"}),
+        ({"merging": [{**RULES[0], "scales": [0.5, 1.0, 0.7]}, RULES[1]]}, {"heldout", "agreement", "test"}),
+        ({"merging": [*RULES, {"rule": "svd", "scales": [1.0]}]}, {"merge", "heldout", "agreement", "test"}),
+        ({"alignment": {"texts": 10, "ridge": 0.5}}, {"heldout", "agreement", "test"}),
         (
             {"training": train_section(learning_rate=0.02)},
             {"train", *AFTER_TRAINING},
