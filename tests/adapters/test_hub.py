@@ -109,6 +109,10 @@ def test_what_the_hub_has_not_is_told_at_once(hub: tiny_hub.Hub, tmp_path: Path)
     assert "org/law has no revision v9" in told
     assert "org/model: is on the hub, and no adapter: adapter_config.json is missing" in told
     assert "org/a--b: no such folder, and no name on the hub" in told
+    (tmp_path / "recipe.yaml").write_text("name: r\nbase: demo\n")
+    told = refused("align", "merged", "org/lwa", "org/model", "--recipe", "recipe.yaml")
+    assert "org/lwa: no such folder" in told
+    assert "org/model: is on the hub, and no adapter" in told
     assert not any("/resolve/" in one for one in hub.asked)  # no weights were fetched to find that out
 
 

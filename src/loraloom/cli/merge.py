@@ -28,7 +28,7 @@ from loraloom.cli.common import (
     typed,
 )
 from loraloom.cli.screen import Clip, DropRefused, ScreenOption
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, collecting, raise_together
 from loraloom.settings import AGREEMENT_TEXTS, DISTIL_TEXTS
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def merge(
 
 def align(
     merged: Annotated[Path, typer.Argument(help="Folder of the merged adapter. Its heads are written anew.")],
-    adapters: Annotated[list[Path], typer.Argument(help="The adapters that were merged.")],
+    adapters: Annotated[list[str], typer.Argument(help="The adapters that were merged, as `merge` was given them.")],
     recipe: RecipeOption,
     base: Base = None,
     quiet: Quiet = False,
@@ -267,9 +267,16 @@ def align(
 ) -> None:
     """Fit each task's head to what the merged adapter makes of its texts: closed form, no labels, no cost later."""
     with command(quiet, as_json) as out, out.progress() as shown:
+        from loraloom.adapters.hub import adapter_folder
         from loraloom.study.align import align_folder
 
-        heads = align_folder(read_recipe(recipe, base), merged, adapters, shown)
+        errors: list[LoraloomError] = []
+        folders: list[Path] = []
+        for one in adapters:
+            with collecting(errors):
+                folders.append(adapter_folder(one))
+        raise_together(errors)
+        heads = align_folder(read_recipe(recipe, base), merged, folders, shown)
         out.result({"folder": str(merged), "heads": heads}, "")
         out.facts(f"{merged}: heads aligned, without labels", heads.items())
         out.next("measure it", "loraloom", "evaluate", merged, "--recipe", recipe, *(("--base", base) if base else ()))
