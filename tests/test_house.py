@@ -24,8 +24,8 @@ MODULES = {
 }
 # a folder (or a file beside them) imports only from groups to its left; within a group nothing imports across
 ROOMS = (
-    "errors | progress settings | files | adapters results | tasks report | model | statistics | starts merging | "
-    "training analysis | study | cli"
+    "errors | progress settings notebook | files | adapters results | tasks report | model | statistics | "
+    "starts merging | training analysis | study | cli"
 )
 # who may import transformers and peft: others see a model, a tokenizer or a config that they are given
 TRANSFORMERS_ALLOWED = (

@@ -22,9 +22,11 @@ from pydantic import (
 from loraloom.errors import raise_problems, reads_file
 from loraloom.files.atomic import write_text
 from loraloom.files.reading import read_json
+from loraloom.notebook import listing
 
 _MOST, _WIDEST, _DEEPEST = 5_000_000, 10_000, 30  # values in a file, keys of an object, and levels
 _SHOWN = 200  # inits, tasks, seeds or ways to merge
+_SHOWN_MERGES = 12  # in a notebook
 _LARGEST_RECIPE = 256 << 10  # characters of JSON
 
 # bounds that no metric or response comes near, within which sums and squares are finite
@@ -230,6 +232,24 @@ class StudyResult(_Record):
             problems = _misfits(result)
         raise_problems(f"{path}: not a results file", problems, hint)
         return result
+
+    def _repr_html_(self) -> str:
+        tested = sorted((one for one in self.merges if one.split == "test"), key=lambda one: -one.average.value)
+        rows = [
+            (
+                one.init,
+                one.seed,
+                one.rule,
+                f"{one.scale:g}",
+                "aligned" if one.aligned else "as trained",
+                f"{100 * one.average.value:.1f} ±{100 * one.average.stderr:.1f}",
+                f"{100 * one.kept:.1f} %",
+            )
+            for one in tested[:_SHOWN_MERGES]
+        ]
+        best = f"best {len(rows)} of {len(tested)}" if len(rows) < len(tested) else "all"
+        title = f"Study {self.name} on {self.base}: {len(self.tasks)} tasks; {best} merges on test rows"
+        return listing(title, ("init", "seed", "rule", "scale", "heads", "average", "kept"), rows)
 
 
 # What a file says must fit together, whoever wrote it; what a study has measured does.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraloom.adapters.beside import Beside
 from loraloom.files.hashing import Seen
+from loraloom.notebook import facts
 
 
 class Shape(NamedTuple):
@@ -118,3 +119,17 @@ class Adapter:
         """Return the adapter with every update multiplied by `scale`, in memory."""
         updates = {name: Update(scale * update.B, update.A) for name, update in self.updates.items()}
         return replace(self, updates=updates)
+
+    def _repr_html_(self) -> str:
+        ranks = sorted({shape.r for shape in self.shapes.values()})
+        told = {
+            "base": self.base,
+            "task": self.task,
+            "layers": len(self.shapes),
+            "of kinds": ", ".join(sorted({module.rpartition(".")[2] for module in self.shapes})),
+            "rank": " to ".join(map(str, ranks[:1] + ranks[1:][-1:])),
+            "numbers": f"{sum(r * (m + n) for m, n, r in self.shapes.values()):,}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "head": ", ".join(self.head),
+        }
+        return facts(f"LoRA adapter {self.path.name if self.path else 'in memory'}", told)

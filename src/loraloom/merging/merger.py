@@ -23,6 +23,7 @@ from loraloom.merging.plan import Layer, Plan
 from loraloom.merging.planning import make_plan
 from loraloom.merging.readout import READOUTS, readout_tensors
 from loraloom.merging.registry import Probe
+from loraloom.notebook import facts
 from loraloom.statistics.file import Statistics
 
 
@@ -60,6 +61,21 @@ class Merged:
     def layers(self) -> Iterable[Layer]:
         """Return the merged layers."""
         return self.merged.values()
+
+    def _repr_html_(self) -> str:
+        plan, lost = self.plan, self.energy_lost
+        worst = max(lost, key=lambda module: lost[module])
+        told = {
+            "adapters": ", ".join(f"{name} ({plan.weights[name]:g})" for name in plan.members),
+            "scale": f"{plan.scale:g}",
+            "options": ", ".join(f"{name} {value}" for name, value in plan.options.items()),
+            "layers": len(self.merged),
+            "rank": max(layer.update.rank for layer in self.layers()),
+            "energy lost": f"at most {100 * lost[worst]:.2g} % of a layer's, in {worst}" if lost[worst] else "none",
+            "heads kept beside": ", ".join(sorted(plan.task_heads)),
+        }
+        warnings = {f"warning {number}": text for number, text in enumerate(plan.warnings, 1)}
+        return facts(f"Merged by {plan.rule.name}", told | warnings)
 
 
 def merge(

@@ -21,6 +21,7 @@ from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_f
 from loraloom.files.atomic import staged_file
 from loraloom.files.reading import parse_json
 from loraloom.files.tensors import MOST_TENSORS, StoredFile, TensorFile
+from loraloom.notebook import facts
 from loraloom.settings import Kind, explained
 from loraloom.statistics.moments import Moment
 from loraloom.statistics.stored import PARTS, StoredMoments
@@ -182,6 +183,19 @@ class Statistics:
     @property
     def _name(self) -> str:
         return f"{self.base} ({self.texts} texts)"
+
+    def _repr_html_(self) -> str:
+        told = {
+            "base": self.base,
+            "texts": f"{self.texts:,}",
+            "tokens": f"{self.tokens:,}",
+            "a row is": f"a {self.kind}",
+            "layers": len(self.layers),
+            "inputs": len(self.moments),
+            "widths": ", ".join(map(str, sorted({layer.in_features for layer in self.layers.values()}))),
+            "privacy": ", ".join(f"{name} {value:g}" for name, value in (self.privacy or {}).items()) or "none",
+        }
+        return facts("Statistics of a task's inputs", told)
 
     def _check_fit(self, other: Statistics) -> None:
         problems = []
