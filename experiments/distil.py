@@ -44,7 +44,7 @@ from loraloom import (
 )
 
 Arm = dict[str, Any]
-SCALES = (0.2, 0.3, 0.5)
+SCALES = (0.2, 0.3, 0.5, 0.75)
 ALIGNED_BY = 200  # unlabelled texts a task
 ARMS: dict[str, Arm] = {
     "single": {"how": "single"},

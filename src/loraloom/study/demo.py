@@ -85,6 +85,7 @@ def chat_demo_recipe(*, fast: bool = False) -> Recipe:
         "tasks": {name: {"source": "builtin", "system": "Answer briefly.", **size["rows"]} for name in ANSWERED_NAMES},
         "lora": {"rank": 16, "alpha": 32, "targets": "all-linear"},
         "statistics": {**size["texts"], "kind": "token", "max_length": 96},
+        "evaluation": {"agreement": 8},  # of each candidate: more would cost minutes
         "training": {
             "epochs": 1,
             "learning_rate": 1e-3,
