@@ -412,20 +412,31 @@ def test_a_bad_recipe_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_training(finished: Path, tmp_path: Path) -> None:
-    noise = tmp_path / "noise.txt"
-    process = start_loraloom(["run", finished / "recipe.yaml", "-o", "study", "--quiet"], tmp_path, noise)
+    for number in range(3):  # an interrupt that meets a destructor is dropped by Python: then the run ends well
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        code, noise = interrupted_in_training(finished, folder)
+        if code != 0:
+            break
+    assert (code, noise) == (130, "")
+    assert list(folder.rglob("*.part")) == []
+
+
+def interrupted_in_training(finished: Path, folder: Path) -> tuple[int | None, str]:
+    """Return the exit code of a run that gets Ctrl-C while it trains, and what it printed."""
+    noise = folder / "noise.txt"
+    process = start_loraloom(["run", finished / "recipe.yaml", "-o", "study", "--quiet"], folder, noise)
     assert process.pid is not None
-    train = tmp_path / "study" / "stages" / "train"
+    train = folder / "study" / "stages" / "train"
     deadline = time.monotonic() + 120
     while not (train.is_dir() and any(name.endswith(".part") for name in os.listdir(train))):
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    time.sleep(0.5)  # past the tokenizer's patterns: Python drops an interrupt that meets one of their destructors
+    time.sleep(0.5)  # past the tokenizer's patterns, whose destructors are many
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
-    assert (process.exitcode, noise.read_text()) == (130, "")
-    assert list(tmp_path.rglob("*.part")) == []
+    return process.exitcode, noise.read_text()
 
 
 def test_the_summary_fits_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
