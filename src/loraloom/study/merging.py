@@ -146,7 +146,7 @@ class MergeStages:
             agreement.measure_distances,
             f"{one.label}.x{scale:g}",
             merged=one.merged,
-            own={name: self.own(one.trained, name, found) for name, found in texts.items()},
+            own=one.trained.own,
             heads=heads,
             aligned={"heldout": one.heldout[scale]} if heads else {},
             texts=texts,

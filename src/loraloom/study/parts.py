@@ -15,13 +15,17 @@ GIVEN = "given adapters"  # the init of a recipe that brings its adapters
 
 @dataclass(frozen=True)
 class Trained:
-    """The adapters of one init and seed, by task: as they start, as trained, and evaluated alone."""
+    """The adapters of one init and seed, by task: as they start, as trained, evaluated alone, and what they answer.
+
+    own: their answers to the few texts by which merges are compared with them; empty where none are.
+    """
 
     init: str
     seed: int
     starts: dict[str, Output] = field(default_factory=dict)
     adapters: dict[str, Output] = field(default_factory=dict)
     singles: dict[str, Output] = field(default_factory=dict)
+    own: dict[str, Output] = field(default_factory=dict)
 
     @property
     def label(self) -> str:

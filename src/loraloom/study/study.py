@@ -289,6 +289,8 @@ class Study:
         if not texts:
             return
         self.engine.expect(agreement.answer_alone, len(self.trained) * len(texts))
+        for run in self.trained:
+            run.own.update({name: self._stages.own(run, name, found) for name, found in texts.items()})
         self.engine.expect(agreement.measure_distances, sum(len(one.heldout) for one in merges))
         for one in merges:
             one.distances.update({scale: self._stages.distances(one, scale, texts) for scale in one.heldout})
