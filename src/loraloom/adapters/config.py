@@ -86,12 +86,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f"name one of its sub-folders: {', '.join(inner)}" if inner else "name the folder that PEFT saved"
         raise LoraloomError(f"{folder}: not an adapter folder: {CONFIG} is missing", hint)
     config = read_json_object(path, "save the adapter again")
+    check_config(path, config)
+    return config
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise LoraloomError for a config of another tool or method, and for fields read here that have a wrong type."""
     if config.get("peft_type") != "LORA":
         raise LoraloomError(
             f"{path}: peft_type is {config.get('peft_type')!r:.80}, not 'LORA'", "only LoRA adapters can be merged here"
         )
     raise_problems(str(path), field_problems(config), "mend the field, or save the adapter again")
-    return config
 
 
 def field_problems(config: Mapping[str, Any]) -> list[str]:

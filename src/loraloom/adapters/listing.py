@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraloom.adapters.bases import public_name
 from loraloom.adapters.config import CONFIG
-from loraloom.adapters.patterns import pattern_values
+from loraloom.adapters.layout import alphas_of
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.together import one_base
 from loraloom.adapters.update import Adapter
@@ -108,12 +108,9 @@ def read_verdicts(path: Path) -> dict[str, str]:
 
 def _listed(name: str, one: Adapter, verdicts: Mapping[str, str]) -> Listed:
     ranks = [shape.r for shape in one.shapes.values()]
-    alphas = pattern_values(
-        one.config.get("alpha_pattern") or {}, list(one.shapes), one.config.get("lora_alpha", 8), "alpha_pattern"
-    ).values()
-    energy = sum(update.energy() for update in one.updates.values())
+    alphas = alphas_of(list(one.shapes), one.config).values()
     verdict = verdicts.get(seen_sha256(one.sources)) if verdicts else None
-    return Listed(name, (min(ranks), max(ranks)), (min(alphas), max(alphas)), energy, verdict)
+    return Listed(name, (min(ranks), max(ranks)), (min(alphas), max(alphas)), sum(one.energies.values()), verdict)
 
 
 def _layers(one: Adapter) -> _Layers:

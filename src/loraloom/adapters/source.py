@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loraloom.adapters.config import CONFIG, read_config
+from loraloom.adapters.config import CONFIG, check_config, read_config
 from loraloom.adapters.dialects import DIFFUSERS, MLX, PEFT, Dialect, dialect_of
 from loraloom.adapters.mlx import is_mlx, read_mlx_config
 from loraloom.adapters.stored import INDEX, WeightFiles, shard_of, weight_files
@@ -50,7 +50,8 @@ def find_source(path: Path) -> Source:
     if (path / CONFIG).is_file():
         config = read_json_object(path / CONFIG, "save the adapter again")
         if not is_mlx(config):
-            return Source(path, PEFT, read_config(path), weight_files(path))
+            check_config(path / CONFIG, config)
+            return Source(path, PEFT, config, weight_files(path))
         scale, base = read_mlx_config(config, path / CONFIG)
         read = ("fine_tune_type", "lora_parameters", "model", "num_layers", "adapter_path")
         unread = tuple(sorted(key for key, value in config.items() if key not in read and value not in (None, False)))
@@ -66,8 +67,7 @@ def find_source(path: Path) -> Source:
 def _folder_of(path: Path) -> Path:
     """Return the folder that a file stands for: where its config lies beside it, or that was written here."""
     folder = path.parent
-    shard = shard_of(path.name)
-    whole = f"{shard['stem']}{_SAFE}" if shard else path.name.removesuffix(INDEX)
+    whole = _whole(path.name)
     record = read_record(folder)
     if record and path.name in record.files:
         return folder
@@ -79,18 +79,22 @@ def _in_file(path: Path) -> Source:
         raise LoraloomError(
             f"{path}: a pickle, which may run code", "save it as safetensors with the tool that made it"
         )
-    shard = shard_of(path.name)
-    name = f"{shard['stem']}{_SAFE}" if shard else path.name.removesuffix(INDEX)
+    name = _whole(path.name)
     if not name.endswith(_SAFE):
         raise LoraloomError(f"{path}: no safetensors file", "name an adapter's folder or its safetensors file")
-    whole = not shard and name == path.name
-    return _told_by_names(path, WeightFiles([path]) if whole else weight_files(path.parent, name))
+    return _told_by_names(path, WeightFiles([path]) if name == path.name else weight_files(path.parent, name))
+
+
+def _whole(name: str) -> str:
+    """Return the name of the whole file that a shard, or an index of shards, is of; any other's own."""
+    shard = shard_of(name)
+    return f"{shard['stem']}{_SAFE}" if shard else name.removesuffix(INDEX)
 
 
 def _without_config(folder: Path) -> Source:
     """Return the one safetensors file of a folder, whole or in shards, as a source."""
     files = sorted(path for path in folder.iterdir() if path.name.endswith(_SAFE) and path.is_file())
-    names = sorted({f"{shard['stem']}{_SAFE}" if (shard := shard_of(path.name)) else path.name for path in files})
+    names = sorted({_whole(path.name) for path in files})
     if any(name == PEFT.weights for name in names) or not names:
         read_config(folder)  # PEFT's, which say nothing without it
     if DIFFUSERS.weights in names:

@@ -110,6 +110,11 @@ class Adapter:
         known: Mapping[str, Shape] | None = getattr(self.updates, "shapes", None)
         return {name: update.shape for name, update in self.updates.items()} if known is None else known
 
+    @cached_property
+    def energies(self) -> Mapping[str, float]:
+        """|dW|_F^2 of every update by module path; this reads every weight, once."""
+        return {name: update.energy() for name, update in self.updates.items()}
+
     @property
     def rank(self) -> int:
         """Return the largest rank of any layer."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraloom.cli.common import AsJson, Quiet, command
-from loraloom.cli.words import counted, listed, number, percent
+from loraloom.cli.words import counted, listed, number, percent, span
 
 if TYPE_CHECKING:
     from loraloom.analysis.checking import Check, FolderFacts, MemberMerge
@@ -48,9 +48,9 @@ def check(
 def _facts(facts: FolderFacts) -> Iterator[tuple[str, str]]:
     yield "base", facts.base or "not named"
     yield "layers", f"{facts.layers}: {listed(facts.targets)}"
-    yield "rank", _span(*facts.ranks)
+    yield "rank", span(*facts.ranks)
     rule = "alpha / sqrt(r), rsLoRA" if facts.rslora else "alpha / r"
-    yield "scaling", f"{_span(*facts.scalings)}, {rule}"
+    yield "scaling", f"{span(*facts.scalings)}, {rule}"
     yield (
         "|dW|^2",
         f"{number(facts.energy)}; 99 % of a layer's in {facts.held} directions, the middle one of the layers",
@@ -117,7 +117,3 @@ def _verdict(merge: MemberMerge) -> str:
         "dropped entries": f"Entries of A and B were dropped apart, as PEFT's ties, dare and magnitude_prune do{rest}.",
         "other": f"Neither a sum of its members nor one of lower rank{rest}.",
     }[merge.kind]
-
-
-def _span(least: float, most: float) -> str:
-    return number(least) if least == most else f"{number(least)} to {number(most)}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraloom.cli.common import AsJson, Quiet, command
-from loraloom.cli.words import counted, listed, number
+from loraloom.cli.words import counted, listed, number, span
 
 if TYPE_CHECKING:
     from loraloom.adapters.listing import Group, Listed, Listing
@@ -44,11 +44,7 @@ def _title(group: Group) -> str:
 
 
 def _row(one: Listed) -> tuple[str, ...]:
-    return one.name, _span(*one.rank), _span(*one.alpha), number(one.energy), one.verdict or "no"
-
-
-def _span(least: float, largest: float) -> str:
-    return number(least) if least == largest else f"{number(least)} to {number(largest)}"
+    return one.name, span(*one.rank), span(*one.alpha), number(one.energy), one.verdict or "no"
 
 
 def _facts(listing: Listing) -> dict[str, Any]:

@@ -15,6 +15,11 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
+def span(least: float, most: float) -> str:
+    """Return two numbers in words, or one where they are equal: 8, 4 to 16."""
+    return number(least) if least == most else f"{number(least)} to {number(most)}"
+
+
 def percent(share: float | None) -> str:
     """Return a share as so many of a hundred."""
     return "-" if share is None else f"{number(100 * share)} %"

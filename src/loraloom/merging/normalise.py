@@ -25,14 +25,6 @@ LOUD = 3.0  # times the energy of another adapter: from here on `auto` normalise
 NormaliseFrom = Literal["asked", "energies", "weights", "rule", "clip", "single adapter", "stack"]  # who decided
 
 
-def energies(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
-    """Return |dW|_F^2 by adapter's name and module path; reads every weight."""
-    return {
-        name: {module: update.energy() for module, update in adapter.updates.items()}
-        for name, adapter in adapters.items()
-    }
-
-
 def factors_of(
     normalise: Normalise,
     adapters: Mapping[str, Adapter],
@@ -50,10 +42,11 @@ def factors_of(
     statistics: of their inputs, by name; for "response" alone.
     clip: without normalising, the most energy in a layer, times the adapters' median there; see `clip_factors`.
     """
+    squares: Mapping[str, Mapping[str, float]]
     if normalise == "none":
-        return {} if clip is None else clip_factors(energies(adapters), clip), []
+        return {} if clip is None else clip_factors({name: one.energies for name, one in adapters.items()}, clip), []
     if normalise == "norm":
-        squares, why = energies(adapters), "every update is zero"
+        squares, why = {name: one.energies for name, one in adapters.items()}, "every update is zero"
     else:
         why = "it does nothing to its own inputs"
         squares = {
@@ -105,8 +98,7 @@ def decided(options: MergeOptions, rule: Rule, members: Sequence[Adapter], *, al
     if rule.whole or "moments" in rule.supplied:
         return Normalised("none", "rule")
     merged = layers_of_all(members, options.targets)
-    found = energies({str(at): member for at, member in enumerate(members)}).values()
-    times = loudness(sum(energy for at, energy in layers.items() if at in merged) for layers in found)
+    times = loudness(sum(energy for at, energy in one.energies.items() if at in merged) for one in members)
     return Normalised("norm" if times > LOUD else "none", "energies", times)
 
 

@@ -24,7 +24,7 @@ from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import Distiller
 from loraloom.merging.mends import ScreenFacts
-from loraloom.merging.normalise import AS_THEY_ARE, Normalised, energies
+from loraloom.merging.normalise import AS_THEY_ARE, Normalised
 from loraloom.merging.options import Heads
 from loraloom.merging.problems import dropped_layers, unseen_layers
 from loraloom.merging.registry import Probe, Result, Rule
@@ -156,10 +156,10 @@ class Plan:
         """Return what the rule makes of one layer, times the scale: low-rank or dense, nothing truncated."""
         return self._merged(module, self.updates(module))
 
-    @cached_property
-    def energies(self) -> dict[str, dict[str, float]]:
-        """|dW|_F^2 by input and module path; this reads every weight."""
-        return energies(self.members)
+    @property
+    def energies(self) -> dict[str, Mapping[str, float]]:
+        """Return |dW|_F^2 by input and module path; the first time this reads every weight."""
+        return {name: member.energies for name, member in self.members.items()}
 
     def times(self, name: str, module: str) -> float:
         """Return what an input's update is multiplied by: its weight and factor."""
