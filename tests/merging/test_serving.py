@@ -198,7 +198,7 @@ def test_all_that_a_server_would_not_take_is_told_at_once_and_nothing_is_written
     told = refused("export", folder, "--for", "sglang", "-o", tmp_path / "out")
     assert "h.0.q_proj: SGLang stacks q_proj with v_proj, which the adapter lacks there" in told
     assert "h.1.k_proj: SGLang stacks k_proj with q_proj and v_proj" in told
-    assert "600" not in told
+    assert "600" not in told.replace(str(folder), "")  # a folder of tests may have that number
     texts = ("--scale", "auto", "--unlabelled", "no.jsonl", "--base", "no/base")  # none of which is looked at before
     assert "rank 600 in h.0.q_proj" in refused("merge", folder, *texts, "--for", "vllm", "-o", tmp_path / "out")
     said(
