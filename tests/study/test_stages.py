@@ -19,7 +19,7 @@ import tiny
 import tiny_study
 from loraloom.progress import Reporter
 from loraloom.study import agreement, stages
-from loraloom.study.engine import Context, Engine, Reading, StageFunction, Worker, stage
+from loraloom.study.engine import Call, Context, Engine, Reading, StageFunction, Worker, stage
 from loraloom.study.inputs import Base, Input, Local, Output, Rows, Texts
 from loraloom.study.recipe import Recipe
 from loraloom.study.store import Stage, Store
@@ -65,6 +65,14 @@ def test_every_stage_is_called_with_all_its_arguments_by_name(calls: dict[str, d
         assert (folder.name, context.annotation) == ("folder", "Context")
         assert all(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in arguments)
         assert {one.name for one in arguments} == calls[name].keys()
+
+
+def test_a_stage_that_distils_tells_its_steps(calls: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    function = FUNCTIONS["merge_by_teachers"]
+    call = Call(function.stage("merge", **calls["merge_by_teachers"]), function, calls["merge_by_teachers"])
+    Worker(Store(tmp_path)).run(call, lambda done, total, loss=None: told.append((done, total)))
+    assert told == [(1, 2), (2, 2)]
 
 
 def others(value: Any) -> Iterator[Any]:

@@ -220,7 +220,8 @@ def merge_by_teachers(
 ) -> None:
     """Merge at scale 1 by a rule that trains on `texts` unlabelled training texts a task; a killed one goes on."""
     members, tasks = read_adapters(adapters), {name: one.task for name, one in rows.items()}
-    distiller = teachers(context.model(base, reading), members, tasks, texts, context.scratch, training)
+    model = context.model(base, reading)
+    distiller = teachers(model, members, tasks, texts, context.scratch, training, progress=context.progress)
     asked = MergeOptions(rule, options, scale=1.0, seed=seed, normalise=normalise)
     _write_merge(folder, members, statistics, asked, distiller=distiller)
 

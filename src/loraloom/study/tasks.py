@@ -23,6 +23,7 @@ from loraloom.tasks.prompts import PromptTask, prompt_task
 from loraloom.tasks.splits import SplitTask
 from loraloom.tasks.task import Task, answer_tokens_of
 from loraloom.training.distil import ByTeachers
+from loraloom.training.runs import Progress
 
 ROWS = "rows"
 _GLUE_FILES = ("train.jsonl", "dev.jsonl", "meta.json")
@@ -87,6 +88,7 @@ def teachers(
     *,
     start: Adapter | None = None,
     reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> ByTeachers:
     """Return what distils adapters by `texts` unlabelled training texts of each task; see `ByTeachers`."""
     return ByTeachers(
@@ -98,4 +100,5 @@ def teachers(
         settings=settings,
         answer_tokens=answer_tokens_of(tasks),
         reporter=reporter,
+        progress=progress,
     )

@@ -37,7 +37,17 @@ from loraloom.tasks.generate import ANSWER_TOKENS
 from loraloom.tasks.prompts import as_prompts
 from loraloom.training.lessons import HeadLesson, Lesson, WrittenLesson
 from loraloom.training.order import Order, parted, used
-from loraloom.training.runs import NOT_FINITE, Watch, arguments, clear, full_disk_told, has_stopped, resumable, state_of
+from loraloom.training.runs import (
+    NOT_FINITE,
+    Progress,
+    Watch,
+    arguments,
+    clear,
+    full_disk_told,
+    has_stopped,
+    resumable,
+    state_of,
+)
 
 GENERIC, NEAR = "generic", "none"  # in place of a task's texts
 GENERIC_TEXTS = 300  # of a task without texts of its own
@@ -64,7 +74,8 @@ class ByTeachers:
     teachers: where answers are kept for the next call, by hashes of all they hang on; in the cache folder without.
     settings: precision, batches an optimiser step, warmup and weight decay.
     answer_tokens: the most that a single model writes.
-    reporter: is told of steps and distances.
+    reporter: is told of teachers, steps and distances.
+    progress: is told of steps, as by any stage that trains.
 
     Under `accelerate launch` or torchrun every process calls this, and they train together. Raises LoraloomError that
     tells all that is wrong: an adapter without texts or head, or with a head where answers are written, too few texts.
@@ -82,12 +93,13 @@ class ByTeachers:
         settings: TrainingSettings | None = None,
         answer_tokens: int = ANSWER_TOKENS,
         reporter: Reporter | None = None,
+        progress: Progress | None = None,
     ) -> None:
         _check(model, adapters, texts)
         self._model, self._adapters, self._scratch = model, adapters, scratch
         self._start, self._place = start, teachers or cache_folder() / "teachers"
         self._settings, self._answer_tokens = settings or TrainingSettings(), answer_tokens
-        self._reporter = reporter or Reporter(quiet=True)
+        self._reporter, self._progress = reporter or Reporter(quiet=True), progress
         self.facts: DistilledFacts | None = None
         self._sources: dict[str, Source] = {name: _source(texts[name]) for name in adapters}
         self._rows = {name: self._rows_of(texts[name]) for name in adapters}
@@ -214,7 +226,8 @@ class ByTeachers:
             dataloader_pin_memory=False,
         )
         self._reporter.begin("distilling", asked.steps)
-        return Distillation(lessons, self._reporter if rank_and_size()[0] == 0 else None, factors, args, order)
+        reporter, progress = (self._reporter, self._progress) if rank_and_size()[0] == 0 else (None, None)
+        return Distillation(lessons, reporter, progress, factors, args, order)
 
 
 class Factors(nn.Module):
@@ -245,13 +258,15 @@ class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
         self,
         lessons: Mapping[str, Lesson],
         reporter: Reporter | None,
+        progress: Progress | None,
         factors: Factors,
         args: transformers.TrainingArguments,
         order: Order,
     ) -> None:
-        self._lessons, self._reporter, self._factors, self._order, self._told = lessons, reporter, factors, order, ""
+        self._lessons, self._factors, self._order, self._told = lessons, factors, order, ""
+        self._reporter, self._progress = reporter, progress
         stop = EarlyStoppingCallback(_PATIENCE, _FLAT)
-        watch = Watch("distil", self._show if reporter else None)
+        watch = Watch("distil", self._show)
         # evaluate is our own, and looks at no eval_dataset; the Trainer asks for one that is there
         super().__init__(factors, args, _item, order, order, callbacks=[watch, stop])
         self.remove_callback(transformers.PrinterCallback)
@@ -279,9 +294,11 @@ class Distillation(Trainer):  # type: ignore[misc, unused-ignore]
         return metrics
 
     def _show(self, done: int, total: int, loss: float | None = None) -> None:
-        assert self._reporter is not None
-        self._reporter.reach("distilling", done)
-        self._reporter.detail("distilling", self._told)
+        if self._progress is not None:
+            self._progress(done, total, loss)
+        if self._reporter is not None:
+            self._reporter.reach("distilling", done)
+            self._reporter.detail("distilling", self._told)
 
 
 def distil(
