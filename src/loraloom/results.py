@@ -17,6 +17,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from loraloom.errors import raise_problems, reads_file
@@ -106,7 +107,11 @@ class MergeScore(_Record):
     scale: float
     aligned: bool = Field(description="heads aligned to the merged features, in closed form, without labels")
     split: Literal["heldout", "test"]
-    scale_chosen_with_labels: bool = Field(description="true where the held-out labels chose this scale")
+    chosen_by: Literal["labels", "agreement"] | None = Field(
+        description="who chose this scale of those tried, on held-out rows: their labels, or agreement with the single "
+        "adapters' answers without labels; null where the recipe has one scale, or chose nothing by this"
+    )
+    rule_chosen: bool = Field(False, description="true where the rule was chosen with the scale")
     scores: dict[str, Score] = Field(
         description="by task; of answers the task's metric on test rows, `kept_probability` on held-out ones, or where "
         "that is not there `recovered`"
@@ -130,6 +135,15 @@ class MergeScore(_Record):
         description="average on seeded resamples of the test rows, the same for every merge: differences are paired",
     )
     kept: float = Field(description="average / average of the single-task adapters on the same split")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, given: Any) -> Any:
+        """Read what older files say of labels alone."""
+        if not isinstance(given, dict) or "scale_chosen_with_labels" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "scale_chosen_with_labels"}
+        return {"chosen_by": "labels" if given["scale_chosen_with_labels"] is True else None, **rest}
 
     @property
     def distance(self) -> float | None:

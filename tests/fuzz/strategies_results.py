@@ -30,7 +30,7 @@ def study() -> dict[str, Any]:
     merges = [
         {
             "init": init, "seed": 0, "rule": rule, "space": "full", "options": {"density": 0.2}, "output_rank": 8,
-            "scale": scale, "aligned": False, "split": split, "scale_chosen_with_labels": split == "test",
+            "scale": scale, "aligned": False, "split": split, "chosen_by": "labels" if split == "test" else None,
             "scores": dict.fromkeys(tasks, SCORE), "average": SCORE, "resamples": [0.6, 0.7, 0.8], "kept": 0.9,
         }
         for init in inits for rule in ("ties", "tsv") for split, scales in (("heldout", (0.5, 1.0)), ("test", (0.5,)))

@@ -55,7 +55,7 @@ def make_result(
         error = sum(item.stderr**2 for item in scores.values()) ** 0.5 / len(TASKS)
         return MergeScore(
             init=init, seed=seed, rule=name, space=space, options=options, output_rank=8 * (rule + 1), scale=scale,  # type: ignore[arg-type]
-            aligned=aligned, split=split, scale_chosen_with_labels=chosen, scores=scores,
+            aligned=aligned, split=split, chosen_by="labels" if chosen else None, scores=scores,
             average=Score(value=average, stderr=error), kept=average / 0.84,
         )  # fmt: skip
 

@@ -157,17 +157,13 @@ def test_options_are_named_only_where_they_differ(result: StudyResult) -> None:
 
 def test_merges_with_and_without_labels_stay_apart(result: StudyResult) -> None:
     """The same rule at a fixed scale is a row of its own, and says that no label chose it."""
-    fixed = [
-        m.model_copy(update={"scale": 1.0, "scale_chosen_with_labels": False})
-        for m in result.merges
-        if m.split == "test"
-    ]
+    fixed = [m.model_copy(update={"scale": 1.0, "chosen_by": None}) for m in result.merges if m.split == "test"]
     table = merged_table(result.model_copy(update={"merges": result.merges + fixed}))
     assert len(table.rows) == 2 * len(merged_table(result).rows)
-    chosen = table.columns.index("scale chosen with labels")
+    chosen = table.columns.index("scale chosen by")
     assert sorted({(row[table.columns.index("scale")], row[chosen]) for row in table.rows}) == [
-        ("0.5", "yes"),
-        ("1", "no"),
+        ("0.5", "labels"),
+        ("1", "the recipe"),
     ]
 
 

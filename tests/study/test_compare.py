@@ -57,7 +57,7 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def by_case(merges: list[MergeScore], init: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Return figures by rule, scale, heads and rows."""
-    own = {"init", "scale_chosen_with_labels"}
+    own = {"init", "chosen_by"}
     return {
         (one.rule, one.scale, one.aligned, one.split): one.model_dump(exclude=own) for one in merges if one.init == init
     }
@@ -90,7 +90,7 @@ def test_every_rule_at_every_scale_and_one_test_score_each(compared: Path) -> No
         for aligned in (False, True):
             rows = [one for one in result.merges if (one.rule, one.aligned) == (rule, aligned)]
             (test,) = [one for one in rows if one.split == "test"]
-            assert test.scale_chosen_with_labels
+            assert test.chosen_by == "labels"
             best = max(one.average.value for one in rows if one.split == "heldout")
             chosen = next(one for one in rows if one.split == "heldout" and one.scale == test.scale)
             assert chosen.average.value == best
@@ -199,7 +199,7 @@ def test_base_and_tasks_are_enough(finished: Path, tmp_path: Path) -> None:
     assert not rows["weighted", False]["labels"]
     result = StudyResult.load(tmp_path / "out" / "results.json")
     assert {(one.rule, one.scale) for one in result.merges} == {("regmean", 1.0), ("weighted", 1.0)}
-    assert not any(one.scale_chosen_with_labels for one in result.merges)
+    assert not any(one.chosen_by for one in result.merges)
     assert {len(table.layers) for table in result.interference} == {4}
 
 

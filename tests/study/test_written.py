@@ -26,8 +26,9 @@ from loraloom.statistics.texts import collect
 from loraloom.study import stages
 from loraloom.study.answers import KNOWN, kept_probability, recovered
 from loraloom.study.compare import compare
+from loraloom.study.entries import MergeSettings
 from loraloom.study.export import run_study
-from loraloom.study.recipe import MergeSettings, Recipe
+from loraloom.study.recipe import Recipe
 from loraloom.study.study import Study
 from loraloom.study.tasks import build_task
 from loraloom.tasks.metrics import resampled_rows

@@ -102,7 +102,7 @@ def compare(
 
 
 def _row(one: Merged) -> dict[str, Any]:
-    """Return a rule's row of the comparison as JSON would hold it; `labels`: whether they chose its scale."""
+    """Return a rule's row of the comparison as JSON would hold it; `chosen_by`: who chose its scale."""
     from loraloom.report.aggregate import SHARES
 
     return {
@@ -117,6 +117,6 @@ def _row(one: Merged) -> dict[str, Any]:
         },
         "heldout": one.heldout,
         "scales": list(one.scales),
-        "labels": one.scale_chosen_with_labels,
+        "chosen_by": one.chosen_by,
         "output_ranks": list(one.output_ranks),
     }

@@ -240,7 +240,7 @@ def _merged_facts(merged: Merged | None) -> dict[str, Any] | None:
         "space": merged.space,
         "output_ranks": merged.output_ranks,
         "scales": merged.scales,
-        "scale_chosen_with_labels": merged.scale_chosen_with_labels,
+        "chosen_by": merged.chosen_by,
         "average": merged.average.model_dump(),
         "kept": merged.kept,
         **shares,

@@ -75,7 +75,8 @@ class Merged:
     aligned: bool
     output_ranks: tuple[int, ...]
     scales: tuple[float, ...]
-    scale_chosen_with_labels: bool
+    chosen_by: Literal["labels", "agreement"] | None
+    rule_chosen: bool
     scores: dict[str, Score]
     average: Score
     kept: float
@@ -202,19 +203,20 @@ class Figures:
             if merge.split == "heldout"
         }
         rows = []
-        for (_, init, aligned, chosen, _), merges in groups.items():
+        for (_, init, aligned, *_), merges in groups.items():
             seen = [heldout.get((m.way, init, aligned, m.seed, round(m.scale, 9))) for m in merges]
             known = [value for value in seen if value is not None]
             rows.append(
                 Merged(
                     init=init,
-                    label=self.labels[merges[0].way],
-                    rule=merges[0].rule,
+                    label=self.name(merges[0]),
+                    rule=" or ".join(dict.fromkeys(merge.rule for merge in merges)),
                     space=merges[0].space,
                     aligned=aligned,
                     output_ranks=tuple(sorted({merge.output_rank for merge in merges})),
                     scales=tuple(sorted({merge.scale for merge in merges})),
-                    scale_chosen_with_labels=chosen,
+                    chosen_by=merges[0].chosen_by,
+                    rule_chosen=merges[0].rule_chosen,
                     scores={t: over_seeds([m.scores[t] for m in merges]) for t in self.tasks if t in merges[0].scores},
                     average=over_seeds([merge.average for merge in merges]),
                     kept=float(np.mean([merge.kept for merge in merges])),
@@ -225,8 +227,7 @@ class Figures:
                     distance=_mean_distance(merges),
                 )
             )
-        order = list(self.labels.values())
-        return sorted(rows, key=lambda row: (self.inits.index(row.init), order.index(row.label), row.aligned))
+        return sorted(rows, key=lambda row: (self.inits.index(row.init), self.names.index(row.label), row.aligned))
 
     @cached_property
     def sweeps(self) -> list[Sweep]:
@@ -274,6 +275,23 @@ class Figures:
                     label += f" · {name} {value}"
             labels[rule, space, options] = label
         return labels
+
+    def name(self, merge: MergeScore) -> str:
+        """Return the label of a merge, with what was left to agreement where it chose."""
+        if merge.rule_chosen:
+            way = merge.options.get("normalise")
+            return "rule and scale auto" + (f" · normalise {way}" if way else "")
+        return f"{self.labels[merge.way]} · scale auto" if merge.chosen_by == "agreement" else self.labels[merge.way]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of every merge: what agreement chose of a way to merge follows it, what it chose of all is last."""
+        order = list(self.labels.values())
+        merges = sorted(
+            self.result.merges,
+            key=lambda one: (one.rule_chosen, order.index(self.labels[one.way]), one.chosen_by == "agreement"),
+        )
+        return list(dict.fromkeys(map(self.name, merges)))
 
     def best(self, rows: Iterable[Merged]) -> Merged | None:
         """Return the row with the best held-out average; rows without one come after, by their test average."""
@@ -367,10 +385,11 @@ def _shares(merges: Sequence[MergeScore]) -> dict[str, Share]:
 
 
 def _group(merges: Iterable[MergeScore]) -> dict[tuple[Any, ...], list[MergeScore]]:
-    """Bring the seeds of one way to merge together; a scale not chosen with labels is part of the way."""
+    """Bring the seeds of one way to merge together; a rule or scale that nobody chose is part of the way."""
     groups: dict[tuple[Any, ...], list[MergeScore]] = {}
     for merge in merges:
-        fixed = None if merge.scale_chosen_with_labels else round(merge.scale, 9)
-        key = (merge.way, merge.init, merge.aligned, merge.scale_chosen_with_labels, fixed)
+        fixed = None if merge.chosen_by else round(merge.scale, 9)
+        way = merge.options.get("normalise") if merge.rule_chosen else merge.way
+        key = (way, merge.init, merge.aligned, merge.chosen_by, merge.rule_chosen, fixed)
         groups.setdefault(key, []).append(merge)
     return groups

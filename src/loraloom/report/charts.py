@@ -18,6 +18,7 @@ from loraloom.report.tables import (
     OWN,
     Table,
     average_share,
+    chosen_text,
     points,
     share,
     single_table,
@@ -54,7 +55,7 @@ def merged_chart(figures: Figures) -> Chart | None:
     if not figures.merged:
         return None
     bands: dict[str, list[_Dot]] = {}
-    for row in sorted(figures.merged, key=lambda row: list(figures.labels.values()).index(row.label)):
+    for row in sorted(figures.merged, key=lambda row: figures.names.index(row.label)):
         dot = _Dot(figures.inits.index(row.init), row.average, points(row.average))
         if not figures.written:
             dot = replace(dot, filled=row.aligned, shift=0.2 if row.aligned else -0.2)
@@ -109,9 +110,9 @@ def merged_averages(figures: Figures) -> Table:
         cells[OWN, NONE] = {init: points(score) for init, score in figures.single_averages.items()}
     for row in figures.merged:
         heads = () if figures.written else (HEADS[row.aligned],)
-        way = (row.label, *heads, "yes" if row.scale_chosen_with_labels else "no")
+        way = (row.label, *heads, chosen_text(row))
         cells.setdefault(way, {})[row.init] = points(row.average)
-    columns = ("rule", *(() if figures.written else ("heads",)), "scale chosen with labels")
+    columns = ("rule", *(() if figures.written else ("heads",)), "scale chosen by")
     return _by_init(figures, "Merged average on the test rows", columns, cells)
 
 
@@ -130,10 +131,10 @@ def kept_chart(figures: Figures) -> Chart | None:
         return None
     bands: dict[str, list[_Dot]] = {}
     cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in sorted(rows, key=lambda row: list(figures.labels.values()).index(row.label)):
+    for row in sorted(rows, key=lambda row: figures.names.index(row.label)):
         assert row.share
         (task, least), average = row.share.worst, row.share.average
-        init, chosen = figures.inits.index(row.init), "yes" if row.scale_chosen_with_labels else "no"
+        init, chosen = figures.inits.index(row.init), chosen_text(row)
         mean, worst = share(average), f"{task} {share(least)}"
         cells.setdefault((row.label, chosen, "mean"), {})[row.init] = mean
         cells.setdefault((row.label, chosen, "worst task"), {})[row.init] = worst
@@ -156,11 +157,7 @@ def kept_chart(figures: Figures) -> Chart | None:
         "adapter has two marks: the mean over tasks, and its worst task. Look for two that lie close together and far "
         f"right: such a merge sacrifices no task.{_edges(drawn)}",
         views=[View("", [Panel("", f"{what.capitalize()} on the test rows: {'; '.join(said)}.", data, layout)])],
-        tables=[
-            _by_init(
-                figures, f"{what.capitalize()} on the test rows", ("rule", "scale chosen with labels", "of"), cells
-            )
-        ],
+        tables=[_by_init(figures, f"{what.capitalize()} on the test rows", ("rule", "scale chosen by", "of"), cells)],
         keys=(
             ("filled", "mean over tasks"),
             ("open", "worst task"),

@@ -79,6 +79,11 @@ def scales_text(scales: Iterable[float]) -> str:
     return ", ".join(f"{scale:.4g}" for scale in scales)
 
 
+def chosen_text(row: Merged) -> str:
+    """Tell who chose the scale of a merge, of those that the recipe tries."""
+    return row.chosen_by or "the recipe"
+
+
 def merged_rows(result: StudyResult) -> list[Merged]:
     """Return every merge on the test split with its figures, in the study's order."""
     return Figures(result).merged
@@ -136,7 +141,7 @@ def merged_table(result: StudyResult) -> Table:
     """Return every merge on the test split, task by task; of answers after the base model and the single adapters."""
     figures = Figures(result)
     near = any(row.distance is not None for row in figures.merged)
-    tail = (*(["distance"] if near else []), "output rank", "scale", "scale chosen with labels", "space")
+    tail = (*(["distance"] if near else []), "output rank", "scale", "scale chosen by", "space")
     rows = [
         (
             row.init,
@@ -147,8 +152,8 @@ def merged_table(result: StudyResult) -> Table:
             *(points(row.scores.get(task)) for task in figures.tasks),
             *([number(row.distance)] if near else []),
             ", ".join(map(str, row.output_ranks)),
-            scales_text(row.scales),
-            "yes" if row.scale_chosen_with_labels else "no",
+            _scale_text(row),
+            chosen_text(row),
             row.space,
         )
         for row in figures.merged
@@ -284,7 +289,11 @@ def markdown_tables(result: StudyResult) -> str:
 
 
 def _rule_text(row: Merged) -> str:
-    return f"{row.label}, scale {scales_text(row.scales)}"
+    return f"{row.label}{f': {row.rule}' if row.rule_chosen else ''}, scale {scales_text(row.scales)}"
+
+
+def _scale_text(row: Merged) -> str:
+    return f"{row.rule} {scales_text(row.scales)}" if row.rule_chosen else scales_text(row.scales)
 
 
 def _markdown(table: Table) -> str:

@@ -69,8 +69,14 @@ def comparisons(result: StudyResult, *, aligned: bool) -> list[Comparison]:
     for row in rows:
         sides.setdefault(row.init if by_init else row.label, []).append(row)
     rivals = [figures.best(side) for name, side in sides.items() if name != (ours.init if by_init else ours.label)]
-    found = [Comparison(ours, rival) for rival in rivals if rival]
+    found = [Comparison(ours, rival) for rival in rivals if rival and not _same(ours, rival)]
     return sorted(found, key=lambda comparison: -comparison.other.average.value)
+
+
+def _same(ours: Merged, other: Merged) -> bool:
+    """Tell whether labels and agreement have chosen the same merged adapters."""
+    chosen = {ours.chosen_by, other.chosen_by} == {"labels", "agreement"}
+    return chosen and (ours.rule, ours.scales, ours.by_seed) == (other.rule, other.scales, other.by_seed)
 
 
 def verdict(result: StudyResult) -> str:

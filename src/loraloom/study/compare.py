@@ -25,8 +25,9 @@ from loraloom.progress import Reporter
 from loraloom.results import StudyResult
 from loraloom.settings import AGREEMENT_TEXTS
 from loraloom.study.by_hand import ByRecipe
+from loraloom.study.entries import MergeSettings
 from loraloom.study.export import run_study
-from loraloom.study.recipe import MergeSettings, Recipe
+from loraloom.study.recipe import Recipe
 
 AGREEMENT_FORMAT = "loraloom-agreement-1"
 AGREEMENT_MARK = AGREEMENT_FORMAT.encode()  # by which such a file is known
@@ -110,7 +111,7 @@ def compare_unlabelled(
             seen, probe, by = read.look(looked, normalise, get_rule(asked.rule), members, (), scratch=scratch)
             return make_plan(members, asked, statistics=seen, probe=probe, distiller=by)
 
-        candidates = [Candidates(one.rule, tuple(one.scales)) for one in settings]
+        candidates = [Candidates(one.rule, tuple(one.listed)) for one in settings]
         options = MergeOptions(normalise=normalise)
         found = read.agreement(texts, candidates, members, options=options, plan=plan)
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -44,9 +44,10 @@ from loraloom.results import (
     average,
 )
 from loraloom.study import agreement, answers, stages
+from loraloom.study.entries import AUTO, MergeSettings
 from loraloom.study.inputs import Output
-from loraloom.study.parts import GIVEN, Evaluated, Trained, merged_facts
-from loraloom.study.recipe import MergeSettings, Recipe, slug
+from loraloom.study.parts import GIVEN, Choice, Evaluated, Trained, merged_facts
+from loraloom.study.recipe import Recipe, slug
 from loraloom.study.runners import Where
 from loraloom.study.store import RECORD
 from loraloom.study.study import Study
@@ -55,6 +56,8 @@ from loraloom.tasks.metrics import metric_value
 from loraloom.tasks.task import SPLITS, Task
 from loraloom.training.adapter import TRAINED
 
+# how rule and scale are chosen without labels, of so many texts
+_NEAREST = "the nearest to the single models on {} unlabelled held-out texts a task"
 _VERSIONS_OF = ("loraloom", "torch", "transformers", "peft", "datasets", "scikit-learn", "scipy", "numpy")
 
 
@@ -92,8 +95,9 @@ def run_study(
             for one in study.trained if recipe.inits else ():
                 _export_adapters(study, one)
             for one, row in evaluated:
-                if row.chosen_as_trained if recipe.generates else row.chosen_aligned:
-                    _export_merged(study, one, row)
+                for choice in row.chosen:
+                    if choice.aligned or recipe.generates:
+                        _export_merged(study, one, row, choice)
             _export_answers(study, evaluated)
             result.save(study.folder / "results.json", overwrite=True)
             write_report(result, study.folder / "report.html", overwrite=True)
@@ -146,14 +150,19 @@ def _result(
 def _merge_scores(study: Study, one: Trained, row: Evaluated) -> list[MergeScore]:
     """Return the scores of a merged adapter at one scale: on held-out rows, and on test rows where they were chosen."""
     found = [_merge_score(study, one, row, "heldout", row.heldout, aligned) for aligned in study.heads]
-    for aligned, chosen in ((False, row.chosen_as_trained), (True, row.chosen_aligned)):
-        if chosen and row.test is not None:
-            found.append(_merge_score(study, one, row, "test", row.test, aligned))
+    if row.test is not None:
+        found += [_merge_score(study, one, row, "test", row.test, choice.aligned, choice) for choice in row.chosen]
     return found
 
 
 def _merge_score(
-    study: Study, one: Trained, row: Evaluated, split: Literal["heldout", "test"], output: Output, aligned: bool
+    study: Study,
+    one: Trained,
+    row: Evaluated,
+    split: Literal["heldout", "test"],
+    output: Output,
+    aligned: bool,
+    choice: Choice | None = None,
 ) -> MergeScore:
     tested, written = split == "test", study.recipe.generates
     scores = stages.read_scores(output, aligned) if tested else study.judged(output, aligned)
@@ -168,7 +177,8 @@ def _merge_score(
         scale=row.scale,
         aligned=aligned,
         split=split,
-        scale_chosen_with_labels=tested and len(row.settings.scales) > 1,
+        chosen_by=choice.by if choice else None,
+        rule_chosen=bool(choice and choice.entry.rule == AUTO),
         scores=scores,
         average=together,
         resamples=stages.read_resamples(output, aligned) if tested else [],
@@ -254,8 +264,10 @@ def _majority(task: Task) -> float | None:
 def _notes(study: Study) -> list[str]:
     recipe = study.recipe
     notes = ["Test rows chose nothing: they only report."]
-    if any(len(settings.scales) > 1 for settings in recipe.merging):
+    if any(not entry.auto and len(entry.listed) > 1 for entry in recipe.merging):
         notes.append("Scales were chosen on held-out rows, with their labels.")
+    if any(entry.auto for entry in recipe.merging):
+        notes.append(f"Where it says agreement, {_NEAREST.format(recipe.evaluation.agreement)} was chosen.")
     if recipe.generates:
         notes += _judging(study)
     else:
@@ -316,12 +328,16 @@ def _export_adapters(study: Study, one: Trained) -> None:
                 shutil.copy2(output.path / RECORD, staged / RECORD)
 
 
-def _export_merged(study: Study, one: Trained, row: Evaluated) -> None:
+def _export_merged(study: Study, one: Trained, row: Evaluated, choice: Choice) -> None:
     """Write the merged adapter at its chosen scale with the aligned heads beside it."""
     adapter = row.merged.path / stages.ADAPTER
-    place = study.folder / "merged" / _place(study, one) / _rule_name(study.recipe, row.settings)
-    chosen = "the best of several on held-out rows, with labels" if len(row.settings.scales) > 1 else "the recipe's own"
-    notes = [f"scale: {chosen}"]
+    place = study.folder / "merged" / _place(study, one) / _rule_name(study.recipe, choice.entry)
+    who = {
+        "labels": "the best of several on held-out rows, with labels",
+        "agreement": _NEAREST.format(study.recipe.evaluation.agreement),
+        None: "the recipe's own",
+    }
+    notes = [f"{'rule and scale' if choice.entry.rule == AUTO else 'scale'}: {who[choice.by]}"]
     heads: dict[str, Head] = {}
     if not study.recipe.generates:
         notes.append("heads: aligned to the merged features on unlabelled training texts")
@@ -352,8 +368,9 @@ def _export_answers(study: Study, evaluated: Iterable[tuple[Trained, Evaluated]]
         found |= {f"{place}/{task}": output.path / answers.ANSWERS for task, output in one.singles.items()}
     for one, row in evaluated:
         if row.test is not None:
-            place = f"{_place(study, one)}/{_rule_name(study.recipe, row.settings)}"
-            found |= {f"{place}/{task}": row.test.path / f"{task}.{answers.ANSWERS}" for task in study.tasks}
+            for choice in row.chosen:
+                place = f"{_place(study, one)}/{_rule_name(study.recipe, choice.entry)}"
+                found |= {f"{place}/{task}": row.test.path / f"{task}.{answers.ANSWERS}" for task in study.tasks}
     with staged_folder(study.folder / "answers", kind="answers", overwrite=True) as staged:
         for name, path in found.items():
             (staged / f"{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
@@ -364,11 +381,12 @@ def _place(study: Study, one: Trained) -> str:
     return slug(one.init) if len(study.recipe.seeds) == 1 else f"{slug(one.init)}-seed{one.seed}"
 
 
-def _rule_name(recipe: Recipe, settings: MergeSettings) -> str:
+def _rule_name(recipe: Recipe, entry: MergeSettings) -> str:
     """Return the rule's name, with its options where the recipe has it more than once."""
-    if sum(other.rule == settings.rule for other in recipe.merging) == 1:
-        return settings.rule
-    return slug("-".join([settings.rule, *(f"{key}.{value}" for key, value in settings.way.items())]))
+    alike = [other for other in recipe.merging if (other.rule, other.auto) == (entry.rule, entry.auto)]
+    options = [f"{key}.{value}" for key, value in entry.way.items()] if len(alike) > 1 else []
+    open_scale = ["scale.auto"] if entry.auto and entry.rule != AUTO else []
+    return slug("-".join([entry.rule, *options, *open_scale]))
 
 
 def _device() -> str:

@@ -10,9 +10,10 @@ from loraloom.merging import get_rule
 from loraloom.merging.needs import reads_inputs
 from loraloom.study import agreement, answers, stages
 from loraloom.study.engine import Engine, Reading, StageFunction
+from loraloom.study.entries import MergeSettings
 from loraloom.study.inputs import Base, Output, Rows, Texts
 from loraloom.study.parts import Merges, Trained
-from loraloom.study.recipe import MergeSettings, Recipe
+from loraloom.study.recipe import Recipe
 from loraloom.tasks.task import answer_tokens_of
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from loraloom.adapters.peft import read_provenance
 from loraloom.study import stages
+from loraloom.study.entries import MergeSettings
 from loraloom.study.inputs import Output
-from loraloom.study.recipe import MergeSettings, slug
+from loraloom.study.recipe import slug
 
 GIVEN = "given adapters"  # the init of a recipe that brings its adapters
 
@@ -39,7 +40,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Merges:
-    """The adapters of one init and seed merged by one rule; by scale, their held-out evaluation and agreement."""
+    """The adapters of one init and seed merged in one way; by scale, their held-out evaluation and agreement."""
 
     trained: Trained
     settings: MergeSettings
@@ -54,16 +55,33 @@ class Merges:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A rule and scale chosen for an entry of the recipe, for heads as trained or aligned."""
+
+    entry: MergeSettings
+    aligned: bool
+
+    @property
+    def by(self) -> Literal["labels", "agreement"] | None:
+        """Return who chose: nobody where the entry leaves nothing open."""
+        if self.entry.auto:
+            return "agreement"
+        return "labels" if len(self.entry.listed) > 1 else None
+
+
+@dataclass(frozen=True)
 class Evaluated:
-    """One merged adapter at one scale: at scale 1, its held-out and, where chosen, test evaluation; its agreement."""
+    """One merged adapter at one scale: at scale 1, its held-out and, where chosen, test evaluation; its agreement.
+
+    chosen: what of the recipe it is the answer to; empty where it was tried alone.
+    """
 
     merged: Output
     settings: MergeSettings
     scale: float
     heldout: Output
     test: Output | None
-    chosen_as_trained: bool
-    chosen_aligned: bool
+    chosen: tuple[Choice, ...]
     distances: Output | None = None
 
 

@@ -93,8 +93,9 @@ class _Nowhere:
 def _at_most(recipe: Recipe) -> Mapping[str, int]:
     """Return the most stages of every kind that a recipe asks for, in the order in which they are reached."""
     tasks, runs = len(recipe.tasks), len(recipe.inits or "1") * len(recipe.seeds)
-    merges, heldout = runs * len(recipe.merging), runs * sum(len(rule.scales) for rule in recipe.merging)
-    tests = runs * sum(min(len(rule.scales), 1 if recipe.generates else 2) for rule in recipe.merging)
+    merges, heldout = runs * len(recipe.ways), runs * sum(len(way.listed) for way in recipe.ways)
+    tried = [sum(len(way.listed) for way in entry.tried()) for entry in recipe.merging]
+    tests = runs * sum(min(count, 1 if recipe.generates else 2) for count in tried)
     atlas = any(init.off == "atlas" for init in recipe.inits.values())
     first = {"task": tasks, "statistics": 2 * tasks + atlas}
     trained = {"adapter": tasks} if recipe.adapters else {"init": runs * tasks, "train": runs * tasks}

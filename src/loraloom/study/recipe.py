@@ -14,8 +14,6 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -23,10 +21,8 @@ from loraloom.adapters.bases import PACKAGED, public_name
 from loraloom.errors import LoraloomError, did_you_mean, raise_problems, reads_file
 from loraloom.files.hashing import text_sha256
 from loraloom.files.reading import read_yaml
-from loraloom.merging.options import Normalise
-from loraloom.merging.registry import get_rule, rule_names
+from loraloom.merging.registry import get_rule
 from loraloom.settings import (
-    DISTIL_TEXTS,
     AlignmentSettings,
     EvaluationSettings,
     LoraSettings,
@@ -36,6 +32,7 @@ from loraloom.settings import (
     explained,
 )
 from loraloom.starts.options import DEFAULT, StartOptions
+from loraloom.study.entries import AUTO, FEWEST, MergeSettings, own_texts, ways_of
 from loraloom.tasks.builtin import BuiltinTask
 from loraloom.tasks.files import FileTask
 from loraloom.tasks.glue import GlueTask
@@ -45,7 +42,6 @@ from loraloom.tasks.splits import SplitTask
 from loraloom.tasks.task import Task, TaskOptions
 
 _PLACES = ("path", "train", "heldout", "test")  # options of tasks that name files
-PROBE_TEXTS = 100  # a task, for a rule that looks at texts
 _LONGEST_NAME = 80  # bytes; a stage's folder has names of an init and a task, and 255 in all
 
 
@@ -70,58 +66,6 @@ class InitSettings(StartOptions):
         if not isinstance(given, dict):
             return given
         return {"off": "atlas" if given.get("rule", DEFAULT) == "apart" else "others", **given}
-
-
-class MergeSettings(Settings):
-    """One merging rule over a few scales."""
-
-    rule: str
-    scales: list[float] = Field(min_length=1)
-    options: dict[str, Any] = Field({})
-    normalise: Normalise = Field(
-        "none",
-        description="make adapters equally loud first: by |dW| (norm), by what each does to its own inputs "
-        "(response), or as `loraloom merge` decides it (auto)",
-    )
-    texts: int = Field(PROBE_TEXTS, ge=1, description="training texts a task for a rule that looks at texts")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _texts_as_meant(cls, given: Any) -> Any:
-        """Let a rule that trains by texts have as many as help it, where nobody says how many."""
-        return {"texts": own_texts(given["rule"]), **given} if isinstance(given, dict) and "rule" in given else given
-
-    @field_validator("rule")
-    @classmethod
-    def _known_rule(cls, rule: str) -> str:
-        try:
-            get_rule(rule)
-        except LoraloomError as error:
-            raise ValueError(f"{error.message}; {error.hint}") from error
-        return rule
-
-    @field_validator("options")
-    @classmethod
-    def _known_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        # a rule that is unknown has been told already
-        problems = get_rule(info.data["rule"]).check(options)[1] if "rule" in info.data else []
-        if problems:
-            raise ValueError("; ".join(problems))
-        return options
-
-    def filled(self) -> dict[str, Any]:
-        """Return the rule's options with its defaults filled in."""
-        return get_rule(self.rule).check(self.options)[0]
-
-    @property
-    def way(self) -> dict[str, Any]:
-        """Return what tells this entry from another of the same rule: its options, and how it normalises if it does."""
-        return self.filled() | ({} if self.normalise == "none" else {"normalise": self.normalise})
-
-
-def own_texts(rule: Any) -> int:
-    """Return how many texts a task a rule looks at, where nobody says."""
-    return DISTIL_TEXTS if rule in rule_names() and get_rule(rule).distils else PROBE_TEXTS
 
 
 TaskSettings = Annotated[BuiltinTask | GlueTask | FileTask | PromptTask, Field(discriminator="source")]
@@ -198,14 +142,32 @@ class Recipe(Settings):
         if self.statistics.tokens != "prompt" and not self.generates:
             counted = f"statistics.tokens: {self.statistics.tokens!r} is for answers that are written"
             problems.append(f"{counted}, and those of these tasks are given by heads")
-        headed = [entry.rule for entry in self.merging if self.generates and get_rule(entry.rule).heads]
-        problems += [f"merging: {rule} needs heads, and these tasks' answers are written" for rule in headed]
-        rules = [(entry.rule, entry.way) for entry in self.merging]
-        if any(one in rules[:index] for index, one in enumerate(rules)):
-            problems.append("merging: the same rule with the same options twice: give one entry all scales")
+        problems += self._merging_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _merging_problems(self) -> list[str]:
+        known = [entry for entry in self.merging if entry.rule != AUTO]
+        headed = [entry.rule for entry in known if self.generates and get_rule(entry.rule).heads]
+        problems = [f"merging: {rule} needs heads, and these tasks' answers are written" for rule in headed]
+        alike = [
+            (one, other) for at, one in enumerate(self.merging) for other in self.merging[:at] if one.merges_as(other)
+        ]
+        if any(one.auto == other.auto for one, other in alike):
+            problems.append("merging: the same rule with the same options twice: give one entry all scales")
+        elif any(one.texts != other.texts for one, other in alike):
+            problems.append("merging: entries that differ in `scales` alone need the same `texts`")
+        texts = self.evaluation.agreement
+        if any(entry.auto for entry in self.merging) and texts < FEWEST:
+            auto = f"`auto` chooses by agreement on a few texts, and evaluation.agreement is {texts}"
+            problems.append(f"merging: {auto}: leave it out, or set it to {FEWEST} or more")
+        return problems
+
+    @property
+    def ways(self) -> list[MergeSettings]:
+        """Return every way to merge that an entry of `merging` tries, once, with all its scales."""
+        return ways_of(self.merging)
 
     @classmethod
     @reads_file
@@ -336,6 +298,8 @@ def _describe(schema: type[BaseModel], fault: dict[str, Any]) -> str:
         options = _SOURCES[str(loc.pop(2))]
     elif len(loc) > 1 and loc[0] in _SECTIONS:
         options = _SECTIONS[str(loc[0])]
+    if loc[:1] == ["merging"] and loc[2:3] == ["scales"]:
+        del loc[3:4]  # which of the two things it may be
     where = ".".join(str(part) for part in loc if part != "[key]")
     if kind == "extra_forbidden":
         new = _RENAMED.get(where)

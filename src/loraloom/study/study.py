@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from loraloom.study import agreement, answers, stages
 from loraloom.study.engine import Engine, Reading, StageFunction
 from loraloom.study.inputs import Base, Local, Output, Rows, Texts
 from loraloom.study.merging import MergeStages
-from loraloom.study.parts import GIVEN, Evaluated, Merges, Trained
+from loraloom.study.parts import GIVEN, Choice, Evaluated, Merges, Trained
 from loraloom.study.recipe import Recipe
 from loraloom.study.runners import Where, runner_of
 from loraloom.study.store import Store
@@ -145,9 +146,9 @@ class Study:
 
     def evaluations(self) -> Iterator[tuple[Trained, list[Evaluated]]]:
         """Yield every init and seed with all its merges."""
-        best = [{aligned: self._best_scale(one.heldout, aligned) for aligned in self.heads} for one in self.merges]
-        self.engine.expect(stages.evaluate_test, sum(len(set(scales.values())) for scales in best))
-        tested = [(one.trained, self._tested(one, scales)) for one, scales in zip(self.merges, best, strict=True)]
+        chosen = [self._chosen(one) for one in self.merges]
+        self.engine.expect(stages.evaluate_test, sum(map(len, chosen)))
+        tested = [(one.trained, self._tested(one, by)) for one, by in zip(self.merges, chosen, strict=True)]
         for trained in self.trained:
             yield trained, [row for of, rows in tested if of is trained for row in rows]
 
@@ -274,13 +275,13 @@ class Study:
 
     @cached_property
     def merges(self) -> list[Merges]:
-        """Every init and seed merged by every rule, evaluated on held-out rows at every scale."""
-        runs, rules = self.trained, self.recipe.merging
+        """Every init and seed merged in every way, evaluated on held-out rows at every scale."""
+        runs, rules = self.trained, self.recipe.ways
         self.engine.expect(stages.merge, len(runs) * len(rules))
-        self.engine.expect(stages.evaluate_heldout, len(runs) * sum(len(rule.scales) for rule in rules))
+        self.engine.expect(stages.evaluate_heldout, len(runs) * sum(len(rule.listed) for rule in rules))
         merges = [Merges(one, rule, self._stages.merge(one, rule)) for one in runs for rule in rules]
         for one in merges:
-            one.heldout.update({scale: self._stages.heldout(one, scale) for scale in one.settings.scales})
+            one.heldout.update({scale: self._stages.heldout(one, scale) for scale in one.settings.listed})
         self._measure_agreement(merges)
         return merges
 
@@ -295,9 +296,34 @@ class Study:
         for one in merges:
             one.distances.update({scale: self._stages.distances(one, scale, texts) for scale in one.heldout})
 
-    def _tested(self, one: Merges, best: Mapping[bool, float]) -> list[Evaluated]:
-        """Return a merge at every scale, tested at the `best` scales by whether heads are aligned."""
-        tests = {scale: self._stages.test(one, scale) for scale in dict.fromkeys(best.values())}
+    @cached_property
+    def _choices(self) -> list[tuple[Merges, float, Choice]]:
+        """What is chosen for every entry of the recipe, of every init and seed, by heads: a merge at a scale."""
+        found = []
+        for trained, entry, aligned in itertools.product(self.trained, self.recipe.merging, self.heads):
+            own = [one for one in self.merges if one.trained is trained]
+            tried = [
+                (one, scale)
+                for way in entry.tried()
+                for one in own
+                if one.settings.merges_as(way)
+                for scale in way.listed
+            ]
+            pick = self._nearest if entry.auto else self._best
+            found.append((*pick(tried, aligned), Choice(entry, aligned)))
+        return found
+
+    def _chosen(self, one: Merges) -> dict[float, list[Choice]]:
+        """Return by scale what a merge is the answer to."""
+        found: dict[float, list[Choice]] = {}
+        for merges, scale, choice in self._choices:
+            if merges is one:
+                found.setdefault(scale, []).append(choice)
+        return found
+
+    def _tested(self, one: Merges, chosen: Mapping[float, Sequence[Choice]]) -> list[Evaluated]:
+        """Return a merge at every scale, tested at those that are chosen."""
+        tests = {scale: self._stages.test(one, scale) for scale in chosen}
         return [
             Evaluated(
                 one.merged,
@@ -305,8 +331,7 @@ class Study:
                 scale,
                 output,
                 tests.get(scale),
-                scale == best[False],
-                scale == best.get(True),
+                tuple(chosen.get(scale, ())),
                 one.distances.get(scale),
             )
             for scale, output in one.heldout.items()
@@ -322,10 +347,28 @@ class Study:
             return answers.read_shares(heldout)["kept_probability"]
         return stages.read_scores(heldout, aligned)
 
-    def _best_scale(self, heldout: Mapping[float, Output], aligned: bool) -> float:
-        """Return the scale of the best held-out average, the smallest of equals."""
-        averages = {scale: average(self.judged(output, aligned).values()).value for scale, output in heldout.items()}
-        return max(sorted(averages), key=lambda scale: averages[scale])
+    def _best(self, tried: Sequence[tuple[Merges, float]], aligned: bool) -> tuple[Merges, float]:
+        """Return the merge and scale of the best held-out average, the smallest scale of equals."""
+        if len(tried) == 1:
+            return tried[0]
+
+        def averaged(pair: tuple[Merges, float]) -> float:
+            return average(self.judged(pair[0].heldout[pair[1]], aligned).values()).value
+
+        return max(sorted(tried, key=lambda pair: pair[1]), key=averaged)
+
+    def _nearest(self, tried: Sequence[tuple[Merges, float]], aligned: bool) -> tuple[Merges, float]:
+        """Return the merge and scale nearest to the single models on average, the first of equals; labels not read."""
+
+        def mean(pair: tuple[Merges, float]) -> float:
+            distances = agreement.read_distances(pair[0].distances[pair[1]], aligned).values()
+            known = [one for one in distances if one is not None]
+            if not known:
+                alike = f"merging: auto: every single model of {pair[0].trained.label} answers its texts alike"
+                raise LoraloomError(alike, "train longer, or raise evaluation.agreement; or name rule and scales")
+            return sum(known) / len(known)
+
+        return min(tried, key=mean)
 
     def _seed(self, one: Trained, name: str) -> int:
         return one.seed if self.recipe.inits[one.init].seed == "shared" else task_seed(one.seed, name)
