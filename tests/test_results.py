@@ -20,6 +20,14 @@ def test_it_is_read_back_as_it_was(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "results.json").read_bytes() == (finished / "study" / "results.json").read_bytes()
 
 
+def test_an_older_file_tells_whether_labels_chose() -> None:
+    path = Path(__file__).parents[1] / "docs" / "results" / "gen6-smollm2-seed0.json"
+    told = [one.get("scale_chosen_with_labels") for one in json.loads(path.read_text(encoding="utf-8"))["merges"]]
+    assert True in told
+    found = [one.chosen_by for one in StudyResult.load(path).merges]
+    assert found == ["labels" if one else None for one in told]
+
+
 def test_a_file_that_is_wrong_names_its_fields(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
 

@@ -196,7 +196,7 @@ def test_base_and_tasks_are_enough(finished: Path, tmp_path: Path) -> None:
     rows = {(one["rule"], one["aligned"]): one for one in told["rules"]}
     assert set(rows) == {(name, aligned) for name in ("regmean", "weighted") for aligned in (False, True)}
     assert rows["weighted", False]["scales"] == [1.0]
-    assert not rows["weighted", False]["labels"]
+    assert rows["weighted", False]["chosen_by"] is None
     result = StudyResult.load(tmp_path / "out" / "results.json")
     assert {(one.rule, one.scale) for one in result.merges} == {("regmean", 1.0), ("weighted", 1.0)}
     assert not any(one.chosen_by for one in result.merges)
