@@ -24,7 +24,7 @@ MODULES = {
 }
 # a folder (or a file beside them) imports only from groups to its left; within a group nothing imports across
 ROOMS = (
-    "errors | progress settings notebook | files | adapters results | tasks report | model | statistics | "
+    "errors | cores progress settings notebook | files | adapters results | tasks report | model | statistics | "
     "starts merging | training analysis | study | cli"
 )
 # who may import transformers and peft: others see a model, a tokenizer or a config that they are given

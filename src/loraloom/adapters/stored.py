@@ -134,9 +134,10 @@ class StoredUpdates(Mapping[str, Update]):
         place = self.places[module]
         form = place.form
         if form and form.kind == "experts":
-            if self._last is None or self._last[0] != form.module:
-                self._last = form.module, *self._factors(place)
-            _, A, B = self._last
+            last = self._last  # which another thread may replace meanwhile
+            if last is None or last[0] != form.module:
+                last = self._last = form.module, *self._factors(place)
+            _, A, B = last
             A = A.reshape(form.count, -1, A.shape[1])[form.index].clone()
             B = B.reshape(B.shape[0], -1, form.count)[..., form.index].clone()
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.beside import Beside
+from loraloom.cores import side_by_side
 from loraloom.files.hashing import Seen
 from loraloom.notebook import facts
 
@@ -113,7 +114,7 @@ class Adapter:
     @cached_property
     def energies(self) -> Mapping[str, float]:
         """|dW|_F^2 of every update by module path; this reads every weight, once."""
-        return {name: update.energy() for name, update in self.updates.items()}
+        return dict(zip(self.updates, side_by_side(lambda at: self.updates[at].energy(), self.updates), strict=True))
 
     @property
     def rank(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from loraloom.adapters.lowrank import NOISE
 from loraloom.adapters.patterns import pattern_values
 from loraloom.adapters.update import Adapter, Update
+from loraloom.cores import side_by_side
 from loraloom.progress import Reporter
 
 MEASURES = (
@@ -73,7 +74,7 @@ class Seen:
 
 
 def measure(members: Mapping[str, Adapter], others: Mapping[str, Adapter], reporter: Reporter | None = None) -> Seen:
-    """Measure adapters of one base; of no more than one layer are all in memory.
+    """Measure adapters of one base; of a few layers are all in memory at once.
 
     members, others: by name, none twice.
     """
@@ -87,15 +88,22 @@ def measure(members: Mapping[str, Adapter], others: Mapping[str, Adapter], repor
     for i, one in enumerate(adapters.values()):
         found = scalings(one)
         scaling[i] = torch.tensor([found.get(at, torch.nan) for at in layers], dtype=torch.float64)
-    for column, at in enumerate((reporter or Reporter(quiet=True)).each("screening", layers)):
+
+    def look(column: int) -> tuple[Tensor, list[dict[str, float]], dict[str, Tensor]]:
+        """Return which adapters have a layer, what each has there, and what every two have in common."""
+        at = layers[column]
         having = [i for i, one in enumerate(adapters.values()) if at in one.shapes]
-        updates = [adapters[name].updates[at] for i, name in enumerate(adapters) if i in having]
+        updates = [one.updates[at] for one in adapters.values() if at in one.shapes]
         grams = [_Grams.of(update) for update in updates]
-        for i, update, gram in zip(having, updates, grams, strict=True):
-            for name, value in _measured(update, gram, float(scaling[i, column])).items():
+        each = zip(updates, grams, scaling[having, column].tolist(), strict=True)
+        return torch.tensor(having), [_measured(*one) for one in each], _together(updates, grams)
+
+    columns = (reporter or Reporter(quiet=True)).each("screening", range(len(layers)))
+    for column, (place, measured, together) in enumerate(side_by_side(look, columns)):
+        for i, found_there in zip(place, measured, strict=True):
+            for name, value in found_there.items():
                 tables[name][i, column] = value
-        place = torch.tensor(having)
-        for name, values in _together(updates, grams).items():
+        for name, values in together.items():
             sums[name][place[:, None], place] += values
         shared[place[:, None], place] += tables["energy"][place, column][:, None]
     norms = (shared * shared.T).sqrt()

@@ -86,7 +86,7 @@ def distil(
         options = {"steps": steps, "loss": loss, "batch_size": batch_size, "learning_rate": learning_rate}
         asked = MergeOptions("distil", options, rank=rank, seed=seed, base=base)
         plan = folders.plan_folders(adapters, asked, output, overwrite=overwrite, look=look)
-        facts = MergeFacts.of(plan, MERGED, hashes=False)
+        facts = MergeFacts.of(plan, MERGED)
         plan_page(out, facts)
         done = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
         out.result({"folder": str(output), **asdict(done)}, "")

@@ -240,7 +240,7 @@ def merge(
             screen=screen_option(screen, drop_refused, shown),
         )
         read_whole = not dry_run or folders.quickly_read(plan)
-        facts = MergeFacts.of(plan, kind, energies=read_whole, hashes=False)
+        facts = MergeFacts.of(plan, kind, energies=read_whole)
         plan_page(out, facts)
         told = facts.warnings
         if dry_run:

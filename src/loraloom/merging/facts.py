@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -133,11 +136,18 @@ class MergeFacts:
 
     @classmethod
     def of(
-        cls, plan: Plan, kind: str, command: str | None = None, *, energies: bool = True, hashes: bool = True
+        cls,
+        plan: Plan,
+        kind: str,
+        command: str | None = None,
+        *,
+        energies: bool = True,
+        hashes: Mapping[str, str] | None = None,
     ) -> MergeFacts:
         """Return the facts of a plan.
 
-        energies: whether every weight is read, to tell the energies of the inputs; hashes: whether files are hashed.
+        energies: whether every weight is read, to tell the energies of the inputs. hashes: of the files of inputs, by
+            name; see `hashing`.
         """
         in_force = _energies_in_force(plan) if energies else {}
         return MergeFacts(
@@ -145,7 +155,7 @@ class MergeFacts:
             command=public_command(command),
             base=str(plan.config.get("base_model_name_or_path") or ""),
             base_fingerprint=_fingerprint(plan),
-            inputs=_members(plan, in_force, hashes),
+            inputs=_members(plan, in_force, hashes or {}),
             rule=plan.rule.name,
             options=plan.options,
             space=plan.space,
@@ -242,6 +252,22 @@ class ForecastFacts(MergeFacts):
     seconds: float | None
 
 
+@contextmanager
+def hashing(plan: Plan) -> Iterator[Callable[[], dict[str, str]]]:
+    """Hash the inputs' files while the caller works; yield what waits for that and returns them by the inputs' names.
+
+    It raises LoraloomError where a file is not what it was when it was read.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as cores:
+        found = {
+            name: cores.submit(seen_sha256, member.sources) for name, member in plan.members.items() if member.sources
+        }
+        try:
+            yield lambda: {name: one.result() for name, one in found.items()}
+        finally:
+            cores.shutdown(cancel_futures=True)
+
+
 def layer_facts(layer: Layer) -> LayerFacts:
     """Return the facts of one merged layer."""
     return LayerFacts(layer.update.rank, layer.update.energy(), layer.energy_lost)
@@ -270,14 +296,14 @@ def _energies_in_force(plan: Plan) -> dict[str, float]:
     }
 
 
-def _members(plan: Plan, energies: Mapping[str, float], hashes: bool) -> list[MemberFacts]:
+def _members(plan: Plan, energies: Mapping[str, float], hashes: Mapping[str, str]) -> list[MemberFacts]:
     total = sum(energies.values()) or 1.0
     return [
         MemberFacts(
             name=name,
             task=member.task or name,
             folder=folder_name(member.path) if member.path else None,
-            sha256=seen_sha256(member.sources) if member.sources and hashes else None,
+            sha256=hashes.get(name),
             rank=member.rank,
             alpha=_alpha(member),
             targets=sorted(set(map(last_name, member.shapes))),
@@ -289,7 +315,7 @@ def _members(plan: Plan, energies: Mapping[str, float], hashes: bool) -> list[Me
             weight=plan.weights[name],
             energy_share=energies[name] / total if energies else None,
             hub=pinned(member.path) if member.path else None,
-            files=_hashes(member) if hashes else {},
+            files=_hashes(member) if name in hashes else {},
         )
         for name, member in plan.members.items()
     ]

@@ -15,12 +15,13 @@ from loraloom.adapters.hub import adapter_folder
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.peft import PROVENANCE, read_adapter, read_provenance
 from loraloom.adapters.update import Adapter, Update
+from loraloom.cores import side_by_side
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import json_text
 from loraloom.files.outputs import check_folder
 from loraloom.merging.card import fused_card
 from loraloom.merging.distillation import Distiller
-from loraloom.merging.facts import MERGED, ForecastFacts, FusionFacts, MergedFacts, MergeFacts
+from loraloom.merging.facts import MERGED, ForecastFacts, FusionFacts, MergedFacts, MergeFacts, hashing
 from loraloom.merging.fuse import FUSED, fuse, prepare
 from loraloom.merging.merger import write_merged
 from loraloom.merging.names import input_names
@@ -77,9 +78,15 @@ def plan_folders(
     seen: list[Statistics] = []
     with collecting(errors):
         check_folder(output, kind=kind, overwrite=overwrite, inputs=[*folders, *statistics])
+    places: list[Path] = []
     for folder in folders:
         with collecting(errors):
-            members.append(read_adapter(adapter_folder(folder)))
+            places.append(adapter_folder(folder))
+    for read in side_by_side(_read, places):
+        if isinstance(read, LoraloomError):
+            errors.append(read)
+        else:
+            members.append(read)
     for path in statistics:
         with collecting(errors):
             seen.append(Statistics.load(path))
@@ -113,6 +120,13 @@ def plan_folders(
         return make_plan(named, asked, statistics=supplied[0], probe=supplied[1], distiller=supplied[2])
 
     return planned(choose(named, options, planned) if choose else options)
+
+
+def _read(place: Path) -> Adapter | LoraloomError:
+    try:
+        return read_adapter(place)
+    except LoraloomError as error:
+        return error
 
 
 def merge_folders(
@@ -156,7 +170,8 @@ def fuse_folders(
     weights, one a task; an averaged head, or that of a single adapter, goes into them.
     """
     single = _single_head(plan)
-    facts = MergeFacts.of(plan, FUSED, command)
+    with hashing(plan) as hashes:
+        facts = MergeFacts.of(plan, FUSED, command, hashes=hashes())
     left_out = {**facts.left_out, **dict.fromkeys(plan.copies, "the checkpoint's own is taken")}
     facts = replace(facts, heads=[] if single else facts.heads, left_out=left_out)
     fused_into = public_name(str(base.resolve()))
@@ -222,7 +237,7 @@ def dry_run(plan: Plan, output: Path, fuse_into: Path | None, *, overwrite: bool
     if fuse_into is not None:
         size = prepare(fuse_into, output, _changes(plan), overwrite=overwrite)[1].size
     return ForecastFacts(
-        **vars(MergeFacts.of(plan, "dry run", energies=quickly_read(plan), hashes=False)),
+        **vars(MergeFacts.of(plan, "dry run", energies=quickly_read(plan))),
         output_rank=max(ranks.values()),
         size=size,
         dtype=str(plan.dtype).removeprefix("torch."),

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from loraloom.adapters.peft import adapter_writer
 from loraloom.adapters.together import Targets
 from loraloom.adapters.update import Adapter
@@ -16,12 +14,12 @@ from loraloom.files.atomic import make_readable
 from loraloom.merging.card import merged_card
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import Distiller
-from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, layer_facts
+from loraloom.merging.facts import MERGED, MergedFacts, MergeFacts, hashing, layer_facts
 from loraloom.merging.mends import ScreenFacts
 from loraloom.merging.options import Dtype, Heads, MergeOptions, Normalise
 from loraloom.merging.plan import Layer, Plan
 from loraloom.merging.planning import make_plan
-from loraloom.merging.readout import READOUTS, readout_tensors
+from loraloom.merging.readout import Readouts
 from loraloom.merging.registry import Probe
 from loraloom.notebook import facts
 from loraloom.statistics.file import Statistics
@@ -148,7 +146,7 @@ def write_merged(
 
     It is PEFT's, or that of the tool in whose files all inputs stand, or for which the merge was asked.
 
-    merged: what `merge` returned; or a plan, which is computed while it is written: one layer at a time in memory.
+    merged: what `merge` returned; or a plan, which is computed while it is written: few layers at a time in memory.
     folder: appears whole or not at all.
     command: as it was typed, for loraloom.json.
     overwrite: replace a folder that holds an earlier merged adapter.
@@ -158,24 +156,27 @@ def write_merged(
     """
     plan = merged if isinstance(merged, Plan) else merged.plan
     head, layers, copies = plan.head, {}, plan.copies
-    readouts: dict[str, dict[str, Tensor]] = {}
+    readouts: Readouts | None = None
     rank = plan.served.rank if plan.served else None
     place: dict[str, Any] = {"kind": MERGED, "overwrite": overwrite, "inputs": plan.folders}
     place |= {"dialect": plan.dialect, "rank": rank}
-    with adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms, **place) as out:
+    with (
+        hashing(plan) as hashes,
+        adapter_writer(folder, plan.config, plan.dtype, plan.modules, [*head, *copies], plan.forms, **place) as out,
+    ):
         out.add_head(head)
         out.add_head(copies)
         for layer in merged.layers():
             out.add(layer.module, layer.update)
             layers[layer.module] = layer_facts(layer)
             if layer.shared:
-                for file, tensors in readout_tensors(layer.module, layer.shared, plan.used).items():
-                    readouts.setdefault(file, {}).update(tensors)
+                readouts = readouts or Readouts(out.staged, plan.modules, plan.used)
+                readouts.add(layer.module, layer.shared)
             if progress:
                 progress(len(layers), len(plan.modules))
-        facts = MergedFacts.written(MergeFacts.of(plan, MERGED, command), layers)
+        facts = MergedFacts.written(MergeFacts.of(plan, MERGED, command, hashes=hashes()), layers)
         extra = {f"heads/{name}.safetensors": tensors for name, tensors in plan.task_heads.items()}
-        extra |= {f"{READOUTS}/{file}.safetensors": tensors for file, tensors in readouts.items()}
+        extra |= readouts.finish() if readouts else {}
         out.finish(asdict(facts), {"README.md": merged_card(facts)}, extra, plan.carried)
     if plan.served:
         make_readable(Path(folder))

@@ -20,6 +20,7 @@ from loraloom.adapters.lowrank import Shared, no_update, truncate, truncate_dens
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets, common_copies, equal_adapters, layers_of_all
 from loraloom.adapters.update import Adapter, Form, Shape, Update
+from loraloom.cores import side_by_side
 from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.distillation import Distiller
@@ -129,8 +130,10 @@ class Plan:
         return [member.path for member in self.members.values() if member.path]
 
     def layers(self) -> Iterator[Layer]:
-        """Yield every merged layer, one at a time."""
-        return (self.layer(module) for module in self.modules)
+        """Yield every merged layer in order: a few at once are computed where they are small."""
+        rule = self.rule
+        in_factors = set(rule.needs) <= {"seed"} and (rule.exact or self.space != "full")
+        return side_by_side(self.layer, self.modules) if in_factors else map(self.layer, self.modules)
 
     def bound(self, module: str) -> int:
         """Return the rank that a layer's result does not exceed where the caller asks for none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +13,41 @@ from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.peft import files_by_task, read_adapter
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError, did_you_mean
-from loraloom.files.tensors import read_tensors
+from loraloom.files.tensors import TensorFile, read_tensors
 
 READOUTS = "readouts"
 _SHARED = "shared"  # the factors that all tasks read; the gates lie in tasks/<task>
 
 
-def readout_tensors(module: str, shared: Shared, tasks: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Return one layer's tensors by file: float32 factors once, and for each task its gate.
+class Readouts:
+    """Writes what each task reads, layer by layer: factors, which all share, at once; gates, which are small, last."""
 
-    A gate of one value and zeros (a mask times a factor) is kept as packed bits, any other as float32.
-    """
-    factors = {"left": shared.left, "core": shared.core, "right": shared.right}
-    files = {_SHARED: {f"{module}.{name}": tensor.float() for name, tensor in factors.items()}}
-    for task, gate in zip(tasks, shared.gates, strict=True):
-        mask = gate != 0
-        factor = gate.abs().max() if float(gate.sum()) > 0 else -gate.abs().max()
-        if torch.equal(gate, mask * factor):
-            bits = torch.from_numpy(np.packbits(mask.numpy()))
-            packed = {f"{module}.mask": bits, f"{module}.factor": factor.float()}
-        else:
-            packed = {f"{module}.gate": gate.float()}
-        files[f"tasks/{task}"] = packed
-    return files
+    def __init__(self, folder: Path, modules: Iterable[str], tasks: Sequence[str]) -> None:
+        self._gates: dict[str, dict[str, Tensor]] = {task: {} for task in tasks}
+        (folder / READOUTS).mkdir()
+        names = [f"{module}.{name}" for module in modules for name in ("left", "core", "right")]
+        self._factors = TensorFile(folder / READOUTS / f"{_SHARED}.safetensors", names)
+
+    def add(self, module: str, shared: Shared) -> None:
+        """Add one layer: float32 factors, and each task's gate.
+
+        A gate of one value and zeros (a mask times a factor) is kept as packed bits, any other as float32.
+        """
+        for name in ("left", "core", "right"):
+            self._factors.add(f"{module}.{name}", getattr(shared, name).float())
+        for gates, gate in zip(self._gates.values(), shared.gates, strict=True):
+            mask = gate != 0
+            factor = gate.abs().max() if float(gate.sum()) > 0 else -gate.abs().max()
+            if torch.equal(gate, mask * factor):
+                gates[f"{module}.mask"] = torch.from_numpy(np.packbits(mask.numpy()))
+                gates[f"{module}.factor"] = factor.float()
+            else:
+                gates[f"{module}.gate"] = gate.float()
+
+    def finish(self) -> dict[str, dict[str, Tensor]]:
+        """Close the file of factors, and return the tasks' own tensors by their files' paths in the folder."""
+        self._factors.close()
+        return {f"{READOUTS}/tasks/{task}.safetensors": gates for task, gates in self._gates.items()}
 
 
 def scaled_readouts(folder: Path, scale: float) -> dict[str, dict[str, Tensor]]:
