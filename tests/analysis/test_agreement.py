@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import tiny
@@ -20,13 +20,14 @@ from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import read_provenance
 from loraloom.adapters.update import Adapter, Update
 from loraloom.analysis.agreement import CANDIDATES, FACTORS, Candidates, agreement, candidates_of, merged_updates
-from loraloom.analysis.single import FARTHEST, SingleModels, Written, distance
+from loraloom.analysis.single import FARTHEST, OfAnswers, SingleModels, distance
 from loraloom.errors import LoraloomError
 from loraloom.merging import MergeOptions, make_plan, merge, rule_names, write_merged
 from loraloom.merging.choice import AgreementFacts, CandidateFacts, TextsFacts
 from loraloom.merging.facts import MergedFacts
 from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
+from loraloom.model.written import Written
 
 LAYERS = [f"bert.encoder.layer.{i}.attention.self.{part}" for i in (0, 1) for part in ("query", "value")]
 OUTPUTS = {"mood": 2, "size": 3, "level": 1}
@@ -304,21 +305,34 @@ def test_words_beyond_the_likeliest_count_together(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("loraloom.model.distances.LIKELIEST", 5)
     few = SingleModels(generator, members, rows, answer_tokens=3)
     one, two = (each._single["task0"] for each in (whole, few))
-    assert 0 < two.distance(tried["task0"]) * two.unit <= one.distance(tried["task0"]) * one.unit
-    assert 0 < two.unit <= one.unit
+    assert 0 < two.distance(tried["task0"]) * two.written.unit <= one.distance(tried["task0"]) * one.written.unit
+    assert 0 < two.written.unit <= one.written.unit
     assert few.distances(tried)["task0"] == pytest.approx(whole.distances(tried)["task0"], rel=0.2)
 
 
-def test_what_was_written_may_be_kept_in_a_file(tmp_path: Path) -> None:
+def test_what_was_written_is_read_alike_in_other_batches(tmp_path: Path) -> None:
     generator, members = Generator(str(tiny.base_folder("llama", tmp_path / "base")), batch_size=4), writers("llama")
     rows = tiny.task(rows=7).train
-    found = Written.by(generator, members["task0"].updates, rows, 5)
-    save_file(found.tensors(), tmp_path / "written.safetensors")
+    found = Written.by(generator, members["task0"].updates, generator.encode(rows.remove_columns("label")), 5)
+    one = OfAnswers(generator, found, rows).distance(members["task1"].updates)
     generator.batch_size = 2
-    again = Written.kept(generator, rows, load_file(tmp_path / "written.safetensors"))
-    assert [one.answer for one in again.asked] == [one.answer for one in found.asked]
-    assert again.distance(members["task1"].updates) == pytest.approx(found.distance(members["task1"].updates), rel=1e-5)
+    again = OfAnswers(generator, found, rows)
+    assert again.distance(members["task1"].updates) == pytest.approx(one, rel=1e-5)
     assert again.distance(members["task0"].updates) == pytest.approx(0, abs=1e-6)
+
+
+def test_prompts_that_fill_the_context_make_room_for_their_answers(tmp_path: Path) -> None:
+    """GPT-2 has no position beyond its context: a prompt of all of it, with an answer behind, would fail."""
+    generator = Generator(str(tiny.base_folder("gpt2", tmp_path / "base")))
+    assert generator.context
+    update = Update(torch.randn(48, 2), torch.randn(2, 16))
+    rows = Dataset.from_dict({"text_a": [" ".join(["good"] * 60), "bad film"]})
+    with pytest.warns(UserWarning, match="lose their beginning at 40 tokens"):
+        prompts = generator.encode(rows)
+    found = Written.by(generator, {"transformer.h.0.attn.c_attn": update}, prompts, 4)
+    asked = found.asked(generator, prompts)
+    assert max(len(one.prompt) + len(one.answer) for one in asked) == generator.context
+    assert found.distance(generator, {}, asked) == pytest.approx(1)
 
 
 def test_an_adapter_that_changes_nothing_and_one_with_a_head_are_told(tmp_path: Path) -> None:

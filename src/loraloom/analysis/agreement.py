@@ -17,11 +17,12 @@ from datasets import Dataset
 
 from loraloom.adapters.lowrank import Shared
 from loraloom.adapters.update import Adapter, Update
-from loraloom.analysis.single import SingleModels, Updates
+from loraloom.analysis.single import SingleModels
 from loraloom.merging import MergeOptions, Plan, get_rule, make_plan
 from loraloom.merging.choice import AgreementFacts, CandidateFacts
 from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
+from loraloom.model.written import Updates
 from loraloom.progress import Reporter
 from loraloom.tasks.generate import ANSWER_TOKENS
 

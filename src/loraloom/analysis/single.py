@@ -13,32 +13,26 @@ answers, and nothing of the texts; of answers that are written, the base model, 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 
 from loraloom.adapters.heads import Head
-from loraloom.adapters.update import Adapter, Update
+from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.merging.choice import TextsFacts, unlabelled
-from loraloom.model.distances import SILENT, likeliest, log_chances, output_unit, outputs_apart, words_apart
+from loraloom.model.distances import output_unit, outputs_apart
 from loraloom.model.generator import Generator
-from loraloom.model.prompts import Asked
 from loraloom.model.runner import Evaluator
-from loraloom.model.tokens import IGNORED
+from loraloom.model.written import Updates, Written
 from loraloom.progress import Reporter
 from loraloom.tasks.generate import ANSWER_TOKENS
 
 FARTHEST = 1e12  # what a distance is told as where it is larger, or where outputs are not finite
 FEWEST = 2  # texts: a single one has nothing to differ from
-
-Updates = Mapping[str, Update]  # by module path
 
 
 class SingleModels:
@@ -68,7 +62,9 @@ class SingleModels:
             if isinstance(model, Evaluator):
                 self._single[name] = OfHead(model, adapter, texts[name])
             else:
-                self._single[name] = Written.by(model, adapter.updates, texts[name], answer_tokens)
+                rows = texts[name]
+                written = Written.by(model, adapter.updates, model.encode(unlabelled(rows)), answer_tokens)
+                self._single[name] = OfAnswers(model, written, rows)
         if all(one.alike for one in self._single.values()):
             raise LoraloomError("every adapter answers all its texts alike", "give more texts, and others")
 
@@ -111,80 +107,23 @@ class OfHead:
         return self._head.logits(self._evaluator.features(updates, self._head, self._encoded))
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a single model writes to its prompts, greedily, and how likely it finds every word of a vocabulary there.
+class OfAnswers:
+    """What a single model writes to its prompts, greedily; `rows` are those that it was written to."""
 
-    Of each token's distribution the 64 likeliest words of the single model are kept, and the rest as one.
-
-    asked: prompts with these answers. words: (tokens, words) int64, the kept ones of all answers' tokens, in order.
-    own: (tokens, words + 1) float64, the logs of their chances and of the rest's. unit: nats a token from the base.
-    """
-
-    generator: Generator
-    asked: Sequence[Asked]
-    words: Tensor
-    own: Tensor
-    unit: float
-
-    @classmethod
-    def by(cls, generator: Generator, updates: Updates, rows: Dataset, answer_tokens: int) -> Written:
-        """Let the model with `updates` write answers of at most so many tokens to the prompts in `rows`."""
-        prompts = generator.encode(unlabelled(rows))
-        answers = generator.written(updates, prompts, answer_tokens)
-        asked = [Asked(one.prompt, ids) for one, ids in zip(prompts, answers, strict=True)]
-        words, own = _chances(generator, updates, asked)
-        return cls(generator, asked, words, own, _mean(own, _chances(generator, {}, asked, words)[1]))
-
-    @classmethod
-    def kept(cls, generator: Generator, rows: Dataset, tensors: Mapping[str, Tensor]) -> Written:
-        """Return what `tensors` were made of, with the same rows."""
-        answers = torch.split(tensors["answers"], tensors["lengths"].tolist())
-        prompts = generator.encode(unlabelled(rows))
-        asked = [Asked(one.prompt, ids.tolist()) for one, ids in zip(prompts, answers, strict=True)]
-        return cls(generator, asked, tensors["words"], tensors["own"], float(tensors["unit"]))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what is to be kept in a file, but for the prompts."""
-        answers = [torch.tensor(one.answer) for one in self.asked]
-        lengths = torch.tensor([len(ids) for ids in answers])
-        unit = torch.tensor(self.unit, dtype=torch.float64)
-        return {"answers": torch.cat(answers), "lengths": lengths, "words": self.words, "own": self.own, "unit": unit}
+    def __init__(self, generator: Generator, written: Written, rows: Dataset) -> None:
+        self._generator, self.written = generator, written
+        self._asked = written.asked(generator, generator.encode(unlabelled(rows)))
 
     @property
     def alike(self) -> bool:
         """Tell whether the adapter changes nothing of what the base would write."""
-        return self.unit <= SILENT
+        return self.written.alike
 
     def distance(self, updates: Updates) -> float | None:
         """Return the divergence a token from the model with `updates`, in units of that from the base."""
         if self.alike:
             return None
-        return _told(_mean(self.own, _chances(self.generator, updates, self.asked, self.words)[1]) / self.unit)
-
-
-def _mean(own: Tensor, other: Tensor) -> float:
-    """Return the mean KL a token, nats."""
-    return float(words_apart(own, other).mean())
-
-
-def _chances(
-    generator: Generator, updates: Updates, asked: Sequence[Asked], words: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return words and log chances, as `Written` has them, of the model with `updates`; its likeliest without any."""
-    lengths = [len(one.answer) for one in asked]
-    starts, places = [0, *itertools.accumulate(lengths)], list[Tensor]()
-    chosen, found = list[Tensor](), list[Tensor]()
-    with torch.inference_mode(), generator.running(updates):
-        for rows, logits, tokens in generator.logits(asked):
-            place = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-            said = logits[tokens != IGNORED]
-            picked = likeliest(said) if words is None else words[place].to(said.device)
-            found.append(log_chances(said, picked).double().cpu())
-            chosen.append(picked.cpu())
-            places.append(place)
-    order = torch.cat(places).argsort()
-    return torch.cat(chosen)[order], torch.cat(found)[order]
+        return _told(self.written.distance(self._generator, updates, self._asked))
 
 
 def distance(own: Tensor, merged: Tensor) -> float | None:

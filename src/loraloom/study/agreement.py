@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import read_adapter
-from loraloom.analysis.single import Written, distance
+from loraloom.analysis.single import OfAnswers, distance
 from loraloom.files.hashing import write_json
 from loraloom.model.generator import Generator
+from loraloom.model.written import Written
 from loraloom.study.engine import Context, Reading, stage
 from loraloom.study.inputs import Base, Output, Texts
 from loraloom.study.stages import ADAPTER, merged_adapters, read_aligned, read_heads
@@ -34,8 +36,9 @@ def answer_alone(
     """Let a task's own adapter answer a few unlabelled texts, and keep what its head returns or it writes."""
     own = read_adapter(adapter.path / ADAPTER)
     if base.generates:
-        written = Written.by(context.generator(base, reading), own.updates, texts.rows, answer_tokens)
-        save_file(written.tensors(), folder / OWN)
+        generator = context.generator(base, reading)
+        written = Written.by(generator, own.updates, generator.encode(texts.rows), answer_tokens)
+        save_file(_tensors(written), folder / OWN)
         return
     evaluator, head = context.evaluator(base, reading), Head.of(own.head, own.name)
     features = evaluator.features(own.updates, head, evaluator.encode(texts.rows))
@@ -68,12 +71,23 @@ def measure_distances(
     for name, adapter in merged_adapters(merged.path / ADAPTER, scale, texts).items():
         kept, rows = load_file(own[name].path / OWN), texts[name].rows
         if isinstance(model, Generator):
-            found.setdefault("as_trained", {})[name] = Written.kept(model, rows, kept).distance(adapter.updates)
+            answers = OfAnswers(model, _written(kept), rows)
+            found.setdefault("as_trained", {})[name] = answers.distance(adapter.updates)
             continue
         features = model.features(adapter.updates, known["as_trained"][name], model.encode(rows))
         for kind, chosen in known.items():
             found.setdefault(kind, {})[name] = distance(kept["own"], chosen[name].logits(features))
     write_json(folder / DISTANCES, found)
+
+
+def _tensors(written: Written) -> dict[str, Tensor]:
+    own = {name: getattr(written, name) for name in ("answers", "lengths", "words", "own")}
+    return {**own, "unit": written.base.mean()}
+
+
+def _written(kept: Mapping[str, Tensor]) -> Written:
+    own = {name: kept[name] for name in ("answers", "lengths", "words", "own")}
+    return Written(**own, base=kept["unit"].reshape(1))
 
 
 def read_distances(output: Output, aligned: bool) -> dict[str, float | None]:

@@ -15,12 +15,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from loraloom.adapters.heads import Head
-from loraloom.adapters.update import Update
 from loraloom.merging.choice import unlabelled
 from loraloom.merging.distillation import Loss
 from loraloom.model.distances import (
     SILENT,
-    likeliest,
     log_chances,
     output_unit,
     outputs_apart,
@@ -29,14 +27,13 @@ from loraloom.model.distances import (
     words_apart,
 )
 from loraloom.model.generator import ANSWERS, Generator
-from loraloom.model.prompts import Asked
 from loraloom.model.runner import Evaluator
 from loraloom.model.tokens import IGNORED, Batch, batches
+from loraloom.model.written import Updates, Written, answered, apart
 from loraloom.training.teachers import PART, Teacher
 
 _NUMBERS = 2.0  # times: by one unit of distance a correlation falls far more than an accuracy does; docs/distil.md
 
-Updates = Mapping[str, Update]  # by module path
 Given = Mapping[str, Tensor]  # what a teacher says of a batch, by name
 
 
@@ -142,14 +139,19 @@ class WrittenLesson:
         prompts = model.encode(unlabelled(rows))
 
         def make(part: range) -> Given:
-            asked = [prompts[row] for row in part]
-            answers = model.written(own, asked, answer_tokens)
-            return _told(model, own, [self._asked(one, ids) for one, ids in zip(asked, answers, strict=True)])
+            written = Written.by(model, own, [prompts[row] for row in part], answer_tokens)
+            return {
+                "lengths": written.lengths,
+                "answers": written.answers.int(),
+                "words": written.words.int(),
+                "chances": written.own.half(),
+                "base": written.base.float(),
+            }
 
         self._teacher = Teacher(place, len(rows), make)
         lengths = self._teacher.whole("lengths").tolist()
         answers = torch.split(self._teacher.whole("answers").long(), lengths)
-        self._encoded = [self._asked(one, ids.tolist()) for one, ids in zip(prompts, answers, strict=True)]
+        self._encoded = answered(model, prompts, [ids.tolist() for ids in answers])
         self._starts = _starts(lengths)
         self._unit = float(self._teacher.whole("base").double().mean())
 
@@ -175,29 +177,19 @@ class WrittenLesson:
 
     def loss(self, found: Tensor, batch: Batch, given: Given) -> Tensor:
         """Return the divergence a token."""
-        return self._far(found, batch, given).mean() / self._unit
+        said = found[batch[ANSWERS].to(found.device) != IGNORED]
+        words, own = given["words"].to(said.device).long(), given["chances"].to(said.device).float().log_softmax(dim=-1)
+        return words_apart(own, log_chances(said, words)).mean() / self._unit
 
     def distance(self, updates: Updates) -> float:
         """Return the divergence a token on the held-out prompts."""
-        far, asked = list[Tensor](), [self._encoded[row] for row in self._heldout]
-        with torch.inference_mode(), self._model.running(updates):
-            for chosen, batch in self._model.batches(asked):
-                given = self._given([self._heldout[place] for place in chosen])
-                far.append(self._far(self._model.said(batch), batch, given).double().cpu())
-        return float(torch.cat(far).mean()) / self._unit
-
-    def _far(self, found: Tensor, batch: Batch, given: Given) -> Tensor:
-        said = found[batch[ANSWERS].to(found.device) != IGNORED]
-        words, own = given["words"].to(said.device).long(), given["chances"].to(said.device).float().log_softmax(dim=-1)
-        return words_apart(own, log_chances(said, words))
+        given, asked = self._given(self._heldout), [self._encoded[row] for row in self._heldout]
+        own = given["chances"].double().log_softmax(dim=-1)
+        return float(apart(self._model, updates, asked, given["words"].long(), own).mean()) / self._unit
 
     def _given(self, rows: Sequence[int]) -> Given:
         spans = [self._starts[row] for row in rows]
         return {name: torch.cat([self._teacher.span(name, *span) for span in spans]) for name in ("words", "chances")}
-
-    def _asked(self, one: Asked, answer: list[int]) -> Asked:
-        room = 0 if self._model.context is None or self._model.two_sided else self._model.context - len(answer)
-        return Asked(one.prompt[-room:], answer)
 
 
 def _starts(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -207,27 +199,3 @@ def _starts(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
         ends = list(itertools.accumulate(lengths[start : start + PART], initial=0))
         found += [(number, *pair) for pair in itertools.pairwise(ends)]
     return found
-
-
-def _told(model: Generator, own: Updates, asked: Sequence[Asked]) -> Given:
-    """Return what is kept of a part: answers, words, chances, and how far the base is from each token's."""
-    by_row: dict[int, tuple[Tensor, Tensor]] = {}
-    with torch.inference_mode(), model.running(own):
-        for rows, logits, tokens in model.logits(asked):
-            for row, said, kept in zip(rows, logits, tokens != IGNORED, strict=True):
-                words = likeliest(said[kept])
-                by_row[row] = (words.cpu(), log_chances(said[kept], words).cpu())
-    base: dict[int, Tensor] = {}
-    with torch.inference_mode():
-        for rows, logits, tokens in model.logits(asked):
-            for row, said, kept in zip(rows, logits, tokens != IGNORED, strict=True):
-                words, chances = by_row[row]
-                base[row] = words_apart(chances, log_chances(said[kept], words.to(said.device)).cpu())
-    order = range(len(asked))
-    return {
-        "lengths": torch.tensor([len(one.answer) for one in asked]),
-        "answers": torch.tensor([token for one in asked for token in one.answer], dtype=torch.int32),
-        "words": torch.cat([by_row[row][0] for row in order]).int(),
-        "chances": torch.cat([by_row[row][1] for row in order]).half(),
-        "base": torch.cat([base[row] for row in order]),
-    }
