@@ -86,9 +86,9 @@ def check_json(value: Any, where: str = "") -> None:
     elif isinstance(value, float):
         assert math.isfinite(value), where
     elif isinstance(value, str):
-        assert not re.fullmatch(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?(%|[kMGT]?i?B|s|ms))?", value), f"{where}: {value!r}"
-        if where.endswith(".normalise"):  # whose value that is, as it is typed
+        if where.endswith((".normalise", ".version")):  # whose value that is, as it is typed or written
             return
+        assert not re.fullmatch(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?(%|[kMGT]?i?B|s|ms))?", value), f"{where}: {value!r}"
         assert value.lower() not in ("none", "nothing", "nan", "true", "false", "yes", "no", "-", ""), (
             f"{where}: {value!r}"
         )

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 import loraloom
+from loraloom.cli.completion import words
 from loraloom.errors import LoraloomError, did_you_mean, file_of
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ ToOption = Annotated[
     typer.Option(
         "--to",
         metavar="peft|diffusers|kohya|mlx",
+        autocompletion=words("peft", "diffusers", "kohya", "mlx"),
         help="Tool whose files are written: see docs/dialects.md. Without it that of the adapters.",
     ),
 ]
@@ -56,6 +58,7 @@ ServerOption = Annotated[
     typer.Option(
         "--for",
         metavar="vllm|sglang|llamacpp|ollama",
+        autocompletion=words("vllm", "sglang", "llamacpp", "ollama"),
         help="Server to write the adapter for: one rank that it takes in every layer, alpha the same, no heads; or why "
         "it would not take it. docs/serving.md tells what each takes.",
     ),
@@ -64,6 +67,7 @@ NormaliseOption = Annotated[
     str,
     typer.Option(
         "--normalise",
+        autocompletion=words("auto", "none", "norm", "response"),
         help="Make all equally loud in each layer, before the weights: `norm` by |dW|, `response` by what each does to "
         "its own inputs, which takes statistics or a recipe. `none` leaves them; `auto` is `norm` where their energies "
         "differ more than 3-fold and no weights are given, for rules that see updates alone.",

@@ -21,6 +21,7 @@ from loraloom.cli.common import (
     read_recipe,
     typed,
 )
+from loraloom.cli.completion import rule_words
 
 if TYPE_CHECKING:
     from loraloom.merging.options import Normalise
@@ -37,6 +38,7 @@ def compare(
             "--rule",
             parser=one_value(str, "--rule"),
             metavar="NAME",
+            autocompletion=rule_words(),
             help="Rule to try. Give it once for each; without it all are tried.",
         ),
     ] = None,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from loraloom.cli.common import AsJson, Columns, Output, Overwrite, Quiet, command, read_recipe, typed
+from loraloom.cli.completion import words
 from loraloom.settings import DISTIL_TEXTS
 
 
@@ -40,7 +41,13 @@ def distil(
         int | None,
         typer.Option(min=1, help="Steps at most; without it those that read 10,000 texts, and 60 for answers."),
     ] = None,
-    loss: Annotated[str, typer.Option(help="`output`, `features` that a head reads, or `both`.")] = "output",
+    loss: Annotated[
+        str,
+        typer.Option(
+            autocompletion=words("output", "features", "both"),
+            help="`output`, `features` that a head reads, or `both`.",
+        ),
+    ] = "output",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Texts of a task a step; without it 8, and 4 where answers are written.")
     ] = None,

@@ -17,6 +17,7 @@ from loraloom.cli.check import check
 from loraloom.cli.common import Commands, stop_at_signals
 from loraloom.cli.compare import compare
 from loraloom.cli.distil import distil
+from loraloom.cli.doctor import doctor
 from loraloom.cli.inspect import inspect
 from loraloom.cli.list import list_
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, merge, rules
@@ -32,13 +33,13 @@ app = typer.Typer(
     cls=Commands,
     help="LoRA adapters that merge: start each task's adapter apart from the others, merge them into one, measure it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 
 TRY, BEFORE, MERGE, MEASURE = "Try it", "Before training", "Train and merge", "Measure and repeat"
 app.command(rich_help_panel=TRY)(demo)
+app.command(rich_help_panel=TRY)(doctor)
 app.add_typer(statistics_app, name="statistics", rich_help_panel=BEFORE)
 app.command(rich_help_panel=BEFORE)(atlas)
 app.command(rich_help_panel=BEFORE)(inspect)

