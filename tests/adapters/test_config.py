@@ -108,6 +108,33 @@ def test_folders_of_other_tools_are_named(files: dict[str, bytes], told: str, tm
         read_adapter(tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_told_with_those_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "support-v2").mkdir()
+    (tmp_path / "support-v2" / CONFIG).write_text("{}")
+    with pytest.raises(LoraloomError, match=r"suport-v2: not an adapter folder: there is no such folder") as error:
+        read_adapter(tmp_path / "suport-v2")
+    assert error.value.hint == "did you mean 'support-v2'?"
+    with pytest.raises(LoraloomError, match=r"elsewhere: not an adapter folder: there is no such") as error:
+        read_adapter(tmp_path / "elsewhere")
+    assert "did you mean" not in error.value.hint
+
+
+def test_a_folder_of_the_hubs_cache_names_the_snapshot_in_it(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    (snapshot / CONFIG).write_text("{}")
+    with pytest.raises(LoraloomError) as error:
+        read_adapter(tmp_path / "models--org--name")
+    assert f"snapshots/{'ab' * 20}" in error.value.hint
+
+
+def test_a_whole_model_is_told_as_one(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(LoraloomError, match=r"a whole model, not an adapter: its tensors are called model.norm.weight"):
+        read_adapter(tmp_path)
+
+
 # one config for several
 
 STRANGE = {

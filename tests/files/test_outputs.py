@@ -149,3 +149,17 @@ def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(LoraloomError, match="is a file, where a folder"):
         check(tmp_path / "file")
+
+
+def test_a_place_where_nothing_can_be_made_is_told_before_work_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for check_one in (check, check_file):
+        with pytest.raises(LoraloomError, match=r"file is a file, no folder"):
+            check_one(tmp_path / "file" / "deep" / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for check_one in (check, check_file):
+        with pytest.raises(LoraloomError, match=f"{tmp_path} may not be written to"):
+            check_one(tmp_path / "new" / "out")
+    check_file(Path("/dev/null"))

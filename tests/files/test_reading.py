@@ -9,7 +9,9 @@ from hypothesis import given, strategies as st
 
 from loraloom.errors import LoraloomError
 from loraloom.files.hashing import json_text
-from loraloom.files.reading import read_json, read_json_object
+from loraloom.files.reading import read_json, read_json_object, read_yaml
+from loraloom.files.tensors import StoredFile
+from loraloom.tasks.sources import read_table
 
 VALUES = st.recursive(
     st.none()
@@ -75,3 +77,15 @@ def test_a_missing_or_huge_file(tmp_path: Path) -> None:
         file.truncate(1 << 30)  # takes no room
     with pytest.raises(LoraloomError, match="larger than 64 MB"):
         read_json(tmp_path / "huge.json")
+
+
+def test_a_pointer_of_git_lfs_is_told_as_one(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(pointer)
+    for read in (read_json, read_yaml, StoredFile):
+        with pytest.raises(LoraloomError, match=r"rows.jsonl: a pointer of Git LFS") as error:
+            read(path)
+        assert "git lfs pull" in error.value.hint
+    with pytest.raises(ValueError, match="a pointer of Git LFS, not the file itself: fetch it: `git lfs pull`"):
+        read_table(str(path), "train", ["text"])

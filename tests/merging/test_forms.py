@@ -11,7 +11,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from loraloom.adapters.peft import WEIGHTS, read_adapter
 from loraloom.errors import LoraloomError
@@ -35,8 +42,8 @@ def vit() -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)).eval()
 
 
-def trained(base: nn.Module, folder: Path, seed: int, targets: list[str]) -> PeftModel:
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, target_modules=targets))
+def trained(base: nn.Module, folder: Path, seed: int, targets: list[str], **settings: Any) -> PeftModel:
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, target_modules=targets, **settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -134,3 +141,19 @@ def test_the_adapters_tokenizer_takes_the_place_of_the_bases(tmp_path: Path) -> 
         assert (out / "preprocessor_config.json").read_text() == '{"of": "base"}'
         assert (out / "special_tokens_map.json").exists() == ("tokenizer.json" not in files)
         assert "tokenizer.json" in (out / "SHA256SUMS").read_text()
+
+
+def test_experts_that_two_adapters_name_in_two_ways_are_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(**SIZES, vocab_size=40, num_key_value_heads=2, num_local_experts=2)).eval()
+    models = [
+        trained(base, tmp_path / str(at), at, ["q_proj"], target_parameters=[f"{place}.{one}" for one in names])
+        for at, (place, *names) in enumerate(
+            [("experts", "down_proj", "gate_up_proj"), ("mlp.experts", "gate_up_proj", "down_proj")]
+        )
+    ]
+    merged = merge([read_adapter(tmp_path / name) for name in "01"], "task_arithmetic", scale=0.5)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), write_merged(merged, tmp_path / "merged"))
+    expected, found = summed(base, models, 0.5).state_dict(), loaded.double().merge_and_unload().state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)

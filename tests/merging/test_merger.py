@@ -9,16 +9,19 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from loraloom.adapters.peft import adapter_sha256, read_adapter, write_adapter
+from commands import hints
+from loraloom.adapters.peft import WEIGHTS, adapter_sha256, read_adapter, write_adapter
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, merge, rule_names, write_merged
+from loraloom.merging.facts import MergedFacts
 
 CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "target_modules": ["q", "v"]}
 
@@ -335,3 +338,50 @@ def test_an_input_replaced_after_it_was_read_is_refused(file: str, tmp_path: Pat
         write_merged(merged, tmp_path / "after")
     assert file in str(caught.value)
     assert not (tmp_path / "after").exists()
+
+
+def saved(folder: Path, seed: int, *, B: float = 1.0, norm: bool = False, **changes: Any) -> Adapter:
+    """Write an adapter that writes text, of rank 2, as PEFT would; `norm`: with a weight that was trained whole."""
+    made = torch.Generator().manual_seed(seed)
+    factors = {"lora_A": torch.randn(2, 5, generator=made), "lora_B": B * torch.randn(6, 2, generator=made)}
+    tensors = {f"base_model.model.layers.0.q.{name}.weight": factor for name, factor in factors.items()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    save_file(tensors | ({"base_model.model.norm.weight": torch.ones(5)} if norm else {}), folder / WEIGHTS)
+    return read_adapter(folder)
+
+
+def test_an_adapter_that_changes_nothing_is_told(tmp_path: Path) -> None:
+    one, start = saved(tmp_path / "one", 0), saved(tmp_path / "start", 1, B=0.0)
+    told = "start changes nothing, every update is 0: was it trained?"
+    assert told in MergedFacts.read(write_merged(merge([one, start]), tmp_path / "merged")).warnings
+    left_out = merge([one, start], weights=[1.0, 0.0])
+    assert told not in MergedFacts.read(write_merged(left_out, tmp_path / "one of them")).warnings
+    assert told in hints("inspect", tmp_path / "one", tmp_path / "start")
+
+
+@pytest.mark.parametrize("changes", [{"r": 8}, {"rank_pattern": {"layers.0.q": 8}}])
+def test_ranks_that_are_not_the_configs_are_told_and_divide_alpha(changes: dict[str, Any], tmp_path: Path) -> None:
+    true, false = saved(tmp_path / "true", 0), saved(tmp_path / "false", 0, **changes)
+    torch.testing.assert_close(false.updates["layers.0.q"].dense(), true.updates["layers.0.q"].dense())
+    (told,) = (one for one in merge([true, false]).plan.warnings if "PEFT" in one)
+    assert told.startswith("false: factors of rank 2 where its config says 8, in 1 of its 1 layers: PEFT would refuse")
+
+
+def test_a_rank_pattern_that_is_no_pattern_is_refused_with_its_adapter(tmp_path: Path) -> None:
+    with pytest.raises(LoraloomError, match=r"odd: .*rank_pattern: '\[' is no regular expression"):
+        saved(tmp_path / "odd", 0, rank_pattern={"[": 2})
+
+
+def test_weights_that_a_writing_adapter_trained_whole_are_told_and_no_heads_are_aligned(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        saved(tmp_path / name, seed, norm=True)
+    saved(tmp_path / "plain", 2)
+    told = "one trained norm.weight whole, beside its LoRA: the result has the base's;"
+    said = hints("merge", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "kept")
+    assert f"{told} --heads average puts their mean there" in said
+    assert "align" not in said
+    said = hints("merge", tmp_path / "one", tmp_path / "plain", "-o", tmp_path / "mixed")
+    assert f"{told} those of others have nothing to be averaged with" in said
+    assert "whole" not in hints("merge", tmp_path / "one", tmp_path / "two", "--heads", "average", "-o", tmp_path / "m")

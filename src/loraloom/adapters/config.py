@@ -9,13 +9,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraloom.adapters.bases import best_name
-from loraloom.errors import LoraloomError, raise_problems
+from loraloom.errors import LoraloomError, did_you_mean, first_few, raise_problems
 from loraloom.files.reading import read_json_object
 
 CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
 # with these task types PEFT refuses to load an adapter that holds no head
 _HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_WRITING_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # inits that subtract their start from the base weights: their adapter means nothing on the untouched base
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NOT_AN_UPDATE = {
@@ -81,13 +82,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     read here have a wrong type.
     """
     path = folder / CONFIG
+    if not folder.exists():
+        raise LoraloomError(f"{folder}: not an adapter folder: there is no such folder", _near(folder))
     if not path.is_file():
-        inner = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
-        hint = f"name one of its sub-folders: {', '.join(inner)}" if inner else "name the folder that PEFT saved"
+        found = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"snapshots/*/{CONFIG}")]  # the latter in the hub's cache
+        inner = sorted(child.parent.relative_to(folder).as_posix() for child in found)
+        hint = f"name one of its sub-folders: {first_few(inner, 9)}" if inner else "name the folder that PEFT saved"
         raise LoraloomError(f"{folder}: not an adapter folder: {CONFIG} is missing", hint)
     config = read_json_object(path, "save the adapter again")
     check_config(path, config)
     return config
+
+
+def _near(folder: Path) -> str:
+    """Return a hint that names the adapters beside a folder that is not there, those of a name like its first."""
+    beside = [found.parent.name for found in folder.parent.glob(f"*/{CONFIG}")] if folder.parent.is_dir() else []
+    near = did_you_mean(folder.name, beside)
+    return near if near.startswith("did") else "name the folder that PEFT saved"
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -127,6 +138,11 @@ def unsupported(config: Mapping[str, Any], where: str = CONFIG) -> list[str]:
     return found
 
 
+def writes(config: Mapping[str, Any]) -> bool:
+    """Tell whether an adapter is of a model that writes: what it saved whole is then a part of that, no task's head."""
+    return config.get("task_type") in _WRITING_TASKS
+
+
 def headless_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return `config` for an adapter without a head, such that PEFT loads it and keeps the base model's own head."""
     kept = {key: value for key, value in config.items() if key != "modules_to_save"}
@@ -160,8 +176,8 @@ def merged_config(
     }
     if any(one.get("fan_in_fan_out") for one in configs):  # PEFT corrects it where a layer's class tells better
         config["fan_in_fan_out"] = True
-    if with_experts:  # those that have any agree in them
-        config["target_parameters"] = sorted({name for one in configs for name in one.get("target_parameters") or ()})
+    if with_experts:  # those that have any mean the same
+        config["target_parameters"] = next(sorted(one[key]) for one in configs if one.get(key := "target_parameters"))
     dropped = {key for one in configs for key, value in one.items() if _worth_naming(key, value)}
     for key in _AGREED:
         values = [one.get(key) for one in configs]

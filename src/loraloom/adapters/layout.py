@@ -44,6 +44,7 @@ def find_layers(
     parameters = {module: parameters_of(module, config) for module in found}
     plain = [module for module in found if not parameters[module]]
     check_patterns(config, plain)
+    pattern_values(config.get("rank_pattern") or {}, plain, None)  # the factors tell the ranks; a key must be a pattern
     alphas = alphas_of(plain, config)
     found_in = {module: names for module, names in parameters.items() if names}
     experts = {module: _expert_settings(module, names, config, layers.problems) for module, names in found_in.items()}

@@ -118,6 +118,8 @@ def _told_by_names(place: Path, files: WeightFiles) -> Source:
     if dialect is None:
         shown = f"its tensors are called {first_few(sorted(keys))}" if keys else "it has no tensors"
         what = "not an adapter folder: adapter_config.json is missing, and" if place.is_dir() else "holds no LoRA:"
+        if (place / "config.json").is_file():
+            what = "a whole model, not an adapter:"
         raise LoraloomError(f"{place}: {what} {shown}", "name the folder or file that a trainer saved")
     if dialect in (PEFT, MLX):
         raise LoraloomError(

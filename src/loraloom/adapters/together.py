@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.bases import same_base
-from loraloom.adapters.update import Adapter
+from loraloom.adapters.layout import parameters_of
+from loraloom.adapters.update import Adapter, is_expert
 
 Targets = Literal["union", "intersection", "same"]
 
@@ -41,10 +42,17 @@ def layer_problems(adapters: Sequence[Adapter], targets: Targets = "union") -> l
             problems += _shape_problems(module, owners.setdefault(module, other), other)
     experts = [one for one in adapters if one.config.get("target_parameters")]
     named = [sorted(one.config["target_parameters"]) for one in experts]
-    for one, names in zip(experts[1:], named[1:], strict=True):
-        if names != named[0]:
+    meant = [_parameters(one) for one in experts]  # `experts.down_proj` and `mlp.experts.down_proj` may be one
+    for one, names, paths in zip(experts[1:], named[1:], meant[1:], strict=True):
+        if names != named[0] and paths != meant[0]:
             problems.append(f"target_parameters: {experts[0].name} has {named[0]}, {one.name} {names}")
     return problems
+
+
+def _parameters(adapter: Adapter) -> set[str]:
+    """Return the paths of the parameters that hold the experts which an adapter has."""
+    modules = {form.module for form in adapter.forms.values() if is_expert(form)}
+    return {path for module in modules for path in parameters_of(module, adapter.config)}
 
 
 def one_base(one: Adapter, two: Adapter) -> bool | None:

@@ -41,6 +41,11 @@ class Form:
     count: int = 0
 
 
+def is_expert(form: Form | None) -> bool:
+    """Tell whether a layer's form is that of an expert."""
+    return form is not None and form.kind == "experts"
+
+
 @dataclass(frozen=True)
 class Update:
     """dW = B A of one layer: B (m, r) with alpha/r folded in, A (r, n); both float32."""

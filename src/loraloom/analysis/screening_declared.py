@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraloom.adapters.lowrank import update_bases
 from loraloom.adapters.patterns import pattern_values, targeted
-from loraloom.adapters.update import Adapter
+from loraloom.adapters.update import Adapter, is_expert
 from loraloom.analysis.detectors import Sighting, detector
 from loraloom.analysis.screening_measures import Seen
 from loraloom.analysis.screening_weights import apart, logs_of, sightings
@@ -51,7 +51,7 @@ def rank(seen: Seen) -> dict[str, Sighting]:
     found = {}
     for name in seen.members:
         one = seen.adapters[name]
-        layers = [at for at in one.shapes if not _is_experts(one, at)]
+        layers = [at for at in one.shapes if not is_expert(one.forms.get(at))]
         if one.config.get("r") and layers:
             declared = pattern_values(one.config.get("rank_pattern") or {}, layers, one.config["r"])
             worst = max(layers, key=lambda at: one.shapes[at].r / declared[at])
@@ -137,7 +137,7 @@ def _left(adapter: Adapter, start: KnownStart) -> float:
 def _beyond_targets(adapter: Adapter) -> list[str] | None:
     """Return the layers that no target names; None where there is no word of targets."""
     config = adapter.config
-    named, layers = config.get("target_modules"), [at for at in adapter.shapes if not _is_experts(adapter, at)]
+    named, layers = config.get("target_modules"), [at for at in adapter.shapes if not is_expert(adapter.forms.get(at))]
     if not named or named == "all-linear":
         return None
     try:
@@ -147,7 +147,3 @@ def _beyond_targets(adapter: Adapter) -> list[str] | None:
     except LoraloomError:
         return None
     return [at for at in layers if at not in inside]
-
-
-def _is_experts(adapter: Adapter, at: str) -> bool:
-    return at in adapter.forms and adapter.forms[at].kind == "experts"

@@ -98,5 +98,6 @@ def distil(
         done = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
         out.result({"folder": str(output), **asdict(done)}, "")
         result_page(out, done, output, facts.warnings)
-        next_step(out, done, output, ("loraloom", "align", output, *adapters, "--recipe", recipe or "RECIPE"))
+        align = () if plan.writes else ("loraloom", "align", output, *adapters, "--recipe", recipe or "RECIPE")
+        next_step(out, done, output, align)
         leave()

@@ -280,7 +280,7 @@ def _verdict(found: Outlook) -> Iterator[str]:
 
 def warnings(found: Inspection) -> Iterator[str]:
     """Yield what speaks against the figures, or against a merge."""
-    from loraloom.merging.normalise import drowned
+    from loraloom.merging.normalise import drowned, silent
 
     if found.outlook and found.outlook.thin():
         yield f"{listed(_labels(found.outlook.thin()))}: fewer rows than an input has features, so figures flatter"
@@ -292,7 +292,8 @@ def warnings(found: Inspection) -> Iterator[str]:
     if found.prediction:
         yield from _drowned(found.prediction)
     names = _labels(list(found.adapters))
-    yield from drowned({name: one.energy for name, one in zip(names, found.adapters.values(), strict=True)})
+    energies = {name: one.energy for name, one in zip(names, found.adapters.values(), strict=True)}
+    yield from silent(energies) + drowned(energies)
     for one, other, value in found.shared.same_start() if found.shared else ():
         yield (
             f"{one} and {other} started from nearly the same A (overlap {value:.2f}) and merge worse than adapters of "

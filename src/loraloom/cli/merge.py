@@ -265,7 +265,8 @@ def merge(
         result_page(out, facts, output, told)
         if len(facts.inputs) > 1 and not (recipe or unlabelled or plan.dialect.images):
             out.hint(WITH_TEXTS)
-        next_step(out, facts, output, ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE"))
+        align = () if plan.writes else ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE")
+        next_step(out, facts, output, align)
         leave()
 
 

@@ -100,7 +100,7 @@ def _unaligned(one: MergeScore) -> bool:
 
 
 def next_step(out: Out, facts: MergeFacts, folder: Path, align: Sequence[object]) -> None:
-    """Print the command to type next: `align` where heads lie beside the result, or else how to serve it."""
+    """Print the command to type next: `align`, where there is one, if heads lie beside it, or else how to serve it."""
     if isinstance(facts, ForecastFacts):
         out.next("write it", "loraloom", *(word for word in sys.argv[1:] if word != "--dry-run"))
     elif isinstance(facts, FusionFacts):
@@ -109,7 +109,7 @@ def next_step(out: Out, facts: MergeFacts, folder: Path, align: Sequence[object]
         serve_steps(out, facts.served, folder, facts.base)
     elif facts.dialect != PEFT.name:
         out.hint(f"in Python: {DIALECTS[facts.dialect].loading.replace('folder', repr(str(folder)))}")
-    elif isinstance(facts, MergedFacts) and facts.heads:
+    elif isinstance(facts, MergedFacts) and facts.heads and align:
         out.next("fit the heads to it, without labels", *align)
     elif isinstance(facts, MergedFacts) and facts.output_rank <= VLLM.ranks[-1]:
         rank = next(rank for rank in VLLM.ranks if rank >= facts.output_rank)

@@ -45,6 +45,7 @@ def check_folder(path: Path, *, kind: str, overwrite: bool = False, inputs: Iter
     """
     with write_errors(path):
         check_apart(path, inputs)
+        _check_place(path)
         if not path.exists():
             return
         if not path.is_dir():
@@ -73,6 +74,8 @@ def check_file(path: Path, *, mark: bytes = b"", overwrite: bool = False, inputs
         check_apart(path, inputs)
         if path.is_dir():
             raise LoraloomError(f"{path}: is a folder, where a file is to be written", "name another file")
+        if path.is_file() or not path.exists():
+            _check_place(path)
         if path.is_file():
             if not overwrite:
                 raise LoraloomError(f"{path}: is there already", _AGAIN)
@@ -91,6 +94,16 @@ def check_apart(path: Path, inputs: Iterable[Path], *, may_hold: bool = False) -
         else:
             continue
         raise LoraloomError(f"{path}: {what}, which must stay as it is", "name another place")
+
+
+def _check_place(path: Path) -> None:
+    """Raise LoraloomError where nothing can be made beside `path`: told now, not after hours of work."""
+    parent = Path(os.path.realpath(path)).parent
+    there = next(one for one in (parent, *parent.parents) if one.exists())
+    if not there.is_dir():
+        raise LoraloomError(f"{path}: {there} is a file, no folder", "name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise LoraloomError(f"{path}: {there} may not be written to", "name another place, or ask for the permission")
 
 
 def read_record(folder: Path) -> Record | None:

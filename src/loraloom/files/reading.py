@@ -18,6 +18,7 @@ _MOST = 1_000_000  # values; each takes some hundred bytes of memory, and the la
 _LARGEST_YAML = 256 << 10  # bytes; what people write by hand, and a second of parsing
 _DEEPEST, _UNFOLDED = 20, 100_000  # levels of YAML, and values where every alias is written out
 _LARGEST_NUMBER = 2**63
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def parse_json(text: str, *, most: int = _MOST, widest: int = _MOST) -> Any:
@@ -60,6 +61,14 @@ def read_json(path: Path, hint: str = "save it again", *, most: int = _MOST, wid
         raise LoraloomError(f"{path}: not valid JSON ({first_line(error)[:200]}): half-written?", hint) from error
     except OSError as error:
         raise LoraloomError(f"{path}: cannot be read ({error.strerror or error})", hint) from error
+
+
+def check_fetched(path: Path) -> None:
+    """Raise LoraloomError where Git left a pointer in place of the file at `path`, which LFS keeps; or OSError."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            hint = "fetch it: `git lfs pull` in its repository, or `hf download`"
+            raise LoraloomError(f"{path}: a pointer of Git LFS, not the file itself", hint)
 
 
 def is_own(path: Path) -> bool:
@@ -174,6 +183,7 @@ def _text(path: Path, largest: int, hint: str) -> str:
     if path.stat().st_size > largest:
         size = f"{largest >> 20} MB" if largest >> 20 else f"{largest >> 10} kB"
         raise LoraloomError(f"{path}: larger than {size}, which no such file is", hint)
+    check_fetched(path)
     return path.read_bytes().decode("utf-8-sig")
 
 

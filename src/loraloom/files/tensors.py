@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraloom.errors import LoraloomError, reads_file
 from loraloom.files.hashing import Seen
+from loraloom.files.reading import check_fetched
 
 # as the format names them: https://github.com/huggingface/safetensors
 _DTYPES = {
@@ -106,9 +107,11 @@ class Header(NamedTuple):
 def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
-    Raises ValueError that says why where it is none, is cut short, or has a header larger than any has.
+    Raises ValueError that says why where it is none, is cut short, or has a header larger than any has; LoraloomError
+    where Git left a pointer in its place.
     """
     try:
+        check_fetched(path)
         with open(path, "rb") as file:
             length = file.read(8)
             if int.from_bytes(length, "little") > _HEADER:

@@ -29,7 +29,7 @@ from loraloom.merging.distillation import DistilledFacts
 from loraloom.merging.fuse import FusedFacts
 from loraloom.merging.mends import ScreenFacts
 from loraloom.merging.names import public_command
-from loraloom.merging.normalise import NormaliseFrom, drowned
+from loraloom.merging.normalise import NormaliseFrom, drowned, silent
 from loraloom.merging.options import Normalise
 from loraloom.merging.plan import Layer, Plan, ScaleFrom
 
@@ -150,6 +150,8 @@ class MergeFacts:
             name; see `hashing`.
         """
         in_force = _energies_in_force(plan) if energies else {}
+        warnings = plan.warnings + silent({name: one for name, one in in_force.items() if name in plan.used})
+        warnings += drowned(in_force) if plan.normalised.way == "none" and not plan.stack else []
         return MergeFacts(
             kind=kind,
             command=public_command(command),
@@ -171,7 +173,7 @@ class MergeFacts:
             heads_averaged=plan.heads == "average",
             carried=sorted(plan.carried),
             left_out=plan.left_out,
-            warnings=plan.warnings + (drowned(in_force) if plan.normalised.way == "none" and not plan.stack else []),
+            warnings=warnings,
             versions={"loraloom": version("loraloom"), "torch": torch.__version__},
             agreement=plan.agreement,
             screening=plan.screening,

@@ -108,6 +108,11 @@ def normalise_problems(normalise: str) -> list[str]:
     return [] if normalise in known else [f"normalise {normalise!r} is unknown: {did_you_mean(normalise, known)}"]
 
 
+def silent(energies: Mapping[str, float]) -> list[str]:
+    """Return a warning for each adapter, by name, whose energy is 0: a start, or one saved without its factors."""
+    return [f"{name} changes nothing, every update is 0: was it trained?" for name, one in energies.items() if one == 0]
+
+
 def drowned(energies: Mapping[str, float]) -> list[str]:
     """Return a warning where energies, by adapter's name, differ by more than a factor of LOUD."""
     heard, times = {name: one for name, one in energies.items() if one > 0}, loudness(energies.values())

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.beside import carry
-from loraloom.adapters.config import CONFIG, merged_config
+from loraloom.adapters.config import CONFIG, merged_config, writes
 from loraloom.adapters.dialects import PEFT, Dialect
 from loraloom.adapters.lowrank import Shared, no_update, truncate, truncate_dense
 from loraloom.adapters.servers import ServedFacts
 from loraloom.adapters.together import Targets, common_copies, equal_adapters, layers_of_all
-from loraloom.adapters.update import Adapter, Form, Shape, Update
+from loraloom.adapters.update import Adapter, Form, Shape, Update, is_expert
 from loraloom.cores import side_by_side
 from loraloom.files.hashing import layer_seed
 from loraloom.merging.choice import AgreementFacts
@@ -27,7 +27,7 @@ from loraloom.merging.distillation import Distiller
 from loraloom.merging.mends import ScreenFacts
 from loraloom.merging.normalise import AS_THEY_ARE, Normalised
 from loraloom.merging.options import Heads
-from loraloom.merging.problems import dropped_layers, unseen_layers
+from loraloom.merging.problems import dropped_layers, odd_ranks, trained_whole, unseen_layers
 from loraloom.merging.registry import Probe, Result, Rule
 from loraloom.merging.stack import Stack
 from loraloom.statistics.file import Statistics
@@ -205,6 +205,11 @@ class Plan:
         ]
 
     @property
+    def writes(self) -> bool:
+        """Tell whether the inputs write: no weights that they saved whole are a task's head."""
+        return any(writes(member.config) for member in self.members.values())
+
+    @property
     def head(self) -> dict[str, Tensor]:
         """Return the head in the merged adapter: the inputs' weighted mean where `heads` is "average", else none."""
         if self.heads == "keep":
@@ -228,14 +233,14 @@ class Plan:
     @cached_property
     def _config(self) -> tuple[dict[str, Any], list[str]]:
         members = [self.members[name] for name in self.used]
-        layers = [[module for module in one.shapes if not _is_expert(one.forms.get(module))] for one in members]
+        layers = [[module for module in one.shapes if not is_expert(one.forms.get(module))] for one in members]
         return merged_config(
             [member.config for member in members],
             layers,
-            [module for module in self.modules if not _is_expert(self.forms.get(module))],
+            [module for module in self.modules if not is_expert(self.forms.get(module))],
             self.base,
             with_head=self.heads == "average",
-            with_experts=any(map(_is_expert, self.forms.values())),
+            with_experts=any(map(is_expert, self.forms.values())),
         )
 
     @property
@@ -276,9 +281,11 @@ class Plan:
         if self.as_it_is:
             found[-1] += f", and it stays as it is, without rule {self.rule.name!r}"
         for name in self.used:
-            found += dropped_layers(name, self.members[name], self.shapes)
+            member = self.members[name]
+            found += odd_ranks(name, member) + dropped_layers(name, member, self.shapes)
             if "moments" in self.rule.supplied and not self.as_it_is:
                 found += unseen_layers(name, self.statistics[name], self.shapes)
+        found += trained_whole({name: self.members[name] for name in self.used}) if self.heads == "keep" else []
         return found
 
     @property
@@ -295,7 +302,3 @@ def _times(result: Result, factor: float) -> Result:
     if isinstance(result, Shared):
         return replace(result, left=factor * result.left)
     return Update(factor * result.B, result.A)
-
-
-def _is_expert(form: Form | None) -> bool:
-    return form is not None and form.kind == "experts"

@@ -7,11 +7,13 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import get_args
 
+from loraloom.adapters.config import writes
 from loraloom.adapters.dialects import DIALECTS, PEFT
+from loraloom.adapters.patterns import pattern_values
 from loraloom.adapters.servers import ServedFacts, fit_server, get_server
 from loraloom.adapters.together import Targets, compatibility_problems, layer_problems, layers_of_all
-from loraloom.adapters.update import Adapter
-from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.adapters.update import Adapter, is_expert
+from loraloom.errors import LoraloomError, did_you_mean, first_few
 from loraloom.merging.distillation import Distiller
 from loraloom.merging.options import Dtype, Heads, MergeOptions
 from loraloom.merging.registry import Probe, Rule
@@ -140,6 +142,31 @@ def dropped_layers(name: str, member: Adapter, layers: Collection[str]) -> list[
     energies = {module: member.updates[module].energy() for module in member.shapes}
     share = 100 * sum(energies[module] for module in lost) / (sum(energies.values()) or 1.0)
     return [f"{name}: {len(lost)} of its {len(energies)} layers are dropped, with {share:.3g} % of its energy"]
+
+
+def odd_ranks(name: str, member: Adapter) -> list[str]:
+    """Tell of an input whose factors have other ranks than its config says: PEFT would not load it."""
+    layers = [module for module in member.shapes if not is_expert(member.forms.get(module))]
+    if not member.config.get("r") or member.path is None or member.dialect != PEFT.name:
+        return []
+    said = pattern_values(member.config.get("rank_pattern") or {}, layers, member.config["r"])
+    odd = [module for module in layers if member.shapes[module].r != said[module]]
+    if not odd:
+        return []
+    own, told = member.shapes[odd[0]].r, said[odd[0]]
+    what = f"rank {own} where its config says {told}, in {len(odd)} of its {len(layers)} layers"
+    return [f"{name}: factors of {what}: PEFT would refuse them; the factors' own is taken, also to divide alpha"]
+
+
+def trained_whole(members: Mapping[str, Adapter]) -> list[str]:
+    """Tell of weights that inputs which write trained whole: kept where a task's head is, they are in no model."""
+    found = {name: one for name, one in members.items() if one.head and writes(one.config)}
+    alike = len({frozenset(one.head) for one in members.values()}) == 1
+    mend = "--heads average puts their mean there" if alike else "those of others have nothing to be averaged with"
+    return [
+        f"{name} trained {first_few(sorted(one.head))} whole, beside its LoRA: the result has the base's; {mend}"
+        for name, one in found.items()
+    ]
 
 
 def unseen_layers(name: str, statistics: Statistics, layers: Collection[str]) -> list[str]:

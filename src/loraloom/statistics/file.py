@@ -163,7 +163,8 @@ class Statistics:
         """
         path = Path(path)
         if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            raise LoraloomError(f"{path}: no such file", "name a file that was saved as statistics")
+            what = "is a folder" if os.path.isdir(path) else "no such file"
+            raise LoraloomError(f"{path}: {what}", "name a file that was saved as statistics")
         try:
             file = StoredFile(path)
         except ValueError as error:

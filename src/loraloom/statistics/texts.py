@@ -21,7 +21,7 @@ from loraloom.statistics.file import Statistics
 from loraloom.statistics.privacy import Noise, add_noise, noise_scale
 from loraloom.tasks.builtin_text import generic_texts
 from loraloom.tasks.prompts import read_prompts
-from loraloom.tasks.sources import read_table
+from loraloom.tasks.sources import read_table, too_few
 
 
 def collect(
@@ -140,8 +140,10 @@ def read_texts(texts: str, columns: Sequence[str], count: int, fewest: int | Non
         for column in columns
         if column not in table.columns
     ]
-    if len(table.rows) < (count if fewest is None else fewest):
-        problems.append(f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts")
+    if fewest is None:
+        problems += too_few(len(table.rows), count)
+    elif len(table.rows) < fewest:
+        problems.append(f"it holds {len(table.rows)} texts, {fewest} are the fewest")
     if not problems:
         faulty = [
             str(number)

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from loraloom.errors import LoraloomError, first_few, raise_problems
 from loraloom.tasks.answers import AnswerMetric, TokenMetric, answer_problems
 from loraloom.tasks.generate import ANSWER_TOKENS, Generate
-from loraloom.tasks.sources import Table, check_unicode, read_table
+from loraloom.tasks.sources import Table, check_unicode, read_table, too_few
 from loraloom.tasks.splits import Checked, Row, SplitTask, parted, read_tables
 from loraloom.tasks.task import Task
 
@@ -154,9 +154,9 @@ def read_prompts(source: str, count: int, *, answers: bool) -> datasets.Dataset:
     answer = {"columns": options.answer, "alpaca": "output"}.get(form)
     needed = [column for column in _needed(options, table) if answers or column != answer]
     missing = [f"no column {column!r}" for column in needed if column not in table.columns]
-    raise_problems(source, missing, "name the column of other texts by --column, which no chat template is for")
-    short = f"{count} texts were asked for, it holds {len(table.rows)}: lower --texts"
-    raise_problems(source, [short] if len(table.rows) < count else [])
+    plain = "text" if "text" in table.columns else "NAME"
+    raise_problems(source, missing, f"where these are texts and no prompts, name their column: --column {plain}")
+    raise_problems(source, too_few(len(table.rows), count))
     unread = {} if answers or answer is None else {answer: "-"}
     checked = _checked(table._replace(rows=[{**row, **unread} for row in table.rows[:count]]), options)
     raise_problems("these prompts cannot be read", checked.problems)

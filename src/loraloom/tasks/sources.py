@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from loraloom.errors import did_you_mean, reads_file
+from loraloom.errors import LoraloomError, did_you_mean, reads_file
+from loraloom.files.reading import check_fetched
 from loraloom.tasks.parquet import read_parquet
 from loraloom.tasks.textfiles import read_text
 
@@ -70,12 +71,21 @@ def read_table(source: str, split: str, wanted: Sequence[str]) -> Table:
             return _from_dataset(source, _load_hub(hub), wanted)
         path = Path(source).expanduser()
         _check_path(path)
+        try:
+            check_fetched(path)
+        except LoraloomError as error:  # told with what is wrong with other files
+            raise ValueError(f"{error.message.removeprefix(f'{path}: ')}: {error.hint}") from error
         read = read_parquet if path.suffix.lower() == ".parquet" else read_text
         return Table(source, *read(path, wanted))
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     except RuntimeError as error:  # of a home folder that nobody has
         raise ValueError(f"cannot be read: {error}") from error
+
+
+def too_few(rows: int, asked: int) -> list[str]:
+    """Return what is wrong with a source of so many `rows` where more texts are `asked` for."""
+    return [] if rows >= asked else [f"{asked} texts were asked for, it holds {rows}: lower --texts to that"]
 
 
 def is_null(value: Any) -> bool:
