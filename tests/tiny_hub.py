@@ -1,7 +1,8 @@
-"""A hub on loopback that knows what fetching asks of the real one, and keeps its repositories in memory."""
+"""A hub on loopback that knows what fetching and pushing ask of the real one, and keeps repositories in memory."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -23,13 +24,18 @@ class Repository:
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
 
     def commit(self, files: dict[str, bytes], *refs: str) -> str:
         """Add a commit that holds `files` alone, move `main` and `refs` to it, and return its name."""
+        return self.commit_to(("main", *refs), files)
+
+    def commit_to(self, refs: tuple[str, ...], files: dict[str, bytes]) -> str:
+        """Add a commit that holds `files` alone, move `refs` to it, and return its name."""
         text = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
         sha = hashlib.sha1(f"{len(self.commits)} {text}".encode()).hexdigest()
         self.commits[sha] = files
-        self.refs.update(dict.fromkeys(("main", *refs), sha))
+        self.refs.update(dict.fromkeys(refs, sha))
         return sha
 
     def find(self, revision: str) -> str | None:
@@ -43,6 +49,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.asked: list[str] = []
+        self.refuses: int | None = None  # the status that whoever pushes is given
 
     def add(self, name: str, folder: Path, *refs: str, inner: str = "") -> str:
         """Commit what lies in `folder`, set into the folder `inner` of the repository; return the commit."""
@@ -68,6 +75,50 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._file()
 
+    def do_POST(self) -> None:
+        self.hub.asked.append(f"POST {self.path}")
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.hub.refuses:
+            self._answer(b'{"error": "no"}', {"Content-Type": "application/json"}, self.hub.refuses)
+        elif self.path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif self.path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        else:
+            match = re.match(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/([^/?]+)", self.path)
+            assert match, self.path
+            self._push(self.hub.repositories[match[1]], *match.groups(), body=body)
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        url = {"Content-Type": "application/json"}
+        answer = json.dumps({"url": f"http://{self.headers['Host']}/{name}"}).encode()
+        if name in self.hub.repositories:
+            self._answer(answer, url, 409)
+            return
+        self.hub.repositories[name] = made = Repository(
+            private=bool(asked.get("private")) or asked.get("visibility") == "private"
+        )
+        made.commit({})
+        self._answer(answer, url)
+
+    def _push(self, to: Repository, name: str, what: str, branch: str, *, body: bytes) -> None:
+        if what == "branch":
+            self._answer(b"", {}, 409 if branch in to.refs else 200)
+            to.refs.setdefault(branch, to.refs["main"])
+        elif what == "preupload":
+            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            self._json({"files": [{**one, "shouldIgnore": False} for one in files]})
+        else:
+            sent = [json.loads(line) for line in body.splitlines()]
+            files = {
+                one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in sent if one["key"] == "file"
+            }
+            sha = to.commit_to((branch,), {**to.commits[to.refs[branch]], **files})
+            self._json(
+                {"success": True, "commitOid": sha, "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{sha}"}
+            )
+
     def _about(self) -> None:
         match = re.match(r"/api/models/([^/]+/[^/]+)(?:/(tree|revision)/([^/?]+))?", self.path)
         sha = self._commit(match[1], match[3] or "main") if match else None
@@ -77,7 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
         if match[2] == "tree":
             self._json([{"type": "file", "path": n, "size": len(c), "oid": _oid(c)} for n, c in files.items()])
         else:
-            self._json({"id": match[1], "sha": sha, "siblings": [{"rfilename": name} for name in files]})
+            names = [{"rfilename": name} for name in files]
+            self._json(
+                {"id": match[1], "sha": sha, "siblings": names, "private": self.hub.repositories[match[1]].private}
+            )
 
     def _file(self) -> None:
         match = re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)

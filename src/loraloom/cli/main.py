@@ -21,6 +21,7 @@ from loraloom.cli.doctor import doctor
 from loraloom.cli.inspect import inspect
 from loraloom.cli.list import list_
 from loraloom.cli.merge import RULE_OPTIONS, RuleCommand, align, merge, rules
+from loraloom.cli.push import push
 from loraloom.cli.run import demo, run
 from loraloom.cli.screen import screen
 from loraloom.cli.serve import export, serve_check
@@ -53,6 +54,7 @@ app.command(rich_help_panel=MERGE)(rules)
 app.command(rich_help_panel=MERGE)(check)
 app.command(rich_help_panel=MERGE)(align)
 app.command(rich_help_panel=MERGE)(export)
+app.command(rich_help_panel=MERGE)(push)
 app.command(rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(chat)
 app.command("serve-check", rich_help_panel=MEASURE)(serve_check)

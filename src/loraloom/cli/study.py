@@ -59,7 +59,7 @@ def evaluate(
             return
         if recipe is None:
             raise LoraloomError("no tasks are named", "add --recipe RECIPE, or --lm-eval TASK,TASK")
-        from loraloom.adapters.peft import read_provenance
+        from loraloom.adapters.peft import adapter_sha256, read_provenance
         from loraloom.results import average
         from loraloom.study.by_hand import evaluate_folder
 
@@ -68,7 +68,8 @@ def evaluate(
             scores = evaluate_folder(chosen, adapter, task or [], split, shown, answers=answers)
         mean = average(score for _, score in scores.values())
         tasks = [{"task": name, "metric": metric, **score.model_dump()} for name, (metric, score) in scores.items()]
-        out.result({"adapter": adapter, "split": split, "tasks": tasks, "average": mean.model_dump()}, "")
+        told = {"adapter": adapter, "sha256": adapter_sha256(adapter), "split": split, "tasks": tasks}
+        out.result({**told, "average": mean.model_dump()}, "")
         rows = [row for name, (metric, score) in scores.items() for row in _metrics(name, metric, score)]
         rows += [("average", "", *_with_error(mean))] if len(scores) > 1 else []
         out.table(f"{adapter} on {split} rows, in points", ("task", "metric", "value", "standard error"), rows)
