@@ -50,8 +50,10 @@ ARMS: dict[str, Arm] = {
     "single": {"how": "single"},
     **{f"TA {scale}": {"how": "merge", "rule": "task_arithmetic", "scale": scale} for scale in SCALES},
     **{f"TSV {scale}": {"how": "merge", "rule": "tsv", "scale": scale} for scale in SCALES},
+    "best TA": {"how": "best", "rule": "task_arithmetic"},
+    "best TSV": {"how": "best", "rule": "tsv"},
     "default": {"how": "distil"},
-    **{f"{texts} texts": {"how": "distil", "texts": texts} for texts in (32, 64, 256)},
+    **{f"{texts} texts": {"how": "distil", "texts": texts} for texts in (32, 64, 256, 2000)},
     **{f"rank {rank}": {"how": "distil", "rank": rank} for rank in (8, 16)},
     **{f"{steps} steps": {"how": "distil", "steps": steps} for steps in (100, 200, 800)},
     "outputs and features": {"how": "distil", "loss": "both"},
@@ -124,8 +126,11 @@ class Bench:
             self.encoded[name], self.parts[name] = [text for one in rows for text in one], [len(one) for one in rows]
             self.own[name] = self._read(name, self.members[name].updates)
 
-    def _read(self, name: str, updates: Mapping[str, Update]) -> tuple[torch.Tensor, ...]:
-        return torch.split(self.model.features(updates, self.heads[name], self.encoded[name]), self.parts[name])
+    def _read(self, name: str, updates: Mapping[str, Update], first: int = 0) -> tuple[torch.Tensor, ...]:
+        """Return features of test rows, held-out rows and texts, or from the `first` of these on."""
+        parts = self.parts[name]
+        rows = self.encoded[name][sum(parts[:first]) :]
+        return torch.split(self.model.features(updates, self.heads[name], rows), parts[first:])
 
     def row(self, arm: Arm) -> dict[str, Any]:
         """Return what an arm costs and reaches."""
@@ -136,14 +141,15 @@ class Bench:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         return {"asked": asked, **(self._scores(found) if found else {}), **spent, "peak_mib": peak, **more}
 
-    def _scores(self, found: Mapping[str, Mapping[str, Update]]) -> dict[str, Any]:
+    def _scores(self, found: Mapping[str, Mapping[str, Update]], split: str = "test") -> dict[str, Any]:
         trained, aligned, apart = {}, {}, {}
         for name, task in self.tasks.items():
             head, (_, own_heldout, own_texts) = self.heads[name], self.own[name]
-            test, heldout, texts = self._read(name, found[name])
-            labels = task.label_tensor(task.test)
-            trained[name] = metric_value(task.metric, head.logits(test), labels)
-            aligned[name] = metric_value(task.metric, align_head(head, own_texts, texts).logits(test), labels)
+            read = self._read(name, found[name], 1 if split == "heldout" else 0)
+            (heldout, texts), judged = read[-2:], read[0]
+            labels = task.label_tensor(getattr(task, split))
+            trained[name] = metric_value(task.metric, head.logits(judged), labels)
+            aligned[name] = metric_value(task.metric, align_head(head, own_texts, texts).logits(judged), labels)
             apart[name] = _apart(head.logits(own_heldout), head.logits(heldout))
         return {"trained": trained, "aligned": aligned, "distance": apart}
 
@@ -152,6 +158,18 @@ class Bench:
 
     def _merge(self, rule: str, scale: float) -> Any:
         return dict.fromkeys(self.tasks, merge(self.members, rule, scale=scale, seed=self.seed).adapter.updates), {}
+
+    def _best(self, rule: str) -> Any:
+        """Return the scores of a rule at the scale that is best on held-out rows, with heads as trained and aligned."""
+        heldout: dict[str, dict[str, float]] = {"trained": {}, "aligned": {}}
+        for scale in SCALES:
+            found = self._scores(self._merge(rule, scale)[0], "heldout")
+            for heads, kept in heldout.items():
+                kept[str(scale)] = _mean(found[heads])
+        best = {heads: max(kept, key=lambda scale: kept[scale]) for heads, kept in heldout.items()}
+        rows = {scale: self._scores(self._merge(rule, float(scale))[0]) for scale in set(best.values())}
+        scores: Arm = {heads: rows[scale][heads] for heads, scale in best.items()}
+        return None, {**scores, "distance": rows[best["trained"]]["distance"], "scale": best, "heldout": heldout}
 
     def _distil(self, texts: int | str | None = None, names: list[str] | None = None, **options: Any) -> Any:
         names = names or list(self.tasks)

@@ -127,6 +127,27 @@ def test_distance_and_loss_equal_a_dense_computation(
         assert float(loss) == pytest.approx(times * float(both[[5, 0, 7]].mean()), rel=1e-4)
 
 
+def test_teachers_and_measures_read_little_padding(
+    model: Evaluator, adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of one length and of another, in turn, over several parts: each part has one length."""
+    short, long = "good", " ".join(["good"] * 12)
+    rows = Dataset.from_dict({"text_a": [short, long, short] * PART})
+    read, told = list[Tensor](), Evaluator.features
+
+    def seen(self: Evaluator, updates: Any, head: Head, encoded: Any, **more: Any) -> Tensor:
+        read.extend(
+            batch["attention_mask"] for _, batch in batches(encoded, self.tokenizer, more.get("batch_size", 64))
+        )
+        return told(self, updates, head, encoded, **more)
+
+    monkeypatch.setattr(Evaluator, "features", seen)
+    heldout, adapter = [*range(0, 24, 3), *range(1, 24, 3)], adapters["mood"]
+    lesson = HeadLesson(model, Head.of(adapter.head), rows, heldout, "output", adapter.updates, tmp_path)
+    assert lesson.distance(adapter.updates) == pytest.approx(0, abs=1e-9)
+    assert all(mask.all() for mask in read)
+
+
 def test_the_gradient_reaches_only_the_factors(model: Evaluator, adapters: dict[str, Adapter], tmp_path: Path) -> None:
     rows, adapter = tiny.task("mood", rows=12).train, adapters["mood"]
     lesson = HeadLesson(model, Head.of(adapter.head), rows, [0, 1], "both", adapter.updates, tmp_path)

@@ -39,14 +39,18 @@ class Evaluator:
         """Return the token ids of the texts in `rows`, a split of a task or a sample of one, for `features`."""
         return encode(rows, self.tokenizer, self.max_length)
 
-    def features(self, updates: Mapping[str, Update], head: Head, encoded: Encoded) -> Tensor:
+    def features(
+        self, updates: Mapping[str, Update], head: Head, encoded: Encoded, *, batch_size: int | None = None
+    ) -> Tensor:
         """Return (k, d) float32: what the head's last linear layer reads for every row, with `updates` in the model.
+
+        batch_size: in place of the evaluator's own.
 
         Raises LoraloomError where an update or the head does not fit the base model.
         """
         rows: list[Tensor] = [torch.empty(0)] * len(encoded)
         with torch.inference_mode(), self.running(updates, head) as run:
-            for chosen, batch in batches(encoded, self.tokenizer, self.batch_size):
+            for chosen, batch in batches(encoded, self.tokenizer, batch_size or self.batch_size):
                 for index, feature in zip(chosen, run(batch), strict=True):
                     rows[index] = feature
         return torch.stack(rows)
@@ -219,9 +223,11 @@ def _pooled(inputs: Tensor, kept: Tensor) -> Tensor:
 
 
 def _submodule(model: nn.Module, path: str, base: str) -> nn.Module:
-    layers: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
-    if path not in layers:
-        raise LoraloomError(
-            f"{base}: has no layer {path}", f"use the adapter's base model; {did_you_mean(path, layers)}"
-        )
-    return layers[path]
+    try:
+        layer = model.get_submodule(path)  # at once: this is asked of every layer at every pass
+    except AttributeError:
+        layer = None
+    if layer is not None and hasattr(layer, "weight"):
+        return layer
+    layers = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    raise LoraloomError(f"{base}: has no layer {path}", f"use the adapter's base model; {did_you_mean(path, layers)}")

@@ -48,6 +48,7 @@ from loraloom.training.runs import (
     resumable,
     state_of,
 )
+from loraloom.training.teachers import LAYOUT
 
 GENERIC, NEAR = "generic", "none"  # in place of a task's texts
 GENERIC_TEXTS = 300  # of a task without texts of its own
@@ -179,7 +180,7 @@ class ByTeachers:
         head, model = self._adapters[name].head, self._model
         content = [base_sha256(model.base), _sha256(self._teaching(name, start)), tensors_sha256(head)]
         content += [TextsFacts.of(self._rows[name]).sha256, type(model).__name__, transformers.__version__]
-        return json_sha256([*content, model.max_length, self._answer_tokens])
+        return json_sha256([*content, model.max_length, self._answer_tokens, LAYOUT])
 
     def _lesson(
         self,

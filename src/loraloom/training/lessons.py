@@ -32,6 +32,7 @@ from loraloom.model.tokens import IGNORED, Batch, batches
 from loraloom.model.written import Updates, Written, answered, apart
 from loraloom.training.teachers import PART, Teacher
 
+_MEASURED = 8  # held-out texts of a batch: they are few, of all lengths, so that much of a large batch is padding
 _NUMBERS = 2.0  # times: by one unit of distance a correlation falls far more than an accuracy does; docs/distil.md
 
 Given = Mapping[str, Tensor]  # what a teacher says of a batch, by name
@@ -69,9 +70,12 @@ class HeadLesson:
     ) -> None:
         self._model, self._head, self._heldout, self._loss = model, head, list(heldout), loss
         self._encoded = model.encode(rows)
+        lengths = self.lengths
+        longest = sorted(range(len(rows)), key=lambda row: -lengths[row])  # of a part's texts little is padding so
+        self._places = {row: place for place, row in enumerate(longest)}
 
         def make(part: range) -> Given:
-            features = model.features(own, head, [self._encoded[row] for row in part])
+            features = model.features(own, head, [self._encoded[longest[place]] for place in part])
             return {"outputs": head.logits(features), "features": features}
 
         self._teacher = Teacher(place, len(rows), make)
@@ -91,9 +95,8 @@ class HeadLesson:
     def batch(self, rows: Sequence[int]) -> tuple[Batch, Given]:
         """Return texts, padded, with the outputs and features of the teacher."""
         chosen, batch = next(batches([self._encoded[row] for row in rows], self._model.tokenizer, len(rows)))
-        places = [rows[place] for place in chosen]
         read = ("outputs",) if self._loss == "output" else ("outputs", "features")
-        return batch, {name: self._teacher.rows(name, places) for name in read}
+        return batch, {name: self._own(name, [rows[place] for place in chosen]) for name in read}
 
     def run(self, updates: Updates, batch: Batch) -> Tensor:
         """Return the features (k, d) float32 that the head reads, on the CPU."""
@@ -114,10 +117,15 @@ class HeadLesson:
 
     def distance(self, updates: Updates) -> float:
         """Return the distance of outputs on the held-out texts."""
-        found = self._model.features(updates, self._head, [self._encoded[row] for row in self._heldout])
-        own, merged = self._teacher.rows("outputs", self._heldout).double(), self._head.logits(found).double()
+        encoded = [self._encoded[row] for row in self._heldout]
+        found = self._model.features(updates, self._head, encoded, batch_size=_MEASURED)
+        own, merged = self._own("outputs", self._heldout).double(), self._head.logits(found).double()
         assert self._unit is not None
         return float(outputs_apart(own, merged).mean()) / self._unit
+
+    def _own(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Return what the teacher says of some texts."""
+        return self._teacher.rows(name, [self._places[row] for row in rows])
 
 
 class WrittenLesson:

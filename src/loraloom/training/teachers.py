@@ -18,6 +18,7 @@ from loraloom.files.tensors import read_header, save_tensors
 from loraloom.model.processes import raise_of_all, rank_and_size
 
 PART = 128  # texts of a file
+LAYOUT = 2  # of what lessons keep here; counted up where an older one would be misread
 
 
 class Teacher:
