@@ -304,6 +304,39 @@ def test_commands(base: Path, adapters: dict[str, Adapter], tmp_path: Path, monk
         assert two["before"] == pytest.approx(one["before"], rel=1e-3)
         assert two["after"] == pytest.approx(one["after"], rel=1e-2)
     assert "one of the two" in refused("distil", tmp_path / "plain", *folders, "-o", tmp_path / "no")
+    card = (tmp_path / "polished" / "README.md").read_text()
+    assert "--start tsv" not in card  # another start was given
+    assert "rule: distil --steps 4 --loss output" in card
+    assert "scale 0.5 would undo" in refused("merge", *folders, "--rule", "distil", *words, "--scale", 0.5, "-o", "no")
+    short = said("distil", tmp_path / "plain", folders[0], *words[:2], *words[4:], "-o", tmp_path / "short")
+    assert "merged from tone too" in short["warnings"][0]
+
+
+def test_files_of_texts_that_will_not_do(
+    base: Path, adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is wrong with any file, at once."""
+    folders = [write_adapter(adapter, tmp_path / name, provenance={}) for name, adapter in adapters.items()]
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text("")
+    Path("other.jsonl").write_text('{"sentence": "good"}\n' * 9)
+    words = ["--rule", "distil", "--unlabelled", "empty.jsonl", "--unlabelled", "other.jsonl", "-o", "no"]
+    found = refused("merge", "mood", "tone", *words)
+    assert "empty.jsonl: it holds no rows" in found
+    assert "no column 'text': known: sentence; name it by --column" in found
+    Path("empty.jsonl").write_text('{"text": "good"}\n' * 3)
+    assert "it holds 3 texts, 8 are the fewest" in refused("merge", "mood", "tone", *words)
+    assert not Path("no").exists()
+    assert len(folders) == 2
+
+
+def test_a_single_adapter_is_started_from_whole(run: Callable[..., Merged], adapters: dict[str, Adapter]) -> None:
+    """Of a smaller rank, say; half of it would be no start."""
+    texts = {"mood": tiny.task("mood", rows=48).train}
+    found = run(adapters={"mood": adapters["mood"]}, texts=texts, steps=5, learning_rate=1e-9)
+    facts = found.plan.distiller.facts if found.plan.distiller else None
+    assert facts
+    assert facts.tasks["mood"].before == pytest.approx(0, abs=1e-6)
 
 
 def planted(seed: str, words: Sequence[str], rows: int = 400) -> tuple[Dataset, Tensor]:

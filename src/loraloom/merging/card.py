@@ -159,12 +159,13 @@ def distilled_lines(facts: DistilledFacts) -> Lines:
     ]
     other = [f"{name}: {one.source}" for name, one in facts.tasks.items() if one.source != "own texts"]
     hashes = ", ".join(f"{name} {one.texts.count} ({one.texts.sha256[:12]})" for name, one in facts.tasks.items())
-    best = (
-        f"the best was step {facts.best_step} of {facts.steps}" if facts.best_step else "no step came nearer: the start"
-    )
+    steps = f"step {facts.best_step} of {facts.steps} is kept, the nearest on texts held out"
+    kept = steps if facts.best_step else f"the start is kept: no step of {facts.steps} came nearer on texts held out"
+    start = [("started from", f"the merged adapter that was given (sha256 {facts.start[:12]})")] if facts.start else []
     return [
-        ("distilled", f"without labels on {total} texts, kept is {best}"),
-        ("distances", f"from the single models on texts held out, in each task's unit: {', '.join(near)}"),
+        ("distilled", f"without labels on {total} texts; {kept}"),
+        *start,
+        ("distances", f"from the single models on these, in each task's unit: {', '.join(near)}"),
         ("texts", "; ".join([f"{hashes}, with the start of their sha256", *other])),
     ]
 
@@ -212,7 +213,9 @@ def bytes_in_words(size: int) -> str:
 
 def _rule(facts: MergeFacts) -> str:
     """Return the rule's name with its options as they are typed, and the seed where it draws at random."""
-    told = dict(_typed(facts.options))
+    given = facts.distilled is not None and facts.distilled.start is not None  # in place of the rule's own start
+    options = {name: one for name, one in facts.options.items() if not (given and name in ("start", "start_scale"))}
+    told = dict(_typed(options))
     if "seed" in get_rule(facts.rule).needs:
         told["--seed"] = facts.seed
     if facts.as_it_is:

@@ -71,5 +71,9 @@ class Distiller(Protocol):
     def facts(self) -> DistilledFacts | None:
         """Return what was done; None before it was."""
 
+    @property
+    def warnings(self) -> list[str]:
+        """Return what may not be meant."""
+
     def train(self, start: Mapping[str, Update], asked: Distilling, seed: int) -> dict[str, Update]:
         """Return `start`, by module path and in its ranks, trained to answer as each single adapter does."""

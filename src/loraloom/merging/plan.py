@@ -276,6 +276,7 @@ class Plan:
         found = [f"{one} and {two} hold the same updates" for one, two in equal_adapters(self.members)]
         found += self.agreement.warnings if self.agreement else []
         found += [*(self.stack.warnings if self.stack else []), *(self.screening.warnings if self.screening else [])]
+        found += self.distiller.warnings if self.distiller else []
         if len(self.used) == 1:
             found.append("one adapter takes part: there is nothing to merge")
         if self.as_it_is:

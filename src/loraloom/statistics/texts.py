@@ -136,11 +136,13 @@ def read_texts(texts: str, columns: Sequence[str], count: int, fewest: int | Non
         raise LoraloomError(f"{texts}: {error}", "name a JSONL, CSV, TSV or Parquet file, or org/name") from error
     problems = [] if len(columns) <= 2 else [f"{len(columns)} columns were named, a text or a pair is read"]
     problems += [
-        f"no column {column!r}: {did_you_mean(column, table.columns)}"
+        f"no column {column!r}: {did_you_mean(column, table.columns)}; name it by --column"
         for column in columns
-        if column not in table.columns
+        if table.rows and column not in table.columns
     ]
-    if fewest is None:
+    if not table.rows:
+        problems.append("it holds no rows")
+    elif fewest is None:
         problems += too_few(len(table.rows), count)
     elif len(table.rows) < fewest:
         problems.append(f"it holds {len(table.rows)} texts, {fewest} are the fewest")

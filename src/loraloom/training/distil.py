@@ -19,11 +19,12 @@ from transformers import EarlyStoppingCallback, Trainer
 
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Adapter, Update
-from loraloom.errors import LoraloomError, raise_problems
-from loraloom.files.hashing import json_sha256, task_seed
+from loraloom.errors import LoraloomError, first_few, raise_problems
+from loraloom.files.hashing import json_sha256, seen_sha256, task_seed
 from loraloom.files.tensors import tensors_sha256
 from loraloom.merging.choice import TextsFacts
 from loraloom.merging.distillation import DistilledFacts, Distilling, LessonFacts, Source
+from loraloom.merging.facts import MergedFacts
 from loraloom.merging.merger import Merged, merge
 from loraloom.model.generator import Generator
 from loraloom.model.load import base_sha256
@@ -109,6 +110,20 @@ class ByTeachers:
     def start(self) -> Mapping[str, Update] | None:
         """Return the merged adapter to start from; None leaves it to the rule."""
         return self._start.updates if self._start else None
+
+    @property
+    def warnings(self) -> list[str]:
+        """Tell of adapters that a merged one was made of, by its own record, and that teach nothing here."""
+        if not (self._start and self._start.path):
+            return []
+        try:
+            inputs = MergedFacts.read(self._start.path).inputs
+        except LoraloomError:
+            return []  # made elsewhere: nothing is known of it
+        taught = {seen_sha256(one.sources) for one in self._adapters.values()}
+        lost = [one.name for one in inputs if one.sha256 not in (None, *taught)]
+        said = f"{self._start.name} was merged from {first_few(lost)} too, of which nothing is taught here: that may be"
+        return [f"{said} lost; name it too, with --unlabelled none for want of texts"] if lost else []
 
     def train(self, start: Mapping[str, Update], asked: Distilling, seed: int) -> dict[str, Update]:
         """Return `start` trained; see `Distiller`. Raises LoraloomError where nothing can be learnt, or it diverges."""

@@ -82,6 +82,8 @@ def _merged(layers: Mapping[str, Sequence[Update]], name: str, scale: float, see
             "merge by it, then `loraloom distil` that",
         )
     options, _ = found.check({})
+    if all(len(updates) == 1 for updates in layers.values()):
+        scale = 1.0  # a single adapter is not merged down
     results: dict[str, Result] = {}
     for module, updates in layers.items():
         result = found.layer(updates, options, seed=layer_seed(seed, module))
