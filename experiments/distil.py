@@ -128,6 +128,8 @@ class Bench:
 
     def _read(self, name: str, updates: Mapping[str, Update], first: int = 0) -> tuple[torch.Tensor, ...]:
         """Return features of test rows, held-out rows and texts, or from the `first` of these on."""
+        if name in self.own and updates is self.members[name].updates:
+            return self.own[name][first:]
         parts = self.parts[name]
         rows = self.encoded[name][sum(parts[:first]) :]
         return torch.split(self.model.features(updates, self.heads[name], rows), parts[first:])

@@ -307,7 +307,6 @@ def test_commands(base: Path, adapters: dict[str, Adapter], tmp_path: Path, monk
     card = (tmp_path / "polished" / "README.md").read_text()
     assert "--start tsv" not in card  # another start was given
     assert "rule: distil --steps 4 --loss output" in card
-    assert "scale 0.5 would undo" in refused("merge", *folders, "--rule", "distil", *words, "--scale", 0.5, "-o", "no")
     short = said("distil", tmp_path / "plain", folders[0], *words[:2], *words[4:], "-o", tmp_path / "short")
     assert "merged from tone too" in short["warnings"][0]
 
@@ -337,6 +336,8 @@ def test_a_single_adapter_is_started_from_whole(run: Callable[..., Merged], adap
     facts = found.plan.distiller.facts if found.plan.distiller else None
     assert facts
     assert facts.tasks["mood"].before == pytest.approx(0, abs=1e-6)
+    halved = run(steps=1, batch_size=2, scale=0.5)
+    assert "scale 0.5 undoes what distil trains" in halved.plan.warnings[0]
 
 
 def planted(seed: str, words: Sequence[str], rows: int = 400) -> tuple[Dataset, Tensor]:

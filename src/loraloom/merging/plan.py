@@ -277,6 +277,10 @@ class Plan:
         found += self.agreement.warnings if self.agreement else []
         found += [*(self.stack.warnings if self.stack else []), *(self.screening.warnings if self.screening else [])]
         found += self.distiller.warnings if self.distiller else []
+        if self.rule.distils and self.scale != 1:
+            found.append(
+                f"scale {self.scale:g} undoes what {self.rule.name} trains: leave it out; start_scale is another"
+            )
         if len(self.used) == 1:
             found.append("one adapter takes part: there is nothing to merge")
         if self.as_it_is:

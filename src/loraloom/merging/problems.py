@@ -127,10 +127,6 @@ def need_problems(
             f"rule {rule.name!r} needs the base model and unlabelled texts of each task: name a recipe by --recipe, or "
             "files by --unlabelled"
         )
-    if rule.distils and options.scale not in (None, 1):
-        problems.append(
-            f"scale {options.scale:g} would undo what {rule.name!r} trains: leave it out; --start-scale is the start's"
-        )
     if "probe" in rule.supplied and probe is None:
         problems.append(f"rule {rule.name!r} needs the base model and texts of each task: name a recipe by --recipe")
     if rule.labelled and probe is not None and not probe.labels:
