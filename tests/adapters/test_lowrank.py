@@ -65,6 +65,15 @@ def test_polar_leaves_missing_directions_missing() -> None:
     torch.testing.assert_close(core.polar(torch.cat([U, U], dim=1)), torch.cat([U, U], dim=1) / 2**0.5)
 
 
+@pytest.mark.parametrize(("least", "tolerance"), [(1e-1, 1e-13), (1e-3, 1e-9), (1e-4, 1e-7)])
+def test_polar_is_that_of_the_singular_vectors(least: float, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    P = torch.linalg.qr(torch.randn(40, 6, generator=generator, dtype=torch.float64)).Q
+    Q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    X = P * torch.logspace(0, torch.tensor(least).log10(), 6, dtype=torch.float64) @ Q.T
+    assert float((core.polar(X) - P @ Q.T).abs().max()) < tolerance
+
+
 def test_tsv_of_copies_is_the_update() -> None:
     """Two copies share every direction; a polar factor filled up with arbitrary vectors would add noise."""
     one = update(30, 20, 4)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from commands import hints
 from loraloom.adapters.peft import WEIGHTS, adapter_sha256, read_adapter, write_adapter
+from loraloom.adapters.stored import StoredUpdates
+from loraloom.adapters.together import equal_adapters
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
 from loraloom.merging import get_rule, merge, rule_names, write_merged
@@ -263,6 +265,17 @@ def test_an_adapter_given_twice_is_refused_or_told(tmp_path) -> None:
     folder = write_merged(merge([one, copied, other], "weighted"), tmp_path / "merged")
     assert json.loads((folder / "loraloom.json").read_text())["warnings"] == ["a and b hold the same updates"]
     assert merge([one, other], "weighted").plan.warnings == []
+
+
+def test_each_of_many_adapters_is_read_once_to_find_copies(tmp_path, monkeypatch) -> None:
+    for name in range(9):
+        write_adapter(adapter(min(name, 7)), tmp_path / str(name), provenance={})
+    read = {str(name): read_adapter(tmp_path / str(name)) for name in range(9)}
+    asked: list[str] = []
+    stored = StoredUpdates.__getitem__
+    monkeypatch.setattr(StoredUpdates, "__getitem__", lambda self, at: asked.append(at) or stored(self, at))
+    assert equal_adapters(read) == [("7", "8")]
+    assert len(asked) == 9 + 2 * 2
 
 
 def test_base_names_that_differ_are_settled_by_the_caller() -> None:

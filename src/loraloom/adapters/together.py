@@ -12,6 +12,7 @@ from torch import Tensor
 from loraloom.adapters.bases import same_base
 from loraloom.adapters.layout import parameters_of
 from loraloom.adapters.update import Adapter, is_expert
+from loraloom.files.tensors import tensors_sha256
 
 Targets = Literal["union", "intersection", "same"]
 
@@ -100,11 +101,22 @@ def common_copies(
 
 def equal_adapters(adapters: Mapping[str, Adapter]) -> list[tuple[str, str]]:
     """Return the pairs of names whose adapters hold the same updates."""
+    alike: dict[object, list[str]] = {}  # by one layer, so that each adapter is read once, not once a pair
+    for name, adapter in adapters.items():
+        alike.setdefault(_mark(adapter), []).append(name)
     return [
         (one, two)
-        for (one, first), (two, other) in itertools.combinations(adapters.items(), 2)
-        if first.shapes == other.shapes and all(_equal(first, other, module) for module in first.shapes)
+        for names in alike.values()
+        for one, two in itertools.combinations(names, 2)
+        if all(_equal(adapters[one], adapters[two], module) for module in adapters[one].shapes)
     ]
+
+
+def _mark(adapter: Adapter) -> tuple[object, ...]:
+    """Return what adapters of the same updates have in common: the shapes, and the numbers of one small layer."""
+    at = min(adapter.shapes, key=lambda module: (sum(adapter.shapes[module][:2]), module))
+    update = adapter.updates[at]
+    return frozenset(adapter.shapes.items()), tensors_sha256({"A": update.A, "B": update.B})
 
 
 def _equal(first: Adapter, other: Adapter, module: str) -> bool:
@@ -131,6 +143,10 @@ class Copies(Mapping[str, Tensor]):
 
 def _base_problems(adapters: Sequence[Adapter], base: str | None) -> list[str]:
     """Return the adapters that were trained on other bases, unless the caller gives the name of one."""
+    # one of each kind: of two hundred adapters of one base there are twenty thousand pairs
+    kinds = {(one.base, one.fingerprint, frozenset(one.shapes) if one.fingerprint else None): one for one in adapters}
+    if not any(_bases_differ(*pair, base) for pair in itertools.combinations(kinds.values(), 2)):
+        return []
     pairs = list(itertools.combinations(adapters, 2))
     differing = [pair for pair in pairs if _bases_differ(*pair, base)]
     # against the first where it can tell; a folder's name may leave it to the others

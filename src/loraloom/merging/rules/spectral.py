@@ -46,8 +46,7 @@ def tsv(
     triples together are more than the m or n directions that there are, each of the T tasks keeps 1/T of these at most,
     as TSV-M does always.
     """
-    QB, QA, small = in_shared_bases(updates)
-    tasks = [(update.rank, *svd_factors(update)) for update in nonzero(small)]
+    tasks = [(update.rank, *svd_factors(update)) for update in nonzero(updates)]
     room = min(updates[0].B.shape[0], updates[0].A.shape[1])
     if sum(min(k or rank, rank) for rank, _, _, _ in tasks) > room:
         k = min(k or room, max(1, room // len(tasks)))
@@ -58,8 +57,8 @@ def tsv(
     if not triples:
         return zero_like(updates[0])
     strengths = torch.cat([S for _, S, _ in triples])
-    left = QB @ polar(torch.cat([U for U, _, _ in triples], dim=1))
-    right = polar(torch.cat([Vh for _, _, Vh in triples]).T).T @ QA.T
+    left = polar(torch.cat([U for U, _, _ in triples], dim=1))
+    right = polar(torch.cat([Vh for _, _, Vh in triples]).T).T
     root = strengths.sqrt()
     return Update((left * root).float(), (root[:, None] * right).float())
 
