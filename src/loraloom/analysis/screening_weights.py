@@ -148,8 +148,8 @@ def balance(seen: Seen) -> dict[str, Sighting]:
     start = 1 / (3 * seen.widths)
     usual = torch.tensor(
         [
-            [_started_as_usual(one) and at not in one.forms and at in one.shapes for at in seen.layers]
-            for one in seen.adapters.values()
+            [usual and at not in one.forms and at in one.shapes for at in seen.layers]
+            for one, usual in ((one, _started_as_usual(one)) for one in seen.adapters.values())
         ]
     )
     moved = torch.where(usual, seen.square_a - start, torch.nan).nanmean(dim=1)
@@ -267,15 +267,14 @@ def _nearest(seen: Seen, pairs: Tensor) -> dict[str, Sighting]:
     """Compare each adapter's nearest other with the median of the pairs that it has no part in."""
     found, names = {}, seen.names
     pairs = pairs.clone().fill_diagonal_(torch.nan)
+    one, two = torch.triu_indices(len(pairs), len(pairs), offset=1)  # each pair once: the table is symmetric
     for i, name in enumerate(seen.members):
         if bool(pairs[i].isnan().all()):
             continue
         nearest = int(pairs[i].nan_to_num(-torch.inf).argmax())
-        rest = torch.cat([pairs[:i], pairs[i + 1 :]])
-        without = torch.cat([rest[:, :i], rest[:, i + 1 :]], dim=1)
-        found[name] = Sighting(
-            float(pairs[i, nearest]), float(pairs[i, nearest]), float(_median(without.flatten())), names[nearest]
-        )
+        without = pairs[one, two][(one != i) & (two != i)]
+        rest = float(_median(without)) if len(without) else torch.nan
+        found[name] = Sighting(float(pairs[i, nearest]), float(pairs[i, nearest]), rest, names[nearest])
     return found
 
 
