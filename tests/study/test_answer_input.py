@@ -20,6 +20,7 @@ from loraloom.adapters.peft import read_adapter, write_adapter
 from loraloom.errors import LoraloomError
 from loraloom.model.generator import Generator
 from loraloom.study.recipe import Recipe
+from loraloom.study.store import study_store
 from loraloom.study.tasks import build_task
 from tiny_writers import prompt_recipe, writer_adapter, writer_base
 
@@ -84,6 +85,60 @@ def test_answers_longer_than_what_is_kept_of_a_row_and_than_the_context(place: P
     assert "max_length" not in told
 
 
+def studied(place: Path, *, given: bool = False) -> str:
+    """What `run` says of a study of the two tasks, or of the two `given` adapters, which it must refuse untrained."""
+    content = yaml.safe_load((place / "recipe.yaml").read_text())
+    content |= {"merging": [{"rule": "tsv", "scales": "auto"}], "evaluation": {"agreement": 4}}
+    adapters = {"adapters": {task: str(place / task) for task in ("first", "last")}}
+    (place / "study.yaml").write_text(yaml.safe_dump({**content, **(adapters if given else {"inits": {"LoRA": {}}})}))
+    told = refused("run", place / "study.yaml", "-o", place / "study", "--quiet")
+    kinds = {name.partition("/")[0] for name in study_store(place / "study").outputs()}
+    assert kinds <= {"task"}
+    assert [path.name for path in (place / "study").iterdir()] == ["stages"]
+    return told
+
+
+def test_a_study_and_training_look_at_all_rows_before_they_train(place: Path) -> None:
+    rewrite(place / "last.test.jsonl", lambda number, row: {**row, "answer": "tea " * (50 if number == 2 else 1)})
+    content = yaml.safe_load((place / "recipe.yaml").read_text())
+    content["tasks"]["first"]["answer_tokens"] = 60
+    content["training"]["max_length"] = 100
+    (place / "recipe.yaml").write_text(yaml.safe_dump(content))
+    told = studied(place)
+    assert "task 'first': answer_tokens: 60, and the base takes 40 tokens: lower it" in told
+    last = (
+        "task 'last', test rows: 1 of 10 answers have 40 tokens or more, the base takes no more: leave these rows out"
+    )
+    assert last in told
+    assert last in refused("train", "--task", "last", "--recipe", place / "recipe.yaml", "-o", place / "out")
+    assert last in refused("evaluate", place / "last", "--recipe", place / "recipe.yaml", "--task", "last")
+    assert not (place / "out").exists()
+    measured(place / "recipe.yaml", place / "last", "--task", "last", "--split", "heldout")
+
+
+@pytest.mark.parametrize("kind", ["tokens", "head"])
+def test_adapters_of_other_words_or_with_heads_are_no_writers_of_this_base(kind: str, place: Path, made: Path) -> None:
+    if kind == "tokens":
+        tokenizer = tiny.tokenizer("llama")
+        tokenizer.add_tokens([AddedToken("<tool>", special=True)])
+        tokenizer.save_pretrained(place / "first")
+        wanted = f"{place / 'first'}: its tokenizer has '<tool>', which the base's has not"
+    else:
+        first = read_adapter(made / "first")
+        shutil.rmtree(place / "first")
+        write_adapter(replace(first, head={"score.weight": torch.ones(2, 16)}), place / "first", provenance={})
+        wanted = f"{place / 'first'}: has a head, so it gives classes or numbers and writes no answers"
+    assert wanted in studied(place, given=True)
+    merged = ("merge", place / "first", place / "last", "-o", place / "out", "--quiet")
+    assert wanted in refused(*merged, "--rule", "auto", "--scale", "auto", "--recipe", place / "recipe.yaml")
+    assert wanted in refused(*merged, "--rule", "distil", "--recipe", place / "recipe.yaml")
+    texts = [word for task in ("first", "last") for word in ("--unlabelled", place / f"{task}.train.jsonl")]
+    told = refused(*merged, "--scale", "auto", *texts, "--column", "prompt", "--base", place / "base")
+    mixed = f"{place / 'first'}: with a head, for classes or numbers; {place / 'last'}: without"
+    assert (wanted if kind == "tokens" else mixed) in told
+    assert not (place / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_rows_longer_than_the_context_lose_the_beginning_of_their_prompt(kind: str, tmp_path: Path) -> None:
     """Learned positions would be out of range, and rotary ones never trained."""
@@ -110,8 +165,18 @@ def test_chats_for_a_base_without_a_chat_template(place: Path, before: dict[str,
         for split in ("train", "test"):
             rewrite(place / f"{task}.{split}.jsonl", chat)
     told = compared(place, "--base", writer_base(place / "plain"))
-    assert "the base has no chat template, and there are chats or system prompts (row 1, 2, 3 and 7 more)" in told
+    assert "the base has no chat template, and 10 of 10 rows are chats or have a system prompt" in told
     assert "`chat: off`" in told
+    content = yaml.safe_load((place / "recipe.yaml").read_text())
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**content, "base": str(place / "plain")}))
+    wanted = "task 'last', train rows: the base has no chat template, and 52 of 52 rows are chats"
+    assert wanted in studied(place)
+    assert wanted in refused("train", "--task", "last", "--recipe", place / "recipe.yaml", "-o", place / "adapter")
+    assert not (place / "adapter").exists()
+    for task in ("first", "last"):
+        words = ("statistics", place / f"{task}.test.jsonl", "--texts", 5, "--target", "q_proj")
+        told = refused(*words, "--base", place / "plain", "-o", place / "out.safetensors")
+        assert "no chat template, and 5 of 5 rows are chats or have a system prompt" in told
 
 
 def test_added_tokens_that_the_base_lacks(place: Path) -> None:

@@ -27,6 +27,7 @@ from loraloom.merging.choice import TextsFacts, unlabelled
 from loraloom.model.distances import output_unit, outputs_apart
 from loraloom.model.generator import Generator
 from loraloom.model.runner import Evaluator
+from loraloom.model.vocabulary import writing_problems
 from loraloom.model.written import Updates, Written
 from loraloom.progress import Reporter
 from loraloom.tasks.generate import ANSWER_TOKENS
@@ -55,7 +56,7 @@ class SingleModels:
         answer_tokens: int = ANSWER_TOKENS,
         reporter: Reporter | None = None,
     ) -> None:
-        _check(adapters, texts, heads=isinstance(model, Evaluator))
+        _check(model, adapters, texts)
         self.texts = {name: TextsFacts.of(rows) for name, rows in texts.items()}
         self._single: dict[str, Answers] = {}
         for name, adapter in (reporter or Reporter(quiet=True)).each("single models", adapters.items()):
@@ -142,22 +143,22 @@ def _told(found: float) -> float:
     return min(max(found, 0.0), FARTHEST) if math.isfinite(found) else FARTHEST
 
 
-def _check(adapters: Mapping[str, Adapter], texts: Mapping[str, Dataset], *, heads: bool) -> None:
-    """Raise LoraloomError that tells all adapters that lack a head, or have one where none answers, or lack texts."""
+def _check(model: Evaluator | Generator, adapters: Mapping[str, Adapter], texts: Mapping[str, Dataset]) -> None:
+    """Raise LoraloomError that tells all adapters without texts, without a head, or with one where answers are written."""
     errors: list[LoraloomError] = []
-    for adapter in adapters.values() if heads else ():
+    if isinstance(model, Generator):
         with collecting(errors):
-            Head.of(adapter.head, adapter.name)
+            odd = writing_problems(adapters.values(), model.tokenizer)
+            raise_problems("these answers cannot be compared", odd, "name adapters of the base model that write")
+    else:
+        for adapter in adapters.values():
+            with collecting(errors):
+                Head.of(adapter.head, adapter.name)
     problems = [f"no texts for {name!r}" for name in adapters if name not in texts]
     problems += [
         f"{name}: {len(texts[name])} texts, {FEWEST} are the fewest that can differ"
         for name in adapters
         if name in texts and len(texts[name]) < FEWEST
-    ]
-    problems += [
-        f"{adapter.name}: has a head, so it gives classes or numbers; answers are written here"
-        for adapter in adapters.values()
-        if adapter.head and not heads
     ]
     with collecting(errors):
         raise_problems("agreement cannot be measured", problems, "give each adapter texts of its task")

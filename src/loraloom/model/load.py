@@ -108,6 +108,13 @@ def is_two_sided(base: str) -> bool:
     return bool(two_sided)
 
 
+@reads_file
+def read_context(base: str) -> int | None:
+    """Return the most tokens that `base` takes, without its weights; None where it says of no bound."""
+    with _told(base, "cannot be loaded as a language model", _MODEL_HINT):
+        return context_of(AutoConfig.from_pretrained(base_folder(base), trust_remote_code=False))
+
+
 def context_of(config: Any) -> int | None:
     """Return the most tokens that a model with this config takes; None where it says of no bound."""
     found = getattr(config, "max_position_embeddings", None)

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loraloom.errors import LoraloomError, first_few, first_line
+from loraloom.errors import LoraloomError, first_line
 from loraloom.model.tokens import IGNORED
 
 if TYPE_CHECKING:
     import datasets
 
 Turn = Mapping[str, str]  # role and content
+_AROUND = 32  # tokens at most that a template puts around an answer, whose own are no more than its bytes
 
 
 class Asked(NamedTuple):
@@ -47,22 +48,57 @@ def encode_prompts(
     Raises LoraloomError for answers that leave no room for a prompt, and for chats where the base has no chat template,
     or one that refuses them.
     """
-    asked = _whole(rows, tokenizer, two_sided)
-    kept = min(max_length, context or max_length)
-    long = [len(one.answer) for one in asked if len(one.answer) >= kept]
-    if long:
-        why = "the base takes no more" if kept == context else "all that is kept of a row"
-        possible = context is None or max(long) < context
-        raise LoraloomError(
-            f"{len(long)} of {len(asked)} answers have {kept} tokens or more, {why}",
-            f"{f'raise max_length above {max(long)}, or ' if possible else ''}leave these rows out",
-        )
+    _check_template(rows, tokenizer)
+    asked, kept = _whole(rows, tokenizer, two_sided), min(max_length, context or max_length)
+    _check_room(asked, len(asked), kept, context)
     room = [kept - (0 if two_sided else len(one.answer)) for one in asked]
     cut = [len(one.prompt) - left for one, left in zip(asked, room, strict=True) if len(one.prompt) > left]
     if cut:
         why = "the base takes no more" if kept == context else f"max_length {kept + max(cut)} would keep them whole"
         warnings.warn(f"{len(cut)} of {len(asked)} prompts lose their beginning at {kept} tokens: {why}", stacklevel=3)
     return [Asked(one.prompt[-left:], one.answer) for one, left in zip(asked, room, strict=True)]
+
+
+def check_prompts(
+    rows: datasets.Dataset, tokenizer: Any, max_length: int, *, two_sided: bool, context: int | None = None
+) -> None:
+    """Raise LoraloomError as `encode_prompts` does, at the cost of those rows alone that may be at fault.
+
+    These are the first of every order of turns, and answers that are long in characters.
+    """
+    _check_template(rows, tokenizer)
+    kept = min(max_length, context or max_length)
+    orders, doubtful = set[tuple[str, ...] | None](), list[int]()
+    histories = rows["history"] if "history" in rows.column_names else [None] * len(rows)
+    for number, (answer, history) in enumerate(zip(rows["label"], histories, strict=True)):
+        order = None if history is None else tuple(turn["role"] for turn in history)
+        if order not in orders or len(answer.encode()) + _AROUND >= kept:
+            doubtful.append(number)
+        orders.add(order)
+    _check_room(_whole(rows.select(doubtful), tokenizer, two_sided), len(rows), kept, context)
+
+
+def _check_template(rows: datasets.Dataset, tokenizer: Any) -> None:
+    """Raise where there are chats, and the base has no template for them."""
+    histories = rows["history"] if "history" in rows.column_names else []
+    chats = sum(history is not None for history in histories)
+    if chats and not tokenizer.chat_template:
+        raise LoraloomError(
+            f"the base has no chat template, and {chats} of {len(rows)} rows are chats or have a system prompt",
+            "name an instruct base; or give prompts alone, with `chat: off`",
+        )
+
+
+def _check_room(asked: Sequence[Asked], count: int, kept: int, context: int | None) -> None:
+    """Raise where answers leave no room for a prompt; `asked` are some of `count` rows."""
+    long = [len(one.answer) for one in asked if len(one.answer) >= kept]
+    if long:
+        why = "the base takes no more" if kept == context else "all that is kept of a row"
+        possible = context is None or max(long) < context
+        raise LoraloomError(
+            f"{len(long)} of {count} answers have {kept} tokens or more, {why}",
+            f"{f'raise max_length above {max(long)}, or ' if possible else ''}leave these rows out",
+        )
 
 
 def end_token(tokenizer: Any) -> int | None:
@@ -78,12 +114,6 @@ def _whole(rows: datasets.Dataset, tokenizer: Any, two_sided: bool) -> list[Aske
     """Return prompts and answers of any length."""
     nothing = [None] * len(rows)
     answers, histories = (rows[name] if name in rows.column_names else nothing for name in ("label", "history"))
-    chats = [str(number) for number, history in enumerate(histories, start=1) if history is not None]
-    if chats and not tokenizer.chat_template:
-        raise LoraloomError(
-            f"the base has no chat template, and there are chats or system prompts (row {first_few(chats)})",
-            "name an instruct base; or give prompts alone, with `chat: off`",
-        )
     templated = tokenizer.chat_template and "history" in rows.column_names
     return [
         _chat(tokenizer, [*(history or []), {"role": "user", "content": prompt}], answer)

@@ -21,6 +21,7 @@ from loraloom.merging.needs import supply
 from loraloom.merging.options import Normalise
 from loraloom.model.generator import Generator, answer_task
 from loraloom.model.load import base_folder, load_tokenizer
+from loraloom.model.readable import check_readable
 from loraloom.model.runner import Evaluator, evaluate
 from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
@@ -51,6 +52,7 @@ def train_from_recipe(
     """
     check_trained(output, recipe.base, init, overwrite)  # before rows are read
     built = build_task(task, recipe.task(task))
+    check_readable(recipe.base, {task: built}, recipe.training.max_length)
     reporter.begin("training", 1)
     return train_adapter(
         recipe.base,
@@ -211,6 +213,7 @@ def _written(
     problems = writing_problems([read_adapter(folder)], load_tokenizer(recipe.base))
     raise_problems("it cannot answer the recipe's prompts", problems, "name an adapter of the recipe's base model")
     tasks = {name: build_task(name, one) for name, one in settings.items()}
+    check_readable(recipe.base, tasks, recipe.training.max_length, [split])
     generator = generator_of(recipe)
     found = {
         name: answer_task(generator, read[name].updates, task, getattr(task, split))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from loraloom.adapters.peft import read_adapter, task_of
 from loraloom.adapters.together import compatibility_problems
-from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates
 from loraloom.errors import LoraloomError, collecting, did_you_mean, raise_problems, raise_together
 from loraloom.files.atomic import write_text
@@ -19,8 +18,6 @@ from loraloom.merging import MergeOptions, Plan, get_rule, make_plan, rule_names
 from loraloom.merging.choice import AgreementFacts
 from loraloom.merging.normalise import normalise_problems
 from loraloom.merging.options import Normalise
-from loraloom.model.load import load_tokenizer
-from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
 from loraloom.results import StudyResult
 from loraloom.settings import AGREEMENT_TEXTS
@@ -28,6 +25,7 @@ from loraloom.study.by_hand import ByRecipe
 from loraloom.study.entries import MergeSettings
 from loraloom.study.export import run_study
 from loraloom.study.recipe import Recipe
+from loraloom.study.tasks import measuring_problems
 
 AGREEMENT_FORMAT = "loraloom-agreement-1"
 AGREEMENT_MARK = AGREEMENT_FORMAT.encode()  # by which such a file is known
@@ -165,17 +163,10 @@ def _check(
         problems.append(f"{len(adapters)} adapters: there is nothing to merge")
     problems += compatibility_problems(members)
     with collecting(errors):
-        problems += _head_problems(members, tasks)
+        problems += measuring_problems(members, tasks)
     with collecting(errors):
         raise_problems("these adapters cannot be compared", problems, "see `loraloom rules`, and the recipe's tasks")
     raise_together(errors)
-
-
-def _head_problems(members: Sequence[Adapter], tasks: Recipe) -> list[str]:
-    """Return which adapters are none of the recipe's kind of tasks."""
-    if tasks.generates:
-        return writing_problems(members, load_tokenizer(tasks.base))
-    return [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
 
 
 def _fitting(tasks: Recipe) -> list[str]:

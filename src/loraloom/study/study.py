@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loraloom.adapters.peft import read_adapter
+from loraloom.adapters.together import compatibility_problems
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
+from loraloom.model.readable import check_readable
 from loraloom.progress import Reporter
 from loraloom.results import Score, average
 from loraloom.statistics.texts import generic_rows
@@ -22,7 +24,7 @@ from loraloom.study.parts import GIVEN, Choice, Evaluated, Merges, Trained
 from loraloom.study.recipe import Recipe
 from loraloom.study.runners import Where, runner_of
 from loraloom.study.store import Store
-from loraloom.study.tasks import ROWS, make_task, task_arguments
+from loraloom.study.tasks import ROWS, make_task, measuring_problems, task_arguments
 from loraloom.tasks.prompts import as_prompts
 from loraloom.tasks.task import Task
 
@@ -66,6 +68,7 @@ class Study:
                 asked = self.recipe.sample_problems(tasks[name])
                 raise_problems("samples", asked, "lower it in the recipe, or give the task more training rows")
         raise_together(errors)
+        check_readable(self.base.folder, tasks, self.reading.max_length)
         return tasks
 
     @property
@@ -87,6 +90,9 @@ class Study:
             with collecting(errors):
                 given[name] = stages.given_adapter(folder)
         raise_together(errors)
+        members = [read_adapter(folder) for folder in self.recipe.adapters.values()]
+        problems = measuring_problems(members, self.recipe) + compatibility_problems(members)
+        raise_problems("adapters", problems, "name adapters of the recipe's base model and kind of tasks")
         return given
 
     @cached_property

@@ -4,18 +4,20 @@ teaches a merge to answer their texts."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraloom.adapters.update import Adapter
 from loraloom.model.generator import Generator
+from loraloom.model.load import load_tokenizer
 from loraloom.model.runner import Evaluator
+from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
 from loraloom.settings import TrainingSettings
 from loraloom.study.engine import Context, stage
 from loraloom.study.inputs import Local
-from loraloom.study.recipe import TaskSettings
+from loraloom.study.recipe import Recipe, TaskSettings
 from loraloom.tasks.builtin import BuiltinTask, builtin_task, source_versions
 from loraloom.tasks.files import file_task
 from loraloom.tasks.glue import GlueTask, glue_task
@@ -60,6 +62,13 @@ def task_arguments(name: str, settings: TaskSettings) -> dict[str, Any]:
         "files": files,
         "packages": source_versions() if isinstance(settings, BuiltinTask) else {},
     }
+
+
+def measuring_problems(members: Sequence[Adapter], recipe: Recipe) -> list[str]:
+    """Return which adapters are none of the recipe's kind of tasks, or read other words than its base."""
+    if recipe.generates:
+        return writing_problems(members, load_tokenizer(recipe.base))
+    return [f"{member.name}: has no head: a task is measured by its own" for member in members if not member.head]
 
 
 def build_task(name: str, settings: TaskSettings) -> Task:

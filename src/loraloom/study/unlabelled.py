@@ -8,7 +8,7 @@ from pathlib import Path
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates, agreement, chosen
 from loraloom.analysis.single import FEWEST
-from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
+from loraloom.errors import LoraloomError, collecting, first_few, raise_problems, raise_together
 from loraloom.merging import MergeOptions, Rule
 from loraloom.merging.folders import Planned, Supplied
 from loraloom.model.generator import Generator
@@ -96,7 +96,14 @@ def read_files(
             rows[name] = file if file in (GENERIC, NEAR) else read_texts(file, columns, texts, fewest)
     raise_together(errors)
     folder = base_folder(base or next(iter(members.values())).base)
-    if any(member.head for member in members.values()):
+    headed = [member.name for member in members.values() if member.head]
+    if headed and len(headed) < len(members):
+        rest = first_few([member.name for member in members.values() if not member.head])
+        raise LoraloomError(
+            f"{first_few(headed)}: with a head, for classes or numbers; {rest}: without, for answers that are written",
+            "merge adapters of one kind; one of classes needs its classifier in modules_to_save",
+        )
+    if headed:
         return Evaluator(folder), rows
     model = Generator(folder)
     if getattr(model.tokenizer, "chat_template", None):

@@ -31,6 +31,7 @@ from loraloom.model.load import base_sha256
 from loraloom.model.packaged import cache_folder
 from loraloom.model.processes import by_first, check_training, gathered, on_cpu, rank_and_size, started
 from loraloom.model.runner import Evaluator, device
+from loraloom.model.vocabulary import writing_problems
 from loraloom.progress import Reporter
 from loraloom.settings import TrainingSettings
 from loraloom.statistics.texts import generic_rows
@@ -391,10 +392,9 @@ def _check(model: Evaluator | Generator, adapters: Mapping[str, Adapter], texts:
             problems.append(f"{name}: {len(rows)} texts, {FEWEST} are the fewest: some are held out")
     if texts and all(isinstance(rows, str) and rows == NEAR for rows in texts.values()):
         problems.append("every task is kept near its start: there is nothing to learn")
-    writes = isinstance(model, Generator)
     for name, adapter in adapters.items():
         odd = [module for module in adapter.forms if module in adapter.shapes]
         problems += [f"{name}: {odd[0]} is no linear layer, and only these are distilled"] if odd else []
-        if bool(adapter.head) == writes:
-            problems.append(f"{name}: has a head, and answers are written here" if writes else f"{name}: has no head")
+        problems += [] if adapter.head or isinstance(model, Generator) else [f"{name}: has no head"]
+    problems += writing_problems(adapters.values(), model.tokenizer) if isinstance(model, Generator) else []
     raise_problems("cannot distil", problems, "give each adapter unlabelled texts of its task")
