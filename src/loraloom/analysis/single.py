@@ -144,7 +144,7 @@ def _told(found: float) -> float:
 
 
 def _check(model: Evaluator | Generator, adapters: Mapping[str, Adapter], texts: Mapping[str, Dataset]) -> None:
-    """Raise LoraloomError that tells all adapters without texts, without a head, or with one where answers are written."""
+    """Raise LoraloomError that tells which adapters have no texts, no head, or one where answers are written."""
     errors: list[LoraloomError] = []
     if isinstance(model, Generator):
         with collecting(errors):
