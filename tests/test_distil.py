@@ -284,9 +284,9 @@ def test_answers_that_are_written(tmp_path: Path) -> None:
 
 def test_commands(base: Path, adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folders, words = [], list[Any]()
+    words = list[Any]()
     for name, adapter in adapters.items():
-        folders.append(write_adapter(adapter, tmp_path / name, provenance={}))
+        write_adapter(adapter, tmp_path / name, provenance={})
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.task(name, rows=16).train["text_a"]))
         words += ["--unlabelled", path]
@@ -311,11 +311,24 @@ def test_commands(base: Path, adapters: dict[str, Adapter], tmp_path: Path, monk
     assert "merged from tone too" in short["warnings"][0]
 
 
+def test_a_merge_without_texts_says_what_they_would_bring(adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    """Not of a stack, which is summed whole."""
+    folders = [str(tmp_path / name) for name in adapters]
+    for folder, adapter in zip(folders, adapters.values(), strict=True):
+        write_adapter(adapter, Path(folder), provenance={})
+    plain = CliRunner().invoke(app, ["merge", *folders, "-o", str(tmp_path / "plain")])
+    assert "--rule distil --unlabelled FILE" in " ".join(plain.output.split())
+    stacked = CliRunner().invoke(app, ["merge", *folders, "--stack", "-o", str(tmp_path / "stack")])
+    assert stacked.exit_code == 0
+    assert "distil" not in stacked.output
+
+
 def test_files_of_texts_that_will_not_do(
-    base: Path, adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapters: dict[str, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is wrong with any file, at once."""
-    folders = [write_adapter(adapter, tmp_path / name, provenance={}) for name, adapter in adapters.items()]
+    for name, adapter in adapters.items():
+        write_adapter(adapter, tmp_path / name, provenance={})
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("")
     Path("other.jsonl").write_text('{"sentence": "good"}\n' * 9)
@@ -326,7 +339,6 @@ def test_files_of_texts_that_will_not_do(
     Path("empty.jsonl").write_text('{"text": "good"}\n' * 3)
     assert "it holds 3 texts, 8 are the fewest" in refused("merge", "mood", "tone", *words)
     assert not Path("no").exists()
-    assert len(folders) == 2
 
 
 def test_a_single_adapter_is_started_from_whole(run: Callable[..., Merged], adapters: dict[str, Adapter]) -> None:

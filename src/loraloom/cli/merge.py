@@ -263,7 +263,7 @@ def merge(
             facts = folders.merge_folders(plan, output, typed(), shown, overwrite=overwrite)
         out.result({"folder": str(output), **asdict(facts), **not_taken}, "")
         result_page(out, facts, output, told)
-        if len(facts.inputs) > 1 and not (recipe or unlabelled or plan.dialect.images):
+        if len(facts.inputs) > 1 and not (recipe or unlabelled or stack or plan.dialect.images):
             out.hint(WITH_TEXTS)
         align = () if plan.writes else ("loraloom", "align", output, *paths, "--recipe", recipe or "RECIPE")
         next_step(out, facts, output, align)

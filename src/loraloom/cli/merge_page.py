@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from loraloom.results import MergeScore, StudyResult
 
 WITH_TEXTS = (
-    "unlabelled texts of each task would bring it nearer to the single adapters: --rule distil --unlabelled FILE, once "
-    "for each (docs/distil.md)"
+    "with unlabelled texts of each task --rule distil --unlabelled FILE (once for each) trains it to answer as the "
+    "single adapters do: six of GLUE kept 99 % so, and 87 % by TSV (docs/distil.md)"
 )
 
 
