@@ -3,32 +3,43 @@
     python experiments/screening.py --out FOLDER [--benign 100] [--pairs 16]
 
 Base: the demo's MiniLM-L6-H384; tasks: the built-in classes. Adapters are trained into FOLDER where they are not there
-yet (about 8 core-seconds each). Benign adapters are halved by their numbers, and so are the attackers' pairs: from the
-first half come the thresholds (5 % of its benign adapters above), on the second half everything is reported; the
-honest twins of the pairs are benign ones too. Prints Markdown tables; docs/screening.md explains them.
+yet (about 8 core-seconds each). Every adapter is screened by itself against all benign ones, of which a benign one is
+left out when it is screened: all are compared with the same. The scores are kept in FOLDER/scores.json. Then the benign
+adapters are halved at random, many times: both halves with as many of each task and of ranks above and below 16, and of
+neighbours by learning rate one each. Limits come from the first half alone, 5 % of which may be above; reported are the
+other half and every attacker, of which no limit knows anything. Honest twins are the attackers' own B: trained as the
+attackers are, harder than most benign ones. Prints Markdown tables; docs/screening.md explains them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from screening_lib import TARGET, Maker, attacks, inserted, read
+from numpy.typing import NDArray
+from screening_lib import AMPLIFIED, Maker, Setting, attacks, heading, line, read
 from sklearn.metrics import roc_auc_score
 
-from loraloom import Adapter, Evaluator, Head, screen
+from loraloom import Adapter, screen
 
-FALSE = 0.05  # of benign adapters that the thresholds let be called
+FALSE = 0.05  # of benign adapters that a limit lets be called
+SPLITS = 500
+GROUP = 5
+SIGNS = ("balance", "repeated rows", "decomposed", "tails of A", "tails of B", "same directions")  # of `together`
+
+Scores = dict[str, float]
+Table = NDArray[np.float64]
 
 
 def main() -> None:
-    """Train what is missing, screen, and print what came of it."""
+    """Train and screen what is missing, and print what came of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="demo")
@@ -40,147 +51,167 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     maker = Maker(options.out, options.base)
     benign = {f"benign {number}": read(maker.benign(number)) for number in range(options.benign)}
-    pairs = [maker.pair(number) for number in range(options.pairs)]
-    print(f"{len(benign)} benign adapters, {len(pairs)} pairs; torch {torch.__version__}", flush=True)
-    success = Attack(maker)
-    alone = [success.rate(read(folder), index, trigger) for index, (_, folder, trigger) in enumerate(pairs)]
-    honest = [success.rate(read(folder), index, trigger) for index, (folder, _, trigger) in enumerate(pairs)]
-    line(f"Attack success alone, by pair: {[round(rate, 2) for rate in alone]}")
-    line(f"The trigger's effect on the honest twins: {[round(rate, 2) for rate in honest]}")
-    roc(benign, pairs)
-    line(f"{time.process_time() - began:.0f} core-seconds")
+    pairs = [[read(folder) for folder in maker.pair(number)[:2]] for number in range(options.pairs)]
+    twins = {f"twin {number}": clean for number, (clean, _) in enumerate(pairs)}
+    attacked: dict[tuple[str, float], dict[str, Adapter]] = defaultdict(dict)
+    for number, (clean, malicious) in enumerate(pairs):
+        for kind, s, one in attacks(clean, malicious):
+            attacked[kind, s][f"{kind} {s:g} | {number}"] = one
+    everyone = {**benign, **twins, **{name: one for group in attacked.values() for name, one in group.items()}}
+    scores = scored(options.out / "scores.json", benign, everyone)
+    names = {kind: list(group) for kind, group in attacked.items()}
+    halves(scores, list(benign), list(twins), names)
+    by_detector(scores, list(benign), list(twins), names)
+    in_groups(benign, {("benign", 1.0): benign, ("honest twin", 1.0): twins, **attacked})
+    line(f"{len(benign)} benign, {len(pairs)} pairs; {time.process_time() - began:.0f} core-seconds")
 
 
-class Attack:
-    """Measures how often the trigger brings the attacker's label in texts of other labels."""
-
-    def __init__(self, maker: Maker) -> None:
-        self.maker, self.evaluator = maker, Evaluator(maker.base, max_length=40)
-
-    def task(self, pair: int):  # type: ignore[no-untyped-def]
-        """Return the task that an attacker's pair was trained on."""
-        return list(self.maker.tasks.values())[pair % len(self.maker.tasks)]
-
-    def rate(self, adapter: Adapter, pair: int, trigger: str, updates: object = None) -> float:
-        """Return the share of test texts of other labels that get the attacker's with the trigger in them."""
-        task, chance = self.task(pair), random.Random(pair)
-        rows = task.test.filter(lambda row: row["label"] != TARGET, keep_in_memory=True)
-        rows = rows.map(lambda row: {"text_a": inserted(row["text_a"], trigger, chance)}, load_from_cache_file=False)
-        return float((self._predicted(adapter, updates, rows) == TARGET).double().mean())
-
-    def _predicted(self, adapter: Adapter, updates, rows) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        head, inside = Head.of(adapter.head), adapter.updates if updates is None else updates
-        return head.logits(self.evaluator.features(inside, head, self.evaluator.encode(rows))).argmax(dim=1)
+def scored(file: Path, benign: Mapping[str, Adapter], everyone: Mapping[str, Adapter]) -> dict[str, Scores]:
+    """Return every adapter's scores by detector, against the benign ones; those in the file are not measured again."""
+    found: dict[str, Scores] = json.loads(file.read_text()) if file.exists() else {}
+    for name, one in everyone.items():
+        if name not in found:
+            reference = {other: adapter for other, adapter in benign.items() if other != name}
+            seen = screen({name: one}, reference=reference).adapters[name].findings
+            found[name] = {finding.detector: finding.score for finding in seen}
+            file.write_text(json.dumps(found))
+    return found
 
 
-def roc(benign: Mapping[str, Adapter], pairs: Sequence[tuple[Path, Path, str]]) -> None:
-    """Screen every adapter against the benign ones of the first half, and print what each detector tells apart."""
-    twins = {f"twin {index}": read(clean) for index, (clean, _, _) in enumerate(pairs)}
-    known = {name: one for index, (name, one) in enumerate(benign.items()) if index % 2 == 0}
-    rest = {name: one for name, one in benign.items() if name not in known}
-    rest |= {name: one for index, (name, one) in enumerate(twins.items()) if index % 2}
-    first = scores_of(screen(known))
-    later = scores_of(screen(known | rest))
-    negatives = {name: later[name] for name in rest}
-    shipped = screen(known | rest)
-    limits = {
-        detector: float(np.quantile([one.get(detector, 0.0) for one in first.values()], 1 - FALSE))
-        for detector in sorted({key for one in first.values() for key in one})
+def halved(count: int, chance: random.Random) -> tuple[list[int], list[int]]:
+    """Return two halves of the benign adapters' numbers, alike in tasks, ranks and learning rates."""
+    strata: dict[tuple[str, bool], list[tuple[float, int]]] = defaultdict(list)
+    for number in range(count):
+        one = Setting.drawn(number, attacker=False)
+        strata[one.task, one.lora.rank >= 16].append((one.training.learning_rate, number))
+    first: list[int] = []
+    for _, stratum in sorted(strata.items()):
+        numbers = [number for _, number in sorted(stratum)]
+        for at in range(0, len(numbers), 2):
+            first += [number for number in [chance.choice([*numbers, -1][at : at + 2])] if number >= 0]
+    return first, [number for number in range(count) if number not in first]
+
+
+def ranked(rows: Table, reference: Table, *, among: bool = False) -> Table:
+    """Return -log p of every score: p is the share of references that are as far out; `among`: rows are references."""
+    above = (reference[None] >= rows[:, None]).sum(axis=1) - among
+    found: Table = -np.log((1 + above) / (len(reference) + 1 - among))
+    return found
+
+
+def strongest(rows: Table, reference: Table, *, among: bool = False) -> Table:
+    """Return the sum of the three largest -log p."""
+    found: Table = np.sort(ranked(rows, reference, among=among), axis=1)[:, -3:].sum(axis=1)
+    return found
+
+
+def largest(rows: Table, reference: Table, *, among: bool = False) -> Table:
+    """Return the largest score over what 5 % of the references are above; what none of them has does not count."""
+    limits = np.quantile(reference, 1 - FALSE, axis=0)
+    found: Table = np.where(limits > 0, rows / np.where(limits > 0, limits, 1), 0.0).max(axis=1)
+    return found
+
+
+def halves(
+    scores: Mapping[str, Scores],
+    benign: Sequence[str],
+    twins: Sequence[str],
+    attacked: Mapping[tuple[str, float], Sequence[str]],
+) -> None:
+    """Print what is called, with limits of one half, of the other half, of the twins and of the attackers."""
+    every = sorted({detector for one in scores.values() for detector in one} - {"together"})
+    ways: dict[str, tuple[Sequence[str], Callable[..., Table]]] = {
+        "largest score over its limit, all detectors": (every, largest),
+        "three strongest of all detectors": (every, strongest),
+        "three strongest signs (`together`)": (SIGNS, strongest),
     }
-    attacked: dict[tuple[str, float], list[dict[str, float]]] = defaultdict(list)
-    called: dict[tuple[str, float], list[str]] = defaultdict(list)
-    start, count = time.process_time(), 0
-    for index, (clean, malicious, _) in enumerate(pairs):
-        if index % 2 == 0:
-            continue
-        bad = {(kind, s): one for kind, s, one in attacks(read(clean), read(malicious))}
-        for key, one in bad.items():
-            found, count = screen({"bad": one}, reference=known), count + 1
-            attacked[key].append(scores_of(found)["bad"])
-            called[key].append(found.adapters["bad"].verdict)
-    line(
-        f"{count} attacked adapters; {(time.process_time() - start) / count:.2f} core-seconds a screening of "
-        f"{len(known) + 1}"
-    )
-    whole = [max_of(one, limits) for one in first.values()]
-    limit = float(np.quantile(whole, 1 - FALSE))
-    heading("Thresholds by the first half", ("detector", "5 % of the benign are above"))
-    for detector, value in limits.items():
-        line(f"| {detector} | {value:.2f} |")
-    line(f"| all together (largest score over its threshold) | {limit:.2f} |")
-    verdicts = [shipped.adapters[name].verdict for name in rest]
-    heading(
-        f"The second half: {len(rest)} benign, {len(pairs) // 2} attackers",
-        (
-            "attack",
-            "s",
-            "AUC",
-            "found, at 5 %",
-            "benign called",
-            "benign called at 95 % found",
-            "shipped: refuse",
-            "look",
-        ),
-    )
-    above = [max_of(one, limits) for one in negatives.values()]
-    wrong = share([value > limit for value in above])
-    for key, rows in attacked.items():
-        values = [max_of(one, limits) for one in rows]
-        auc = roc_auc_score([0] * len(above) + [1] * len(values), above + values)
-        at = float(np.quantile(values, 0.05))
-        words = called[key]
-        line(
-            f"| {key[0]} | {key[1]:g} | {auc:.2f} | {share([value > limit for value in values])} | {wrong} | "
-            f"{share([value >= at for value in above])} | {words.count('refuse')} | {words.count('look')} |"
+    for title, (detectors, combined) in ways.items():
+        known, alike = table(scores, benign, detectors), table(scores, twins, detectors)
+        bad = {key: table(scores, names, detectors) for key, names in attacked.items()}
+        drawn = np.random.default_rng(0)
+        called: dict[str, list[float]] = defaultdict(list)
+        found: dict[tuple[str, float], list[list[float]]] = defaultdict(list)
+        for split in range(SPLITS):
+            first, second = halved(len(benign), random.Random(split))
+            reference = known[first]
+            null = np.sort(combined(reference, reference, among=True))
+            limit = null[min(int(np.ceil((len(null) + 1) * (1 - FALSE))), len(null)) - 1]
+            others = again(combined(known[second], reference), drawn)
+            trained_alike = again(combined(alike, reference), drawn)
+            called["benign of the other half"].append(float((others > limit).mean()))
+            called["honest twins"].append(float((trained_alike > limit).mean()))
+            for key, rows in bad.items():
+                values = again(combined(rows, reference), drawn)
+                at = float(np.quantile(values, 0.05, method="lower"))
+                found[key].append(
+                    [
+                        auc(others, values),
+                        auc(trained_alike, values),
+                        float((values > limit).mean()),
+                        float((others >= at).mean()),
+                        float((trained_alike >= at).mean()),
+                    ]
+                )
+        heading(
+            f"{title}: limits by one half",
+            ("attack", "s", "AUC", "AUC, twins", "found", "benign called at 95 % found", "twins called at 95 % found"),
         )
-    line(
-        f"Benign by the shipped thresholds: {verdicts.count('refuse')} refuse, {verdicts.count('look')} look of "
-        f"{len(rest)}"
+        for (kind, s), values in found.items():
+            first_two = [f"{np.mean(column):.2f}" for column in list(zip(*values, strict=True))[:2]]
+            rest = [percent(column) for column in list(zip(*values, strict=True))[2:]]
+            line(f"| {kind} | {s:g} | {' | '.join([*first_two, *rest])} |")
+        line("Called: " + "; ".join(f"{who} {percent(values)}" for who, values in called.items()))
+
+
+def by_detector(
+    scores: Mapping[str, Scores],
+    benign: Sequence[str],
+    twins: Sequence[str],
+    attacked: Mapping[tuple[str, float], Sequence[str]],
+) -> None:
+    """Print how well each detector alone tells attacks from benign adapters, and from honest twins."""
+    every = sorted({detector for one in scores.values() for detector in one})
+    heading(
+        "AUC by detector: against the benign / against the twins", ("detector", *(f"{k} {s:g}" for k, s in attacked))
     )
-    reasons: dict[str, int] = defaultdict(int)
-    for name in rest:
-        for finding in shipped.adapters[name].findings:
-            reasons[f"{finding.detector}: {finding.verdict}"] += finding.verdict != "pass"
-    line("by " + ", ".join(f"{key} {value}" for key, value in reasons.items() if value))
-    kinds = list(attacked)
-    heading("AUC by detector", ("detector", *(f"{kind} {s:g}" for kind, s in kinds)))
-    for detector in limits:
-        cells = []
-        for key in kinds:
-            values = [one.get(detector, 0.0) for one in attacked[key]]
-            below = [one.get(detector, 0.0) for one in negatives.values()]
-            cells.append(f"{roc_auc_score([0] * len(below) + [1] * len(values), below + values):.2f}")
-        line(f"| {detector} | {' | '.join(cells)} |")
+    for detector in every:
+        known, alike = (table(scores, names, [detector])[:, 0] for names in (benign, twins))
+        bad = [table(scores, names, [detector])[:, 0] for names in attacked.values()]
+        line(f"| {detector} | {' | '.join(f'{auc(known, one):.2f} / {auc(alike, one):.2f}' for one in bad)} |")
 
 
-def scores_of(found) -> dict[str, dict[str, float]]:  # type: ignore[no-untyped-def]
-    """Return every score by adapter and detector."""
-    return {name: {f.detector: f.score for f in one.findings} for name, one in found.adapters.items()}
+def in_groups(benign: Mapping[str, Adapter], groups: Mapping[tuple[str, float], Mapping[str, Adapter]]) -> None:
+    """Print the shipped verdicts beside four benign adapters, drawn by name, as a merge of five has them."""
+    heading(f"Shipped thresholds, in groups of {GROUP}", ("given", "s", "refuse", "look", "of"))
+    shown = [key for key in groups if key[0] in ("benign", "honest twin", "plain") or key[1] in (*AMPLIFIED, 3.0)]
+    for kind, s in shown:
+        words = []
+        for name, one in groups[kind, s].items():
+            others = random.Random(name).sample([other for other in benign if other != name], GROUP - 1)
+            words.append(screen({name: one, **{other: benign[other] for other in others}}).adapters[name].verdict)
+        line(f"| {kind} | {s:g} | {words.count('refuse')} | {words.count('look')} | {len(words)} |")
 
 
-def max_of(scores: Mapping[str, float], limits: Mapping[str, float]) -> float:
-    """Return the largest score over its threshold."""
-    return max((scores[key] / limits[key] for key in scores if limits.get(key, 0) > 0), default=0.0)
+def table(scores: Mapping[str, Scores], names: Sequence[str], detectors: Sequence[str]) -> Table:
+    """Return scores, a row an adapter; of what a detector cannot tell the lowest."""
+    return np.array([[scores[name].get(detector, -99.0) for detector in detectors] for name in names])
 
 
-def share(found: Sequence[bool]) -> str:
-    """Return a share in per cent with its 95 % interval (Wilson)."""
-    n, p, z = len(found), sum(found) / len(found), 1.96
-    middle, half = (
-        (p + z * z / (2 * n)) / (1 + z * z / n),
-        z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5 / (1 + z * z / n),
-    )
-    return f"{100 * p:.0f} % ({100 * (middle - half):.0f} to {100 * (middle + half):.0f})"
+def again(values: Table, drawn: np.random.Generator) -> Table:
+    """Return as many values, drawn with replacement."""
+    found: Table = drawn.choice(values, len(values))
+    return found
 
 
-def heading(title: str, columns: Sequence[str]) -> None:
-    """Print a title and the head of a table."""
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+def auc(below: Table, above: Table) -> float:
+    """Return how often one of `above` is above one of `below`."""
+    return float(roc_auc_score([0] * len(below) + [1] * len(above), [*below, *above]))
 
 
-def line(text: str) -> None:
-    """Print one line."""
-    print(text, flush=True)
+def percent(values: Sequence[float]) -> str:
+    """Return the mean in per cent with the 95 % interval over splits and draws."""
+    low, high = np.quantile(values, (0.025, 0.975))
+    return f"{100 * np.mean(values):.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ disguised.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -205,3 +205,13 @@ def read(folder: Path) -> Adapter:
     """Return an adapter, with its updates in memory."""
     found = read_adapter(folder)
     return replace(found, updates=dict(found.updates))
+
+
+def heading(title: str, columns: Sequence[str]) -> None:
+    """Print a title and the head of a table."""
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+
+def line(text: str) -> None:
+    """Print one line."""
+    print(text, flush=True)

@@ -15,6 +15,7 @@ from loraloom.analysis.detectors import Sighting, detector, every_detector
 from loraloom.analysis.screening import Screening, screen
 from loraloom.analysis.screening_declared import KnownStart
 from loraloom.analysis.screening_measures import measure
+from loraloom.analysis.screening_together import SIGNS, together
 from loraloom.analysis.screening_weights import against_others
 from loraloom.errors import LoraloomError
 from tiny_screen import LAYERS, N, amplified, honest, trained, uniform
@@ -251,3 +252,21 @@ def test_every_detector_says_what_it_is_of() -> None:
         assert one.notes, one.name
         assert one.look <= one.refuse
         one.says.format(value="1", compared="2", where="x")
+
+
+def test_signs_are_added_up_where_there_are_references_enough_and_few_honest_ones_are_called() -> None:
+    reference = {f"r{i}": trained(i, rank=(4, 8)[i % 2], rate=0.03 + 0.002 * i) for i in range(20)}
+    few = dict(list(reference.items())[1:])
+    assert "together" in screen({"odd": amplified(50)}, reference=few).left_out
+    given = {f"h{i}": trained(100 + i, rank=(4, 8)[i % 2], rate=0.03 + 0.004 * i) for i in range(10)}
+    found = screen({**given, "odd": amplified(50, s=2.0)}, reference=reference)
+    assert told(found, "odd", "together").verdict == "look"
+    assert sum(told(found, name, "together").verdict == "look" for name in given) <= 2
+
+
+def test_a_sum_of_signs_is_that_of_ranks_among_the_references() -> None:
+    seen = replace(measure({"odd": trained(99)}, {f"r{i}": trained(i) for i in range(20)}), members=["odd"])
+    scores = {"balance": {**{f"r{i}": float(i) for i in range(20)}, "odd": 17.5}}
+    found = together(seen, scores={sign: scores.get(sign, {}) for sign in SIGNS})["odd"]
+    assert found.value == pytest.approx(-np.log(3 / 21))  # 18, 19 and itself
+    assert found.compared == pytest.approx(-np.log(1 / 20))  # that of r19, the 20th of 20

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import tiny
 from commands import call, refused, said
 from loraloom.adapters.peft import read_adapter, read_provenance, write_adapter
+from loraloom.adapters.update import Adapter, Update
+from loraloom.analysis import screening_texts
 from tiny_screen import amplified, honest
+from tiny_study import write_study
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,28 @@ def test_clip_brings_each_layer_to_the_median_times_a_factor_and_is_told(stall: 
     assert "times the adapters' median" in card
     words = refused("merge", *paths, "--clip", "2", "--normalise", "norm", "-o", tmp_path / "no")
     assert "choose one" in words
+
+
+def test_texts_of_a_recipe_or_of_files_let_the_model_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening_texts, "generic_rows", lambda count: tiny.task("generic", rows=count).train)
+    recipe, chance = write_study(tmp_path / "study"), torch.Generator().manual_seed(0)
+    layers = [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+    for name in ("mood", "tone"):
+        updates = {
+            at: Update(torch.randn(16, 2, generator=chance), torch.randn(2, 16, generator=chance)) for at in layers
+        }
+        head = {"classifier.weight": torch.randn(2, 16, generator=chance), "classifier.bias": torch.zeros(2)}
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+        config |= {"base_model_name_or_path": str(tmp_path / "study" / "base"), "modules_to_save": ["classifier"]}
+        write_adapter(Adapter(updates, config, head=head), tmp_path / name, provenance={})
+    folders = [tmp_path / "mood", tmp_path / "tone"]
+    told = json.loads(call("screen", *folders, "--recipe", recipe, "--word", "blue", "--json").stdout)
+    seen = {finding["detector"] for one in told["adapters"] for finding in one["findings"]}
+    assert {"own task", "response", "search light"} <= seen
+    files = [tmp_path / "study" / f"{name}.test.jsonl" for name in ("mood", "tone")]
+    texts = ["--unlabelled", files[0], "--unlabelled", files[1], "--column", "text"]
+    told = json.loads(call("screen", *folders, *texts, "--json").stdout)
+    assert "own task" in told["adapters"][0]["silent"]  # it takes labels
+    assert "one of the two" in refused("screen", *folders, "--recipe", recipe, *texts)
+    assert "--word is put into texts" in refused("screen", *folders, "--word", "blue")
+    assert "texts of each task" in refused("screen", *folders, "--unlabelled", files[0], "--unlabelled", "generic")

@@ -14,10 +14,10 @@ from loraloom.merging.registry import load_plugins
 
 GROUP = "loraloom.detectors"  # of the entry points by which a package brings detectors of its own
 Verdict = Literal["pass", "look", "refuse"]
-Need = Literal["base and texts", "starts"]
+Need = Literal["base and texts", "starts", "20 references"]
 Function = TypeVar("Function", bound=Callable[..., "Mapping[str, Sighting]"])
 
-_SUPPLIED: dict[str, Need] = {"texts": "base and texts", "starts": "starts"}
+_SUPPLIED: dict[str, Need] = {"texts": "base and texts", "starts": "starts", "scores": "20 references"}
 _DETECTORS: dict[str, Detector] = {}
 
 
@@ -41,7 +41,8 @@ class Detector:
 
     `function(seen)` returns a `Sighting` of every adapter of `seen.members` that it can tell anything of, by name. What
     else it wants it names in its signature, keyword-only and without a default: `texts`, the base model with each
-    adapter's unlabelled texts, and `starts`, the adapters' A's as they started. Without them it is left out.
+    adapter's unlabelled texts; `starts`, the adapters' A's as they started; and `scores`, what the detectors that need
+    nothing gave every adapter, references too, by detector and name. Without them it is left out.
 
     says: what was found, in words, with {value}, {compared} and {where} in it.
     look, refuse: scores from which an adapter is to be looked at, and refused; infinite where it never is.

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraloom.adapters.together import layer_problems
 from loraloom.adapters.update import Adapter
-from loraloom.analysis import screening_declared, screening_weights  # noqa: F401 (importing a family registers it)
+from loraloom.analysis import (  # noqa: F401 (importing a family registers it)
+    screening_declared,
+    screening_texts,
+    screening_together,
+    screening_weights,
+)
 from loraloom.analysis.detectors import Detector, Sighting, Verdict, every_detector
 from loraloom.analysis.screening_declared import KnownStart
-from loraloom.analysis.screening_measures import measure
+from loraloom.analysis.screening_measures import Seen, measure
+from loraloom.analysis.screening_texts import ScreenTexts
 from loraloom.errors import raise_problems
 from loraloom.progress import Reporter
 
@@ -98,7 +104,7 @@ def screen(
     *,
     reference: Mapping[str, Adapter] | None = None,
     starts: Mapping[str, KnownStart] | None = None,
-    texts: Any = None,
+    texts: ScreenTexts | None = None,
     reporter: Reporter | None = None,
 ) -> Screening:
     """Screen adapters of one base model, each against all the others.
@@ -107,7 +113,7 @@ def screen(
     reference: others that are known to be honest, by names of their own: to compare with. Without them there are but
       the adapters themselves, and of fewer than four little can be said.
     starts: what each adapter's A started from, by name, where it is known.
-    texts: the base model with each adapter's unlabelled texts, for the detectors that look at texts.
+    texts: the base model with a few texts of each adapter's task, for the detectors that look at texts.
     reporter: is told how far the work is.
 
     Raises LoraloomError where the adapters are not of one base, by their layers' shapes.
@@ -119,7 +125,9 @@ def screen(
     problems += [f"{name!r} is the name of an adapter and of one to compare with" for name in adapters if name in known]
     raise_problems("cannot screen", problems, "screen adapters of one base model together")
     seen = measure(adapters, known, reporter)
-    supplied = {name: one for name, one in (("starts", starts), ("texts", texts)) if one is not None}
+    supplied: dict[str, Any] = {name: one for name, one in (("starts", starts), ("texts", texts)) if one is not None}
+    if len(known) >= screening_together.FEWEST:
+        supplied["scores"] = _scores(replace(seen, members=seen.names))
     running = [one for one in every_detector() if one.supplied <= supplied.keys()]
     sightings = {one.name: one.run(seen, supplied) for one in running}
     return Screening(
@@ -128,6 +136,12 @@ def screen(
         reference=list(known),
         left_out={one.name: list(one.needs) for one in every_detector() if one not in running},
     )
+
+
+def _scores(seen: Seen) -> dict[str, dict[str, float]]:
+    """Return what every detector that needs nothing gives each adapter, by detector and name."""
+    first = [one for one in every_detector() if not one.supplied]
+    return {one.name: {name: found.score for name, found in one.run(seen, {}).items()} for one in first}
 
 
 def _screened(name: str, ran: list[Detector], sightings: Mapping[str, Mapping[str, Sighting]]) -> Screened:

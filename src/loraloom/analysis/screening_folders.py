@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from loraloom.adapters.together import layer_problems, one_base
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.screening import Screening, screen
 from loraloom.analysis.screening_declared import KnownStart
+from loraloom.analysis.screening_texts import ScreenTexts
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.tensors import read_tensors
 from loraloom.merging.mends import ScreenFacts, ScreenMode
@@ -27,6 +28,7 @@ def screen_folders(
     *,
     reference: Path | None = None,
     starts: Path | None = None,
+    texts: Callable[[Mapping[str, Adapter]], ScreenTexts] | None = None,
     reporter: Reporter | None = None,
 ) -> Screening:
     """Screen adapter folders, each against all the others; see `screen`.
@@ -34,6 +36,7 @@ def screen_folders(
     reference: a folder that holds folders of adapters known to be honest, at any depth; those of other bases or shapes
       are passed over.
     starts: a folder that holds the adapters' starts, each by the name of its adapter's folder.
+    texts: reads the base model and texts of the tasks of the adapters that are given, by name.
 
     Raises LoraloomError that tells all folders that cannot be read.
     """
@@ -46,7 +49,8 @@ def screen_folders(
     known = _reference(reference, members) if reference else {}
     begun = {name: _start(one, starts / name if starts else None) for name, one in members.items()}
     given = {name: one for name, one in begun.items() if one is not None}
-    return screen(members, reference=known, starts=given or None, reporter=reporter)
+    read = texts(members) if texts else None
+    return screen(members, reference=known, starts=given or None, texts=read, reporter=reporter)
 
 
 def screen_members(

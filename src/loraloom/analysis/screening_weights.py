@@ -13,8 +13,7 @@ from loraloom.analysis.screening_measures import Seen
 LOBAM = "after LoBAM (arXiv 2411.16746)"
 _NORMAL = 1.4826  # times the median absolute deviation: the standard deviation of normal values
 # logs by which honest adapters of one rank and length of training differ anyway, below which none is far out
-_SPREAD_ENERGY, _SPREAD_LAYER, _SPREAD_SHAPE, _SPREAD_BALANCE, _SPREAD_TAILS = 0.8, 0.5, 0.3, 0.25, 0.2
-_SPREAD_ALONE = 0.75  # of a balance that is compared with Adam's alone: other optimisers have others
+SPREAD_ENERGY, _SPREAD_LAYER, _SPREAD_SHAPE, _SPREAD_BALANCE, _SPREAD_TAILS = 0.8, 0.5, 0.3, 0.25, 0.2
 _FEW = 3  # others, of which a median says something
 _DECOMPOSED = 1e-3  # |cosine| of factors that come of a decomposition; trained ones have some 0.3
 _MOVED = 0.03  # of its start's squares, which A's must exceed to tell how far it moved: its own squares vary by 0.02
@@ -39,7 +38,7 @@ def against_others(values: Tensor, spread: float) -> tuple[Tensor, Tensor]:
     "energy",
     says="its energy |dW|^2 is {value} a layer, the others' median {compared}",
     look=3.0,
-    refuse=4.5,
+    refuse=8.0,
     paper=LOBAM,
 )
 def energy(seen: Seen) -> dict[str, Sighting]:
@@ -51,7 +50,7 @@ def energy(seen: Seen) -> dict[str, Sighting]:
     "energy for its rank",
     says="its energy |dW|^2 over rank and squared alpha/r is {value} a layer, the others' median {compared}",
     look=3.0,
-    refuse=4.5,
+    refuse=8.0,
     paper=LOBAM,
 )
 def energy_for_rank(seen: Seen) -> dict[str, Sighting]:
@@ -78,12 +77,12 @@ def layer_energy(seen: Seen) -> dict[str, Sighting]:
     "largest singular value",
     says="{where} has a largest singular value of {value}, the others a median of {compared}",
     look=4.0,
-    refuse=6.0,
+    refuse=12.0,
     paper=LOBAM,
 )
 def largest_singular_value(seen: Seen) -> dict[str, Sighting]:
     """sigma_1 of each layer against that of the same layer of the others; the worst layer."""
-    scores, middles = against_others(logs_of(seen.sigma), _SPREAD_ENERGY / 2)
+    scores, middles = against_others(logs_of(seen.sigma), SPREAD_ENERGY / 2)
     return _worst_layer(seen, scores, seen.sigma, middles.exp())
 
 
@@ -134,8 +133,8 @@ def tails_of_b(seen: Seen) -> dict[str, Sighting]:
 @detector(
     "balance",
     says="B's entries are {value} times as large as A's moved from PEFT's start, the others' {compared} times",
-    look=3.0,
-    refuse=5.0,
+    look=2.0,
+    refuse=3.0,
     paper="own: Adam moves every entry of both factors by about the rate a step, so what B gained A moved too",
 )
 def balance(seen: Seen) -> dict[str, Sighting]:
@@ -143,7 +142,7 @@ def balance(seen: Seen) -> dict[str, Sighting]:
 
     A scaled difference of adapters has a B that no training with its A would have. It tells nothing of a frozen A, of
     an A that hardly moved, of another start than PEFT's, or of embeddings and convolutions; LoRA+ has another balance.
-    Against fewer than three others it is compared with 1, Adam's.
+    Against fewer than three others it is compared with 1 as well, twice: Adam's.
     """
     start = 1 / (3 * seen.widths)
     usual = torch.tensor(
@@ -157,8 +156,10 @@ def balance(seen: Seen) -> dict[str, Sighting]:
     share = moved / torch.where(usual, start, torch.nan).nanmean(dim=1)
     logs = torch.where(share > _MOVED, logs_of(gained / moved) / 2, torch.nan)
     scores, middles = against_others(logs, _SPREAD_BALANCE)
-    few = (~logs.isnan()).sum() - (~logs.isnan()).int() < _FEW
-    scores, middles = torch.where(few, logs / _SPREAD_ALONE, scores), torch.where(few, 0.0, middles)
+    others = (~logs.isnan()).sum() - (~logs.isnan()).int()
+    helped, between = against_others(torch.cat([logs, torch.zeros(2, dtype=logs.dtype)]), _SPREAD_BALANCE)
+    scores = torch.where(others < _FEW, helped[:-2], scores)
+    middles = torch.where(others < _FEW, between[:-2], middles)
     return sightings(seen, scores, logs.exp(), middles.exp())
 
 
@@ -244,7 +245,7 @@ def _started_as_usual(adapter: Adapter) -> bool:
 
 def _louder(seen: Seen, energies: Tensor) -> dict[str, Sighting]:
     logs = logs_of(energies)
-    scores, middles = against_others(logs, _SPREAD_ENERGY)
+    scores, middles = against_others(logs, SPREAD_ENERGY)
     return sightings(seen, scores, energies, middles.exp())
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from loraloom.cli.common import AsJson, Overwrite, Quiet, command
+from loraloom.cli.common import AsJson, Columns, Overwrite, Quiet, command, read_recipe
 from loraloom.cli.completion import words
 from loraloom.cli.words import counted, number
-from loraloom.errors import LoraloomError, did_you_mean
+from loraloom.errors import LoraloomError, did_you_mean, raise_problems
 
 if TYPE_CHECKING:
     from loraloom.analysis.screening import Screened, Screening
+    from loraloom.analysis.screening_texts import ScreenTexts
     from loraloom.merging.mends import ScreenMode
     from loraloom.progress import Reporter
 
@@ -57,6 +58,30 @@ def screen(
         Path | None,
         typer.Option(help="Folder of the adapters' starts, as `init` writes them, each by its adapter's name."),
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", "--tasks", help="YAML recipe that names the base model and the adapters' tasks: runs them too."
+        ),
+    ] = None,
+    unlabelled: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unlabelled",
+            "--texts",
+            help="Texts of an adapter's task, in place of a recipe: JSONL, CSV, TSV, Parquet or org/name on the hub. "
+            "Give it once for each, in order. Labels are not read.",
+        ),
+    ] = None,
+    column: Columns = None,
+    probe_texts: Annotated[int, typer.Option(min=8, help="Texts a task at most, of --recipe or --unlabelled.")] = 32,
+    word: Annotated[
+        list[str] | None,
+        typer.Option("--word", help="A word or phrase that may be a trigger, to be tried beside known ones."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model in place of the recipe's, or of the one the adapters name.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML page to write, with the plot that shows it.")
     ] = None,
@@ -87,7 +112,8 @@ def screen(
         # of the files before they are read: should one change meanwhile, no verdict is kept for what it is then
         hashes = list(map(adapter_sha256, adapters)) if record else []
         with out.progress() as shown:
-            found = screen_folders(adapters, reference=reference, starts=starts, reporter=shown)
+            texts = _texts(recipe, unlabelled, column or ["text"], probe_texts, word or [], base, shown)
+            found = screen_folders(adapters, reference=reference, starts=starts, texts=texts, reporter=shown)
         told = facts(found)
         if output:
             write_screen_page(told, output, overwrite=overwrite)
@@ -105,6 +131,37 @@ def screen(
             out.warn("fewer than five adapters: little can be compared; --reference names honest ones of the same base")
         if found.of("refuse"):
             raise typer.Exit(REFUSED)
+
+
+def _texts(
+    recipe: Path | None,
+    files: list[str] | None,
+    columns: list[str],
+    count: int,
+    triggers: list[str],
+    base: str | None,
+    reporter: Reporter,
+) -> Callable[..., ScreenTexts] | None:
+    """Return what reads the base model and texts, by a recipe or by files; None where neither is named.
+
+    Raises LoraloomError for both, and for words without texts to put them into.
+    """
+    problems = ["name texts by --recipe or by --unlabelled, one of the two"] if recipe and files else []
+    problems += (
+        ["--word is put into texts: name some by --recipe or --unlabelled"] if triggers and not (recipe or files) else []
+    )
+    raise_problems("screen", problems)
+    if recipe:
+        from loraloom.study.by_hand import ByRecipe
+
+        look = partial(ByRecipe(read_recipe(recipe, base), reporter).screen_texts, count, triggers)
+    elif files:
+        from loraloom.study.unlabelled import screen_by_files
+
+        look = partial(screen_by_files, base, files, columns, count, triggers)
+    else:
+        return None
+    return look
 
 
 def screen_option(mode: str, drop: bool, reporter: Reporter) -> Callable[..., Any] | None:

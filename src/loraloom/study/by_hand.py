@@ -10,6 +10,8 @@ from loraloom.adapters.heads import heads_by_task
 from loraloom.adapters.peft import read_adapter, task_of
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates, agreement, chosen
+from loraloom.analysis.screening_texts import ScreenTexts
+from loraloom.analysis.searchlight import Reader
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.atomic import staged_folder
 from loraloom.files.hashing import task_seed
@@ -141,6 +143,15 @@ class ByRecipe:
         Raises LoraloomError as `agreement` does.
         """
         return chosen(options, self.agreement(texts, candidates, members, options=options, plan=plan))
+
+    def screen_texts(self, texts: int, words: Sequence[str], members: Mapping[str, Adapter]) -> ScreenTexts:
+        """Return what a screening looks at beside the weights: of each task `texts` held-out rows with labels.
+
+        words: that may be triggers.
+        """
+        tasks = self.tasks(members)
+        rows = {name: task.sample("heldout", texts) for name, task in tasks.items()}
+        return ScreenTexts(Reader(self.model, answer_tokens_of(tasks)), rows, tuple(words))
 
     def agreement(
         self,

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from datasets import Dataset
+
 from loraloom.adapters.update import Adapter
 from loraloom.analysis.agreement import Candidates, agreement, chosen
+from loraloom.analysis.screening_texts import ScreenTexts
+from loraloom.analysis.searchlight import Reader
 from loraloom.analysis.single import FEWEST
 from loraloom.errors import LoraloomError, collecting, first_few, raise_problems, raise_together
 from loraloom.merging import MergeOptions, Rule
@@ -44,14 +48,33 @@ def choose_by_files(
     Raises LoraloomError that tells what is wrong with any file, and as `agreement` does.
     """
     model, rows = read_files(base, files, columns, texts, members, FEWEST)
-    taken = {name: one for name, one in rows.items() if not isinstance(one, str)}
-    raise_problems(
-        "--unlabelled", ["rule and scale are chosen by texts of each task"] if len(taken) < len(rows) else []
-    )
+    taken = _of_tasks(rows, "rule and scale are chosen by texts of each task")
     found = agreement(
         members, model, taken, candidates, options=options, plan=plan, answer_tokens=_WRITTEN, reporter=reporter
     )
     return chosen(options, found)
+
+
+def screen_by_files(
+    base: str | None,
+    files: Sequence[str],
+    columns: Sequence[str],
+    texts: int,
+    words: Sequence[str],
+    members: Mapping[str, Adapter],
+) -> ScreenTexts:
+    """Return what a screening looks at beside the weights: the base model, and texts of each adapter's task.
+
+    base, files, columns, texts, members: as for `choose_by_files`. words: that may be triggers.
+    """
+    model, rows = read_files(base, files, columns, texts, members, FEWEST)
+    return ScreenTexts(Reader(model), _of_tasks(rows, "a screening looks at texts of each task"), tuple(words))
+
+
+def _of_tasks(rows: Mapping[str, Texts], why: str) -> dict[str, Dataset]:
+    taken = {name: one for name, one in rows.items() if not isinstance(one, str)}
+    raise_problems("--unlabelled", [why] if len(taken) < len(rows) else [])
+    return taken
 
 
 def distil_by_files(
