@@ -147,9 +147,8 @@ def _texts(
     Raises LoraloomError for both, and for words without texts to put them into.
     """
     problems = ["name texts by --recipe or by --unlabelled, one of the two"] if recipe and files else []
-    problems += (
-        ["--word is put into texts: name some by --recipe or --unlabelled"] if triggers and not (recipe or files) else []
-    )
+    if triggers and not (recipe or files):
+        problems.append("--word is put into texts: name some by --recipe or --unlabelled")
     raise_problems("screen", problems)
     if recipe:
         from loraloom.study.by_hand import ByRecipe
