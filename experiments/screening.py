@@ -156,9 +156,9 @@ def halves(
             f"{title}: limits by one half",
             ("attack", "s", "AUC", "AUC, twins", "found", "benign called at 95 % found", "twins called at 95 % found"),
         )
-        for (kind, s), values in found.items():
-            first_two = [f"{np.mean(column):.2f}" for column in list(zip(*values, strict=True))[:2]]
-            rest = [percent(column) for column in list(zip(*values, strict=True))[2:]]
+        for (kind, s), measured in found.items():
+            first_two = [f"{np.mean(column):.2f}" for column in list(zip(*measured, strict=True))[:2]]
+            rest = [percent(column) for column in list(zip(*measured, strict=True))[2:]]
             line(f"| {kind} | {s:g} | {' | '.join([*first_two, *rest])} |")
         line("Called: " + "; ".join(f"{who} {percent(values)}" for who, values in called.items()))
 
