@@ -123,6 +123,13 @@ def test_a_base_without_a_template_is_given_prompts_as_they_stand(place: Path, t
     )
 
 
+def test_a_base_that_git_lfs_has_not_fetched_is_told_as_that(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    told = refused("chat", place / "one", "--base", tmp_path / "base", "--prompt", "tea")
+    assert "model.safetensors: a pointer of Git LFS" in told
+
+
 def test_what_cannot_be_answered_is_told(place: Path, tmp_path: Path) -> None:
     words = ("--base", place / "base", "--prompt", "tea")
     assert "--json is for prompts that are given" in refused("chat", place / "one", "--json")
@@ -131,8 +138,18 @@ def test_what_cannot_be_answered_is_told(place: Path, tmp_path: Path) -> None:
     )
     one = read_adapter(place / "one")
     head = {"score.weight": torch.ones(2, 16)}
-    classifier = write_adapter(replace(one, head=head), tmp_path / "classifier", provenance={})
+    scoring = replace(one, head=head, config={**one.config, "task_type": "SEQ_CLS"})
+    classifier = write_adapter(scoring, tmp_path / "classifier", provenance={})
     assert f"{classifier}: has a head, so it gives classes or numbers" in refused("chat", classifier, *words)
+    normed = replace(one, head={"norm.weight": torch.ones(16)}, config={**one.config, "task_type": "CAUSAL_LM"})
+    write_adapter(normed, tmp_path / "normed", provenance={})
+    told = refused("chat", tmp_path / "normed", *words)
+    assert "brings norm.weight whole: trained, or resized for added tokens, which cannot be merged" in told
+    unlabelled = ("--unlabelled", tmp_path / "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_text('{"text": "tea"}\n{"text": "a day"}\n')
+    auto = ("merge", place / "one", tmp_path / "normed", "--rule", "auto", *unlabelled, *unlabelled, *words[:2])
+    told = refused(*auto, "-o", tmp_path / "out")
+    assert "brings norm.weight whole: trained, or resized" in told
     told = refused("chat", tmp_path / "none", tmp_path / "neither", *words)
     assert all(f"{tmp_path / name}" in told for name in ("none", "neither"))
     other = writer_adapter(writer_base(tmp_path / "gpt2", "gpt2"), tmp_path / "other", kind="gpt2")

@@ -225,8 +225,22 @@ def test_an_averaged_head_has_no_place_in_an_adapter_for_a_server() -> None:
     config = {"peft_type": "LORA", "modules_to_save": ["score"], "target_modules": ["q"]}
     update = {"layers.0.q": Update(torch.ones(6, 2), torch.ones(2, 6))}
     members = {name: Adapter(update, config, {"score.weight": torch.ones(2, 6)}) for name in ("one", "two")}
-    with pytest.raises(LoraloomError, match=r"score\.weight: vLLM takes no head"):
+    with pytest.raises(LoraloomError, match=r"score\.weight: vLLM takes no weights that are saved whole"):
         merge(members, heads="average", server="vllm")
+
+
+def test_weights_that_a_writer_trained_whole_are_in_it_alone_and_no_servers(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "modules_to_save": ["norm"], "target_modules": ["q"]}
+    update = {"layers.0.q": Update(torch.ones(6, 2), torch.ones(2, 6))}
+    write_adapter(Adapter(update, config, {"norm.weight": 2 * torch.ones(6)}), tmp_path / "one", provenance={})
+    page("merge", tmp_path / "one", "-o", tmp_path / "alone")
+    alone = read_adapter(tmp_path / "alone")
+    torch.testing.assert_close(alone.head["norm.weight"], 2 * torch.ones(6))
+    assert alone.config["modules_to_save"] == ["norm"]
+    for words in (("merge", tmp_path / "one"), ("export", tmp_path / "one")):
+        told = refused(*words, "--for", "vllm", "-o", tmp_path / "out")
+        assert "norm.weight: vLLM takes no weights that are saved whole" in told
+        assert "--fuse-into BASE" in told
 
 
 def test_words_that_fit_no_server(place: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
 # with these task types PEFT refuses to load an adapter that holds no head
 _HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_WRITING_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_WRITING_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # answered by the base's own head
 # inits that subtract their start from the base weights: their adapter means nothing on the untouched base
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NOT_AN_UPDATE = {

@@ -144,7 +144,9 @@ def serving_problems(
     if turned and not server.turned:
         problems.append(f"fan_in_fan_out: {server.title}'s converter transposes the updates of GPT-2's Conv1D")
     if head:
-        problems.append(f"{first_few(sorted(head))}: {server.title} takes no head; leave it beside by --heads keep")
+        problems.append(
+            f"{first_few(sorted(head))}: {server.title} takes no weights that are saved whole, a head or others"
+        )
     return problems
 
 

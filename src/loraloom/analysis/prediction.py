@@ -23,13 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraloom.adapters.config import writes
 from loraloom.adapters.update import Adapter, Update
 from loraloom.analysis.interference import check_cover, products
 from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.moments import Moment
-
-_GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types of adapters that are answered by the base's own head
 
 # singular values of the normal equations below this share of the largest are rounding: adapters that are multiples
 _ROUNDING = 1e-9
@@ -147,5 +146,4 @@ def has_own_head(adapter: Adapter) -> bool:
 
     By PEFT's `task_type`; where the adapter names none, by whether it brings a head.
     """
-    kind = adapter.config.get("task_type")
-    return kind not in _GENERATES if kind else bool(adapter.head)
+    return not writes(adapter.config) if adapter.config.get("task_type") else bool(adapter.head)

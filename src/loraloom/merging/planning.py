@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loraloom.adapters.config import writes
 from loraloom.adapters.dialects import common_dialect
 from loraloom.adapters.together import common_copies
 from loraloom.adapters.update import Adapter
@@ -70,6 +71,8 @@ def make_plan(
     problems += wrong
     for name, member in zip(names, members, strict=True):
         problems += cover_problems(name, member, seen[name]) if name in seen else []
+    if _alone_and_whole(members, options):
+        options = replace(options, heads="average")  # of itself
     problems += head_problems(names, members, options)
     found: Rule | None = None
     chosen: dict[str, Any] = {}
@@ -123,6 +126,12 @@ def make_plan(
     if options.server is None:
         return plan
     return replace(plan, served=for_server(options.server, [plan.members[name] for name in plan.used], found, options))
+
+
+def _alone_and_whole(members: Sequence[Adapter], options: MergeOptions) -> bool:
+    """Tell whether one input takes part that writes and trained weights whole: without them it would not be itself."""
+    used = [one for one, weight in zip(members, options.weights or [1.0] * len(members), strict=False) if weight]
+    return options.heads == "keep" and len(members) == len(used) == 1 and bool(used[0].head) and writes(used[0].config)
 
 
 def _scale(rule: Rule, options: MergeOptions, alone: bool) -> tuple[float, ScaleFrom]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from loraloom.adapters.config import headless_config
+from loraloom.adapters.config import headless_config, writes
 from loraloom.adapters.dialects import PEFT, translated
 from loraloom.adapters.peft import ADAPTER, adapter_sha256, read_adapter, read_provenance, write_adapter
 from loraloom.adapters.servers import ServedFacts, fit_server, get_server
@@ -55,7 +55,8 @@ def export_folder(
     adapter, sha256 = translated(read_adapter(folder), PEFT), adapter_sha256(folder)
     ranks = {module: shape.r for module, shape in adapter.shapes.items()}
     turned = bool(adapter.config.get("fan_in_fan_out"))
-    served = fit_server(wanted, str(folder), ranks, adapter.forms, turned=turned)
+    whole = adapter.head if writes(adapter.config) else ()  # no task's head, which lies beside it as well
+    served = fit_server(wanted, str(folder), ranks, adapter.forms, turned=turned, head=whole)
     told = {"kind": ADAPTER, **read_provenance(folder), "served": asdict(served)}
     (name,) = input_names([folder])
     write_adapter(

@@ -33,7 +33,7 @@ from loraloom.adapters.bases import PACKAGED
 from loraloom.adapters.config import read_config
 from loraloom.errors import LoraloomError, first_line, reads_file
 from loraloom.files.hashing import sampled_sha256
-from loraloom.files.reading import read_json_object
+from loraloom.files.reading import check_fetched, read_json_object
 from loraloom.model.architecture import quietly, unlikely_sizes
 from loraloom.model.packaged import packaged_base
 
@@ -241,6 +241,9 @@ def _told(base: str, what: str, hint: str) -> Iterator[None]:
                 f"{base}: needs code of its own (auto_map in config.json), which loraloom does not run",
                 "use a base whose architecture is part of transformers",
             ) from error
+        for path in sorted(Path(base).glob("*")):
+            if path.is_file():
+                check_fetched(path)
         raise LoraloomError(f"{base}: {what}: {first_line(error)}", hint) from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loraloom.adapters.config import writes
 from loraloom.adapters.peft import files_by_task
 from loraloom.adapters.update import Adapter
 from loraloom.errors import first_few
@@ -28,14 +29,20 @@ def writing_problems(adapters: Iterable[Adapter], tokenizer: Any) -> list[str]:
     return [problem for adapter in adapters for problem in _problems(adapter, known)]
 
 
+def brought_whole(adapter: Adapter) -> str:
+    """Return what an adapter brings whole that is no task's head but part of a model that writes, or nothing."""
+    whole = [path for path in sorted(adapter.head) if writes(adapter.config) or _WORDS.search(path)]
+    why = "trained, or resized for added tokens, which cannot be merged"
+    return f"brings {first_few(whole)} whole: {why}" if whole else ""
+
+
 def _problems(adapter: Adapter, known: Mapping[str, int]) -> list[str]:
     problems = []
     beside = adapter.path is not None and files_by_task(adapter.path, "heads")
-    words = [path for path in adapter.head if _WORDS.search(path)]
-    if words:
-        why = "trained, or resized for added tokens, which cannot be merged"
-        problems.append(f"{adapter.name}: brings {first_few(words)} whole: {why}")
-    elif adapter.head or beside:
+    whole = brought_whole(adapter)
+    if whole:
+        problems.append(f"{adapter.name}: {whole}")
+    elif adapter.head or (beside and not writes(adapter.config)):
         problems.append(f"{adapter.name}: has a head, so it gives classes or numbers and writes no answers")
     own, unseen = _added(adapter.beside.carried), _padding(adapter.beside.carried)
     other = [repr(token) for token, number in own.items() if known.get(token) != number and token != unseen]

@@ -107,7 +107,7 @@ def read_files(
     members: Mapping[str, Adapter],
     fewest: int,
 ) -> tuple[Evaluator | Generator, dict[str, Texts]]:
-    """Return the base model and the texts of each adapter: one that writes where no adapter has a head.
+    """Return the base model and the texts of each adapter: one that writes where no adapter has a task's head.
 
     Raises LoraloomError that tells what is wrong with any file, before the base is loaded.
     """
@@ -119,9 +119,9 @@ def read_files(
             rows[name] = file if file in (GENERIC, NEAR) else read_texts(file, columns, texts, fewest)
     raise_together(errors)
     folder = base_folder(base or next(iter(members.values())).base)
-    headed = [member.name for member in members.values() if member.head]
+    headed = [member.name for member in members.values() if has_task_head(member)]
     if headed and len(headed) < len(members):
-        rest = first_few([member.name for member in members.values() if not member.head])
+        rest = first_few([member.name for member in members.values() if not has_task_head(member)])
         raise LoraloomError(
             f"{first_few(headed)}: with a head, for classes or numbers; {rest}: without, for answers that are written",
             "merge adapters of one kind; one of classes needs its classifier in modules_to_save",
