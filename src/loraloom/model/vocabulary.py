@@ -15,6 +15,8 @@ from loraloom.files.reading import read_json, read_json_object
 
 # the layers of a language model that read words and write them
 _WORDS = re.compile(r"(^|\.)(lm_head|embed_\w+|word_embeddings|wte|shared)\.")
+# the heads of models that give classes or numbers
+_TASKS = re.compile(r"(^|\.)(score|classifier|classification_head|qa_outputs|pooler|pre_classifier)\.")
 _HINT = "save the adapter's tokenizer again"
 _MOST = 10_000_000  # values of a tokenizer's file: its words, and the pairs that it merges
 
@@ -29,19 +31,24 @@ def writing_problems(adapters: Iterable[Adapter], tokenizer: Any) -> list[str]:
     return [problem for adapter in adapters for problem in _problems(adapter, known)]
 
 
-def brought_whole(adapter: Adapter) -> str:
-    """Return what an adapter brings whole that is no task's head but part of a model that writes, or nothing."""
-    whole = [path for path in sorted(adapter.head) if writes(adapter.config) or _WORDS.search(path)]
-    why = "trained, or resized for added tokens, which cannot be merged"
-    return f"brings {first_few(whole)} whole: {why}" if whole else ""
+def has_task_head(adapter: Adapter) -> bool:
+    """Tell whether an adapter brings the head of a task, and not parts of a model that writes."""
+    return bool(adapter.head) and not _parts_of_model(adapter)
+
+
+def _parts_of_model(adapter: Adapter) -> list[str]:
+    """Return the parameters that an adapter brings whole and that are the model's own: trained, or resized."""
+    written = writes(adapter.config)
+    return [path for path in sorted(adapter.head) if _WORDS.search(path) or (written and not _TASKS.search(path))]
 
 
 def _problems(adapter: Adapter, known: Mapping[str, int]) -> list[str]:
     problems = []
     beside = adapter.path is not None and files_by_task(adapter.path, "heads")
-    whole = brought_whole(adapter)
+    whole = _parts_of_model(adapter)
     if whole:
-        problems.append(f"{adapter.name}: {whole}")
+        why = "trained, or resized for added tokens, which cannot be merged"
+        problems.append(f"{adapter.name}: brings {first_few(whole)} whole: {why}")
     elif adapter.head or (beside and not writes(adapter.config)):
         problems.append(f"{adapter.name}: has a head, so it gives classes or numbers and writes no answers")
     own, unseen = _added(adapter.beside.carried), _padding(adapter.beside.carried)

@@ -18,6 +18,7 @@ from loraloom.merging.folders import Planned, Supplied
 from loraloom.model.generator import Generator
 from loraloom.model.load import base_folder
 from loraloom.model.runner import Evaluator
+from loraloom.model.vocabulary import has_task_head
 from loraloom.progress import Reporter
 from loraloom.statistics.file import Statistics
 from loraloom.statistics.texts import read_texts
