@@ -131,9 +131,13 @@ def test_a_task_that_the_others_drown_is_named(three: Path) -> None:
     more = f"more to mood and news than their adapters do: predicted error up to {whole.max():.2f}"
     assert f"at scale 1 a sum does {more}" in told
     assert any(
-        one.startswith("no one scale keeps") and one.endswith(f"{best.max():.2f} at the scale suggested")
+        one.startswith("no one scale keeps") and f"predicted error up to {best.max():.2f} at the best," in one
         for one in told
     )
+    page = shown(*files(three), *(three / task for task in TASKS))
+    assert "No scale of a plain sum is suggested: each loses some." in " ".join(page.stdout.split())
+    assert "suggested" not in rows[9][0]
+    assert "--scale" not in page.stderr.partition("next: merge them")[2]
 
 
 @pytest.mark.parametrize("names", [["a", "b"], [f"a task of quite some length {i}" for i in range(9)]])

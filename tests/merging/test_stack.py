@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
-from commands import call, refused, said
+from commands import call, hints, refused, said
 from loraloom.adapters.peft import CONFIG, read_adapter
 from loraloom.adapters.update import Update
 from loraloom.errors import LoraloomError
@@ -98,6 +98,9 @@ def test_what_is_asked_beside_a_stack_is_refused(made: Path) -> None:
     words = ("merge", made / "sft", made / "dpo", "--stack", "-o", made / "never")
     assert "leave out --rule" in refused(*words, "--rule", "tsv")
     assert "--stack sums the adapters whole: leave out --drop-refused" in refused(*words, "--drop-refused")
+    assert "--rule distil" not in hints(
+        *words[:-1], made / "stacked", "--dry-run"
+    )  # nothing brings a sum nearer to itself
     assert "leave out --scale and --weight" in refused(*words, "--scale", "auto", "--weight", "1")
     assert "leave out options density" in refused(*words, "--density", "0.3")
 

@@ -139,7 +139,7 @@ class _Choice(NamedTuple):
 def _choices(found: Prediction) -> Iterator[_Choice]:
     yield from (_Choice("given", f"{scale:g}", scale, scale) for scale in SCALES)
     uniform, by_layer, both = found.uniform(), found.by_layer(), found.by_layer_and_adapter()
-    yield _Choice("uniform", f"{uniform:.2f}, suggested", uniform, uniform)
+    yield _Choice("uniform", f"{uniform:.2f}, {'suggested' if _keeps(found) else 'the best'}", uniform, uniform)
     yield _Choice("by_layer", f"{_span(by_layer)}, a layer", None, by_layer)
     yield _Choice("by_layer_and_adapter", f"{_span(both)}, a layer and adapter", None, both)
 
@@ -256,10 +256,15 @@ def sentences(found: Inspection) -> Iterator[str]:
     """Yield what follows from the tables, in words."""
     if found.outlook:
         yield from _verdict(found.outlook)
-    if found.prediction:
+    if found.prediction and _keeps(found.prediction):
         yield (
             f"Suggested scale of a sum: {found.prediction.uniform():.2f}. There the predicted error is least, which is "
             "no promise of the best score: hold out rows to choose."
+        )
+    elif found.prediction:
+        yield (
+            "No scale of a plain sum is suggested: each loses some. `loraloom merge` by its defaults makes adapters of "
+            "unlike energy equally loud first, and `--rule auto --scale auto` tries what is left of each task."
         )
 
 
@@ -301,6 +306,11 @@ def warnings(found: Inspection) -> Iterator[str]:
         )
 
 
+def _keeps(found: Prediction) -> bool:
+    """Tell whether a sum at the scale of least error loses no task."""
+    return bool(found.by_task(found.uniform()).max() <= LOST)
+
+
 def _drowned(found: Prediction) -> Iterator[str]:
     """Yield which tasks a sum at scale 1 loses, and which of them it loses at every scale."""
     whole, best = found.by_task(1.0), found.by_task(found.uniform())
@@ -310,15 +320,14 @@ def _drowned(found: Prediction) -> Iterator[str]:
         yield f"at scale 1 a sum does more to {lost} than their adapters do: predicted error up to {whole.max():.2f}"
     if best.max() > LOST:
         lost = listed([name for name, error in zip(names, best, strict=True) if error > LOST])
-        error = f"predicted error up to {best.max():.2f} at the scale suggested"
+        error = f"predicted error up to {best.max():.2f} at the best, {found.uniform():.2f}"
         yield f"no one scale keeps {lost} beside the others: {error}"
 
 
 def _next(found: Inspection, rank: int, out: Out) -> None:
     if len(found.adapters) > 1:
-        scale = (
-            ["--rule", "task_arithmetic", "--scale", f"{found.prediction.uniform():.2f}"] if found.prediction else []
-        )
+        sums = found.prediction if found.prediction and _keeps(found.prediction) else None
+        scale = ["--rule", "task_arithmetic", "--scale", f"{sums.uniform():.2f}"] if sums else []
         out.next("merge them", "loraloom", "merge", *found.adapters, *scale, "-o", "merged")
     elif found.outlook:
         out.next("start adapters", "loraloom", "init", *found.statistics, "--rank", rank, "-o", "starts")

@@ -228,16 +228,18 @@ def rules_table(result: StudyResult) -> tuple[str, tuple[str, ...], list[tuple[s
         )
         for row in rows
     ]
+    chosen = any(row.chosen_by == "labels" for row in rows)
+    title = "Test rows; scales chosen on held-out rows" if chosen else "Test rows"
     if not base:
         heads = ("rule", "heads", "average", "kept", "scale", "rank")
-        return "Test rows; scales chosen on held-out rows, with their labels", heads, shown
+        return f"{title}, with their labels" if chosen else title, heads, shown
     own = average(single.score for single in result.singles)
     alone: list[tuple[str, ...]] = [
         (BASE, _points(base), *base_cells(shares), "", "", ""),
         (OWN, _points(own), *["100%" for _ in shares], "", "", ""),
     ]
     columns = ("rule", "average", *shares, "worst task", "scale", "rank")
-    return f"Test rows; scales chosen on held-out rows by {shares[0]}, of their right answers", columns, alone + shown
+    return f"{title} by {shares[0]}, of their right answers" if chosen else title, columns, alone + shown
 
 
 def share_cells(row: Merged | None, shares: Sequence[str]) -> tuple[str, ...]:

@@ -97,13 +97,14 @@ def plan_folders(
     names = input_names([one.path or Path() for one in members])
     members = common_dialect(members, options.to)[1]
     named: Mapping[str, Adapter] = dict(zip(names, members, strict=True))
-    if screen is not None and not together_problems(members, options):
+    problems = together_problems(members, options)
+    if screen is not None and not problems:
         every = list(named)
         named, options = screen(named, options)
         kept = [index for index, name in enumerate(every) if name in named]
         members, seen = [members[index] for index in kept], [seen[index] for index in kept if index < len(seen)]
 
-    fit = options.rule in rule_names() and not together_problems(members, options)
+    fit = options.rule in rule_names() and not problems  # of fewer adapters there are none either
     if options.server and fit and not number_problems(len(members), options):
         # before texts are read or a base is loaded
         weighed = zip(members, options.weights or [1.0] * len(members), strict=True)
@@ -113,9 +114,9 @@ def plan_folders(
         supplied: Supplied = (seen, None, None)
         if look is not None and not leaves_as_it_is(get_rule(asked.rule), asked, len(members)):
             rule = get_rule(asked.rule)
-            problems = together_problems(members, asked) + rule.check(asked.options)[1]
+            wrong = problems + rule.check(asked.options)[1]
             # before a base is loaded
-            raise_problems(f"cannot merge by {rule.name}", problems, "nothing was merged or written")
+            raise_problems(f"cannot merge by {rule.name}", wrong, "nothing was merged or written")
             supplied = look(rule, named, seen)
         return make_plan(named, asked, statistics=supplied[0], probe=supplied[1], distiller=supplied[2])
 
