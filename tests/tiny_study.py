@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 import tiny
+from loraloom.files.hashing import file_sha256
 
 ROWS = {"train": 40, "test": 16}
 
@@ -87,3 +88,13 @@ def figures(results: Path) -> dict[str, Any]:
     """Return results.json without what differs between two runs of one study."""
     content = json.loads(results.read_text(encoding="utf-8"))
     return {key: value for key, value in content.items() if key not in ("created", "seconds", "command")}
+
+
+def contents(study: Path) -> dict[str, str]:
+    """Return the sha256 of every file of every stage but the records, which hold how long each took."""
+    files = (path for path in study.glob("stages/*/*-*/**/*") if path.is_file() and path.name != "stage.json")
+    return {
+        path.relative_to(study).as_posix(): file_sha256(path)
+        for path in files
+        if path.relative_to(study).parts[1] not in ("failures", "notes", "locks")
+    }

@@ -16,9 +16,8 @@ import torch
 
 import tiny_study
 from loraloom.errors import LoraloomError
-from loraloom.files.hashing import file_sha256
 from loraloom.progress import Reporter
-from loraloom.study import local
+from loraloom.study import local, runners
 from loraloom.study.engine import Context, Engine, Here, Worker, stage
 from loraloom.study.export import run_study
 from loraloom.study.inputs import Output
@@ -114,23 +113,13 @@ def test_a_worker_that_is_killed_in_the_middle_of_training_does_not_lose_the_stu
     killer.start()
     run_study(recipe, tmp_path / "study", where=Where(workers=2), reporter=Reporter())
     assert killed
-    assert contents(tmp_path / "study") == contents(finished / "study")
+    assert tiny_study.contents(tmp_path / "study") == tiny_study.contents(finished / "study")
     assert tiny_study.figures(tmp_path / "study" / "results.json") == tiny_study.figures(
         finished / "study" / "results.json"
     )
     lines = capsys.readouterr().err.splitlines()
     assert sum("  train 4 of 4: " in line for line in lines) == 1
     assert sum(line.split("  ")[-1].startswith("train: done in") for line in lines) == 1
-
-
-def contents(study: Path) -> dict[str, str]:
-    """Return the sha256 of every file of every stage but the records, which hold how long each took."""
-    files = (path for path in study.glob("stages/*/*-*/**/*") if path.is_file() and path.name != "stage.json")
-    return {
-        path.relative_to(study).as_posix(): file_sha256(path)
-        for path in files
-        if path.relative_to(study).parts[1] not in ("failures", "notes", "locks")
-    }
 
 
 def test_workers_that_memory_does_not_hold(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +137,12 @@ def test_one_by_one_faults_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="unforeseen"):
         here.do(fault, "odd", word="unforeseen")
     assert here.do(fact, "a", word="a", after={}).path.is_dir()
+
+
+def test_ray_is_asked_for_where_it_is_not(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "find_spec", lambda name: None)
+    with pytest.raises(LoraloomError, match="Ray is not installed") as told:
+        run_study(Recipe.load(finished / "recipe.yaml"), tmp_path, where=Where(engine="ray"))
+    assert told.value.hint == "pip install 'loraloom[ray]'"
+    with pytest.raises(ValueError, match=r"engine local takes no gpus \(of engine ray\)"):
+        Where(gpus=1)

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
     from loraloom.study.runners import Where
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML. recipes/ has examples.")]
+Engine = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="local|ray", help="Where stages run: on this machine, or on a cluster of Ray."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", help="Local: stages that run side by side, each with its share of the cores and a base model."
+    ),
+]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray: the cluster, as auto (without it), host:port or ray://host:port.")
+]
+Cpus = Annotated[int | None, typer.Option("--cpus", help="Ray: cores that a stage has, 1 without it.")]
+Gpus = Annotated[float | None, typer.Option("--gpus", help="Ray: GPUs that a stage has, none without it.")]
+Memory = Annotated[float | None, typer.Option("--memory", help="Ray: GB of memory that are kept free for a stage.")]
 
 
 def demo(
@@ -55,16 +71,20 @@ def demo(
 def run(
     recipe: RecipeArgument,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Study folder. Without it studies/ and the recipe's name."),
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Study folder, or address as s3://bucket/study. Without it studies/ and the recipe's name.",
+        ),
     ] = None,
     base: Base = None,
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers", help="Stages that run side by side, each with its share of the cores and a base model."
-        ),
-    ] = 1,
+    engine: Engine = None,
+    workers: Workers = None,
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    memory: Memory = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -82,22 +102,25 @@ def run(
         from loraloom.study.recipe import slug
         from loraloom.study.runners import Where
 
-        where = checked(Where, "run", {"workers": workers})
+        asked = {"engine": engine, "workers": workers, "address": address, "cpus": cpus, "gpus": gpus, "memory": memory}
+        where = checked(Where, "run", {name: value for name, value in asked.items() if value is not None})
         chosen = read_recipe(recipe, base, report_to)
-        folder = output or Path("studies") / slug(chosen.name)
+        place = output or f"studies/{slug(chosen.name)}"
         if plan:
-            _plan(chosen, folder, out)
+            _plan(chosen, place, out)
         else:
-            _run(chosen, folder, out, where)
+            _run(chosen, place, out, where)
 
 
-def _run(recipe: Recipe, folder: Path, out: Out, where: Where | None = None) -> None:
+def _run(recipe: Recipe, place: str | Path, out: Out, where: Where | None = None) -> None:
     from loraloom.report import base_average, summary_rows, verdict
     from loraloom.study.export import run_study
+    from loraloom.study.remote import is_address, local_copy
 
     with out.goes_on():
-        result = run_study(recipe, folder, where=where, command=typed(), reporter=out.progress())
+        result = run_study(recipe, place, where=where, command=typed(), reporter=out.progress())
     rows, base = summary_rows(result), base_average(result)
+    folder = local_copy(str(place)) if is_address(place) else Path(place)
     places = {"report": folder / "report.html", "results": folder / "results.json"}
     answer = verdict(result)
     alone = {"base": base.model_dump()} if base else {}
@@ -108,11 +131,13 @@ def _run(recipe: Recipe, folder: Path, out: Out, where: Where | None = None) -> 
         told = [("expected", one.expected), ("base model", one.base), (f"adapter {one.task}", one.singles[one.task])]
         out.facts(one.prompt, [*told, ("merged", one.merged)])
     out.facts("Written", [(name, str(path)) for name, path in places.items()])
+    if is_address(place):
+        out.say(f"all of it lies at {place} too")
     out.hint("open the report in a browser; the adapters lie in adapters/ and merged/ beside it")
     out.next("see what took how long", "loraloom", "study", "status", folder)
 
 
-def _plan(recipe: Recipe, folder: Path, out: Out) -> None:
+def _plan(recipe: Recipe, folder: str, out: Out) -> None:
     from loraloom.study.plan import plan_study
 
     stages = plan_study(recipe, folder)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -112,6 +113,10 @@ class Call:
     function: StageFunction[Any]
     given: Mapping[str, Any]
 
+    def over(self, store: Store) -> Call:
+        """Return the call with the outputs that it reads where this process has them, by its own view of the store."""
+        return replace(self, given={name: _over(value, store) for name, value in self.given.items()})
+
     @property
     def inputs(self) -> list[Input]:
         """Return what the stage reads."""
@@ -156,7 +161,7 @@ class Worker:
 
         note(0, 0)
         try:
-            self.run(call, note)
+            self.run(call.over(self.store), note)
         except Exception as error:
             return _sendable(error)
         finally:
@@ -293,6 +298,19 @@ class Engine:
                 self.reporter.enter(stage.kind, stage.label)
             if note and note["total"]:
                 self.reporter.step(stage.kind, stage.label, note["done"], note["total"], note["loss"])
+
+
+def _over(value: Any, store: Store) -> Any:
+    """Return an argument with every output in it where `store` has it. Raises LoraloomError where it has none."""
+    if isinstance(value, Mapping):
+        return {name: _over(one, store) for name, one in value.items()}
+    if not isinstance(value, Output):
+        return value
+    path = store.find(value.stage)
+    if path is None:
+        hint = "the machines of a cluster share the study's folder at the same path, or its address (-o s3://...)"
+        raise LoraloomError(f"{socket.gethostname()}: {store.place} has no {value.stage.name}, made elsewhere", hint)
+    return Output(value.stage, path)
 
 
 def _sendable(error: Exception) -> Exception:

@@ -48,6 +48,7 @@ from loraloom.study.entries import AUTO, MergeSettings
 from loraloom.study.inputs import Output
 from loraloom.study.parts import GIVEN, Choice, Evaluated, Trained, merged_facts
 from loraloom.study.recipe import Recipe, slug
+from loraloom.study.remote import is_address
 from loraloom.study.runners import Where
 from loraloom.study.store import RECORD
 from loraloom.study.study import Study
@@ -73,7 +74,8 @@ def run_study(
 
     recipe: tasks, inits (or finished adapters), seeds, rules and scales on one base model.
     folder: gets results.json, report.html, adapters/<init>/<task> and merged/<init>/<rule>. What an earlier run of the
-      same recipe in it has done is not done again; a killed run goes on where it stood.
+      same recipe in it has done is not done again; a killed run goes on where it stood. It may be an address of
+      fsspec's, as s3://bucket/study: this machine's copy of it then is `loraloom.study.remote.local_copy`.
     where: the stages run: in this process without. What they compute does not change by it.
     command: the line that was typed, for results.json; absolute paths in it are cut to their last part.
     reporter: is told how far each kind of stage is; nothing is told without.
@@ -82,7 +84,8 @@ def run_study(
     `accelerate launch` and its like: a study runs in one process.
     """
     check_alone("a study")
-    _check_place(recipe, Path(folder))
+    if not is_address(folder):
+        _check_place(recipe, Path(folder))
     with reporter or Reporter(quiet=True) as shown, closing(Study(recipe, folder, shown, where)) as study:
         study.engine.store.tidy()
         evaluated = [(one, row) for one, rows in study.evaluations() for row in rows]
@@ -101,6 +104,8 @@ def run_study(
             _export_answers(study, evaluated)
             result.save(study.folder / "results.json", overwrite=True)
             write_report(result, study.folder / "report.html", overwrite=True)
+            if study.engine.store.remote:
+                study.engine.store.remote.put_results(study.folder)
     return result
 
 

@@ -49,7 +49,7 @@ class Processes:
     A stage whose process is killed is begun again, by a new one, from what it left to go on from.
     """
 
-    def __init__(self, store: Path, workers: int, report_to: Sequence[str] = ()) -> None:
+    def __init__(self, store: str | Path, workers: int, report_to: Sequence[str] = ()) -> None:
         self.store = store
         self.workers = workers
         self.report_to = report_to
@@ -149,7 +149,9 @@ def check_memory(base: str, workers: int) -> None:
         raise LoraloomError(told, f"take --workers {fit}")
 
 
-def _serve(pipe: Connection, store: Path, report_to: Sequence[str], threads: int, gpu: str | None, tone: int) -> None:
+def _serve(
+    pipe: Connection, store: str | Path, report_to: Sequence[str], threads: int, gpu: str | None, tone: int
+) -> None:
     """Run the stages that come through the pipe, and answer each with its failure or None."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # nothing has looked at the GPUs yet

@@ -29,6 +29,7 @@ from loraloom.errors import LoraloomError, did_you_mean, reads_file
 from loraloom.files.atomic import remove_leftovers, staged_folder, write_text
 from loraloom.files.hashing import file_sha256, json_sha256, write_json
 from loraloom.files.outputs import check_folder
+from loraloom.study.remote import Remote, is_address, local_copy
 
 RECORD = "stage.json"
 _SHORT = 12  # characters of the key in names
@@ -68,11 +69,14 @@ class Stage:
 class Store:
     """A folder of stage outputs: <root>/<kind>/<label>-<key>/, each with stage.json.
 
+    place: a folder, or an address of fsspec's: all outputs are then there too, and `root` is this machine's copy.
     `used` holds the records of all stages that it was asked for, by key.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, place: str | Path) -> None:
+        self.place = str(place)
+        self.remote = Remote(self.place) if is_address(place) else None
+        self.root = local_copy(self.place.removesuffix("/stages")) / "stages" if self.remote else Path(place)
         self.used: dict[str, dict[str, Any]] = {}
 
     def get(self, stage: Stage, make: Callable[[Path, Path], None]) -> Path:
@@ -87,28 +91,38 @@ class Store:
             with self._lock(stage.key):
                 # another process may have made it while this one waited
                 path = self.find(stage) or self._make(stage, make)
-        self.used[stage.key] = _read_record(path)
+                self.used[stage.key] = _read_record(path)
+                if self.remote:
+                    self.remote.put(stage.key, path, self.used[stage.key])
         return path
 
     def find(self, stage: Stage) -> Path | None:
         """Return the folder of the stage's whole output; None where it is absent or was tampered with."""
         path = self._found(stage.kind, stage.key)
+        if self.remote and path is None:
+            path = self.remote.get(stage.key, self.root)
         if path is not None:
             self.used[stage.key] = _read_record(path)
+            if self.remote:  # where it was made, but not yet put
+                self.remote.put(stage.key, path, self.used[stage.key])
         return path
 
     def note(self, stage: Stage, done: int, total: int, loss: float | None) -> None:
         """Keep a note that a stage is at work in this process, and how far it is."""
         path = self._note(stage.key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        said = {"name": stage.name, "done": done, "total": total, "loss": loss}
+        work = {"name": stage.name, "done": done, "total": total, "loss": loss}
+        said = {**work, "host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
         part = path.with_suffix(".part")
-        write_json(part, {**said, "host": socket.gethostname(), "process": os.getpid(), "at": time.time()})
+        write_json(part, said)
         os.replace(part, path)
+        if self.remote:
+            self.remote.note(stage.key, said)
 
     def noted(self, stage: Stage) -> dict[str, Any] | None:
         """Return the note of a stage at work, if there is one."""
-        return _read_note(self._note(stage.key))
+        note = _read_note(self._note(stage.key))
+        return self.remote.read_note(stage.key) if self.remote and note is None else note
 
     def notes(self) -> list[dict[str, Any]]:
         """Return the notes of all stages at work, in whatever process."""
@@ -118,6 +132,8 @@ class Store:
         """Remove the note of a stage that is no longer at work."""
         with suppress(OSError):
             self._note(stage.key).unlink()
+        if self.remote:
+            self.remote.forget(stage.key)
 
     def tidy(self) -> None:
         """Remove what killed runs left half-written, but for scratch that can be resumed and stages now in work."""

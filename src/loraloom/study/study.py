@@ -39,10 +39,10 @@ class Study:
     def __init__(self, recipe: Recipe, folder: str | Path, reporter: Reporter, where: Where | None = None) -> None:
         recipe.check_complete()
         self.recipe = recipe
-        self.folder = Path(folder)
         self.base = Base.of(recipe.base, generates=recipe.generates)
         self.measured = Base.of(recipe.base, generates=recipe.generates, precision=recipe.evaluation.precision)
-        store = Store(self.folder / "stages")
+        store = Store(f"{str(folder).rstrip('/')}/stages")
+        self.folder = store.root.parent
         runner = runner_of(where or Where(), self.base, recipe.report_to, store, reporter)
         self.engine = Engine(store, reporter, runner)
         self.reading = Reading(recipe.training.max_length, recipe.training.eval_batch_size)
