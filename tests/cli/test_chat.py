@@ -64,6 +64,12 @@ def test_prompts_of_a_script_are_answered_by_every_adapter_named(place: Path) ->
     assert len({answer for *_, answer in wanted}) > 1
 
 
+def test_the_base_of_a_merge_is_that_of_its_members(place: Path) -> None:
+    """A merge names its base without the folders before it: in a script as at the prompt its members tell them."""
+    words = ("chat", place / "merged", "--prompt", "tea", "--tokens", 4)
+    assert said(*words)["answers"] == said(*words, "--base", place / "base")["answers"]
+
+
 def test_without_the_template_and_with_a_system_prompt(place: Path) -> None:
     words = ("chat", place / "one", "--prompt", "tea", "--tokens", 6)
     plain = said(*words, "--no-chat")

@@ -50,15 +50,17 @@ def chat(
     The adapters that were merged into the first one can be switched to as well where they lie beside it.
     """
     with command(quiet, as_json) as out:
+        from loraloom.adapters.peft import read_adapter
         from loraloom.study.conversation import Conversation, members_of, read_speakers
 
         if as_json and not prompt:
             raise LoraloomError("--json is for prompts that are given", 'add --prompt "..."')
-        members, absent = ([], []) if prompt else members_of(adapters[0])
+        members, absent = members_of(adapters[0])
         named = {folder.resolve() for folder in adapters}
-        speakers = read_speakers([*adapters, *(one for one in members if one not in named)])
-        # a merge names its base without the folders before it, where it is no name on the hub
-        bases = sorted((one.base for one in speakers.values() if one.base), key=lambda name: not Path(name).is_dir())
+        speakers = read_speakers([*adapters, *(one for one in members if one not in named and not prompt)])
+        # a merge names its base without the folders before it, where it is no name on the hub; its members know them
+        known = [one.base for one in (*speakers.values(), *map(read_adapter, members)) if one.base]
+        bases = sorted(known, key=lambda name: not Path(name).is_dir())
         if not (base or bases):
             raise LoraloomError(f"{adapters[0]}: names no base model", "name it by --base BASE")
         talk = Conversation(base or bases[0], speakers, chat=not no_chat, system=system, tokens=tokens)
