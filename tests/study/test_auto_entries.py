@@ -131,6 +131,11 @@ def test_what_was_chosen_is_written(chosen: tuple[Recipe, Path]) -> None:
     assert record["notes"][0].startswith("rule and scale: the nearest to the single models")
 
 
+def test_merge_leaves_both_open_beside_such_a_recipe_too() -> None:
+    recipe = Recipe.parse(tiny_study.recipe(merging=ENTRIES), "r.yaml")
+    assert recipe.probe_texts("auto", {}) == recipe.probe_texts("tsv", {}) == 100
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

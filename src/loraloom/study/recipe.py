@@ -208,7 +208,7 @@ class Recipe(Settings):
 
     def probe_texts(self, rule: str, options: Mapping[str, Any]) -> int:
         """Return how many texts a task `rule` may look at: as `merging` has it, best with these options."""
-        entries = [entry for entry in self.merging if entry.rule == rule]
+        entries = [entry for entry in self.merging if entry.rule == rule != AUTO]
         alike = [entry for entry in entries if entry.filled() == get_rule(rule).check(options)[0]]
         return next((entry.texts for entry in [*alike, *entries]), own_texts(rule))
 
