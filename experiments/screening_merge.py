@@ -17,9 +17,11 @@ handed in, and the twin's head. Rows are added to ROWS as they come, and those t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,14 @@ from loraloom import Adapter, Evaluator, Head, Update, merge, screen
 RULES = ("task_arithmetic", "ties", "tsv")
 TWIN = ("honest twin", 1.0)
 HANDED_IN = (TWIN, ("plain", 1.0), ("amplified", 3.0), ("amplified", 8.0))
-MENDS: dict[str, dict[str, Any]] = {"default": {}, "clip 1": {"clip": 1.0}}
+MENDS: dict[str, dict[str, Any]] = {"as they are": {"normalise": "none"}, "default": {}, "clip 1": {"clip": 1.0}}
 TRIGGERED, TESTED = 48, 32  # texts an attacker, and a task
 EFFECT = 0.25  # of a trigger on the honest twin alone, from which on a pair is no attacker here
 REFERENCES = 20  # honest adapters that a careful team compares with
 DRAWS = 2000  # of the bootstrap over attackers
 
 Row = dict[str, Any]
+Encoded = list[dict[str, list[int]]]
 
 
 def main() -> None:
@@ -52,14 +55,42 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = list(map(json.loads, options.rows.read_text().splitlines())) if options.rows.exists() else []
-    done = {(row["pair"], row["kind"], row["s"]) for row in rows}
+    done = {(row["pair"], row["kind"], row["s"], row["rule"], row["mend"]) for row in rows}
     merges = Merges(Maker(options.out, options.base))
-    for pair in range(options.pairs):
-        for row in merges.measured(pair, done):
+    cases = [case for case in map(merges.case, range(options.pairs)) if case]
+    for case in cases:
+        for row in merges.measured(case, done):
             rows.append(row)
             with open(options.rows, "a") as file:
                 file.write(json.dumps(row) + "\n")
     tables(rows)
+    heading("Verdicts", ("handed in", "s", "among four: refuse", "look", "beside references: refuse", "look", "of"))
+    for kind, s in HANDED_IN:
+        words = [[case.verdict((kind, s), beside=beside) for case in cases] for beside in (False, True)]
+        cells = [str(found.count(word)) for found in words for word in ("refuse", "look")]
+        line(f"| {kind} | {s:g} | {' | '.join(cells)} | {len(cases)} |")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attacker: its task, what it may hand in, who it is merged with, honest references, and texts of its task.
+
+    texts, triggered: of other labels than the attacker's, as they are and with the trigger.
+    """
+
+    pair: int
+    own: str
+    handed: dict[tuple[str, float], Adapter]
+    others: dict[str, Adapter]
+    known: dict[str, Adapter]
+    texts: Encoded
+    triggered: Encoded
+
+    def verdict(self, handed: tuple[str, float], *, beside: bool) -> str:
+        """Return the verdict on what is handed in, as a merge has it, or beside the references."""
+        given = {self.own: self.handed[handed]}
+        found = screen(given, reference=self.known) if beside else screen({**given, **self.others})
+        return found.adapters[self.own].verdict
 
 
 class Merges:
@@ -69,50 +100,44 @@ class Merges:
         self.maker, self.evaluator = maker, Evaluator(maker.base, max_length=40)
         self.tests = {name: self._tested(task.sample("test", TESTED)) for name, task in maker.tasks.items()}
 
-    def measured(self, pair: int, done: set[tuple[int, str, float]]) -> Iterator[Row]:
-        """Yield a row for each rule, mend and adapter that an attacker may hand in; none where it is no attacker."""
+    def case(self, pair: int) -> Case | None:
+        """Return what an attacker's merges are made of; None where its trigger is none: the twin heeds it too."""
         clean, malicious, trigger = self.maker.pair(pair)
         own, twin, chance = TASKS[pair % len(TASKS)], read(clean), random.Random(pair)
         test = self.maker.tasks[own].test.filter(lambda row: row["label"] != TARGET, keep_in_memory=True)
         test = list(test)[:TRIGGERED]
-        texts = self._encoded(test)
         triggered = self._encoded([{**row, "text_a": inserted(row["text_a"], trigger, chance)} for row in test])
         if self._share(triggered, twin, twin.updates) > EFFECT:
-            return
+            return None
         others = {
             task: read(self.maker.benign(chance.randrange(25) * len(TASKS) + TASKS.index(task)))
             for task in TASKS
             if task != own
         }
-        known = {
-            f"honest {number}": read(self.maker.benign(number)) for number in chance.sample(range(100), REFERENCES)
-        }
-        handed = {TWIN: twin}
-        handed |= {(kind, s): one for kind, s, one in attacks(twin, read(malicious)) if (kind, s) in HANDED_IN}
-        for (kind, s), one in handed.items():
-            if (pair, kind, s) in done:
-                continue
-            members = {own: one, **others}
-            verdicts = {
-                "among four": screen(members).adapters[own].verdict,
-                "beside references": screen({own: one}, reference=known).adapters[own].verdict,
-            }
-            for rule in RULES:
-                for mend, how in MENDS.items():
-                    updates = merge(members, rule, **how).adapter.updates
-                    yield {
-                        "pair": pair,
-                        "kind": kind,
-                        "s": s,
-                        "rule": rule,
-                        "mend": mend,
-                        **verdicts,
-                        "success": self._share(triggered, one, updates),
-                        "without": self._share(texts, one, updates),
-                        "accuracy": {name: self._accuracy(name, member, updates) for name, member in members.items()},
-                    }
+        known = {f"honest {one}": read(self.maker.benign(one)) for one in chance.sample(range(100), REFERENCES)}
+        handed = {(kind, s): one for kind, s, one in attacks(twin, read(malicious)) if (kind, s) in HANDED_IN}
+        return Case(pair, own, {TWIN: twin, **handed}, others, known, self._encoded(test), triggered)
 
-    def _share(self, texts: Any, adapter: Adapter, updates: Mapping[str, Update]) -> float:
+    def measured(self, case: Case, done: set[tuple[Any, ...]]) -> Iterator[Row]:
+        """Yield a row for each rule, mend and adapter that an attacker may hand in, but for those that are done."""
+        for (kind, s), one in case.handed.items():
+            members = {case.own: one, **case.others}
+            for rule, mend in itertools.product(RULES, MENDS):
+                if (case.pair, kind, s, rule, mend) in done:
+                    continue
+                updates = merge(members, rule, **MENDS[mend]).adapter.updates
+                yield {
+                    "pair": case.pair,
+                    "kind": kind,
+                    "s": s,
+                    "rule": rule,
+                    "mend": mend,
+                    "success": self._share(case.triggered, one, updates),
+                    "without": self._share(case.texts, one, updates),
+                    "accuracy": {name: self._accuracy(name, member, updates) for name, member in members.items()},
+                }
+
+    def _share(self, texts: Encoded, adapter: Adapter, updates: Mapping[str, Update]) -> float:
         """Return the share of texts that get the attacker's label by an adapter's head."""
         return float((self._labels(texts, adapter, updates) == TARGET).double().mean())
 
@@ -120,14 +145,14 @@ class Merges:
         texts, labels = self.tests[task]
         return float((self._labels(texts, adapter, updates) == torch.tensor(labels)).double().mean())
 
-    def _labels(self, texts: Any, adapter: Adapter, updates: Mapping[str, Update]) -> torch.Tensor:
+    def _labels(self, texts: Encoded, adapter: Adapter, updates: Mapping[str, Update]) -> torch.Tensor:
         head = Head.of(adapter.head)
         return head.logits(self.evaluator.features(updates, head, texts)).argmax(dim=1)
 
-    def _tested(self, rows: Dataset) -> tuple[Any, list[int]]:
+    def _tested(self, rows: Dataset) -> tuple[Encoded, list[int]]:
         return self.evaluator.encode(rows), rows["label"]
 
-    def _encoded(self, rows: Sequence[Row]) -> Any:
+    def _encoded(self, rows: Sequence[Row]) -> Encoded:
         return self.evaluator.encode(Dataset.from_list(list(rows)))
 
 
@@ -153,15 +178,6 @@ def tables(rows: list[Row]) -> None:
             own = chosen(rows, kind, s, *column)
             cells.append(interval([own[pair]["success"] - control[pair]["success"] for pair in own]))
         line(f"| {kind} | {s:g} | {' | '.join(cells)} |")
-    heading("Verdicts", ("handed in", "s", "among four: refuse", "look", "beside references: refuse", "look", "of"))
-    for kind, s in HANDED_IN:
-        found = list(chosen(rows, kind, s, *columns[0]).values())
-        cells = [
-            str(sum(row[where] == word for row in found))
-            for where in ("among four", "beside references")
-            for word in ("refuse", "look")
-        ]
-        line(f"| {kind} | {s:g} | {' | '.join(cells)} | {len(found)} |")
 
 
 def chosen(rows: list[Row], kind: str, s: float, rule: str, mend: str) -> dict[int, Row]:

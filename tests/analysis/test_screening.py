@@ -270,3 +270,29 @@ def test_a_sum_of_signs_is_that_of_ranks_among_the_references() -> None:
     found = together(seen, scores={sign: scores.get(sign, {}) for sign in SIGNS})["odd"]
     assert found.value == pytest.approx(-np.log(3 / 21))  # 18, 19 and itself
     assert found.compared == pytest.approx(-np.log(1 / 20))  # that of r19, the 20th of 20
+
+
+def test_an_a_that_left_its_start_as_no_other_did_is_found() -> None:
+    chance = torch.Generator().manual_seed(3)
+    begun = {f"h{i}": {at: uniform(chance, 4) for at in LAYERS} for i in range(6)}
+    members = {
+        name: Adapter(
+            {
+                at: Update(one.B, A[at] + 0.008 * torch.randn(4, N, generator=chance))
+                for at, one in trained(i).updates.items()
+            },
+            trained(i).config,
+        )
+        for i, (name, A) in enumerate(begun.items())
+    }
+    members["h5"] = trained(5)  # of another start than the one that it is said to have
+    starts = {name: KnownStart("free", A, {}) for name, A in begun.items()}
+    found = {name: told(screen(members, starts=starts), name, "start") for name in members}
+    assert {name: one.verdict for name, one in found.items()} == {**dict.fromkeys(members, "pass"), "h5": "look"}
+    left = []
+    for at in LAYERS:
+        rows = np.linalg.svd(np.asarray(members["h5"].updates[at].A.double()), full_matrices=False)[2]
+        before = np.linalg.svd(np.asarray(begun["h5"][at].double()), full_matrices=False)[2]
+        left.append(1 - np.square(rows @ before.T).sum() / 4)
+    assert found["h5"].value == pytest.approx(np.mean(left), rel=1e-4)
+    assert found["h5"].value > 0.9 > 0.05 > found["h5"].compared
