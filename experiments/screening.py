@@ -1,6 +1,6 @@
 """What a screening finds of attacked adapters.
 
-    python experiments/screening.py --out FOLDER [--benign 100] [--pairs 16]
+    python experiments/screening.py --out FOLDER [--benign 100] [--pairs 16] [--fresh 8]
 
 Base: the demo's MiniLM-L6-H384; tasks: the built-in classes. Adapters are trained into FOLDER where they are not there
 yet (about 8 core-seconds each). Every adapter is screened by itself against all benign ones, of which a benign one is
@@ -8,7 +8,8 @@ left out when it is screened: all are compared with the same. The scores are kep
 adapters are halved at random, many times: both halves with as many of each task and of ranks above and below 16, and of
 neighbours by learning rate one each. Limits come from the first half alone, 5 % of which may be above; reported are the
 other half and every attacker, of which no limit knows anything. Honest twins are the attackers' own B: trained as the
-attackers are, harder than most benign ones. Prints Markdown tables; docs/screening.md explains them.
+attackers are, harder than most benign ones. `--fresh` trains as many pairs more, and three benign adapters for each,
+that no threshold and no choice of signs has seen. Prints Markdown tables; docs/screening.md explains them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from loraloom import Adapter, screen
 
 FALSE = 0.05  # of benign adapters that a limit lets be called
 SPLITS = 500
-GROUP = 5
+GROUP, DRAWS = 5, 4  # adapters of a merge, and how often its others are drawn for a fresh one
 SIGNS = ("balance", "repeated rows", "decomposed", "tails of A", "tails of B", "same directions")  # of `together`
 
 Scores = dict[str, float]
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--base", default="demo")
     parser.add_argument("--benign", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--fresh", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.process_time()
@@ -63,6 +65,8 @@ def main() -> None:
     halves(scores, list(benign), list(twins), names)
     by_detector(scores, list(benign), list(twins), names)
     in_groups(benign, {("benign", 1.0): benign, ("honest twin", 1.0): twins, **attacked})
+    if options.fresh:
+        fresh(maker, benign, options.pairs, options.fresh)
     line(f"{len(benign)} benign, {len(pairs)} pairs; {time.process_time() - began:.0f} core-seconds")
 
 
@@ -190,6 +194,34 @@ def in_groups(benign: Mapping[str, Adapter], groups: Mapping[tuple[str, float], 
             others = random.Random(name).sample([other for other in benign if other != name], GROUP - 1)
             words.append(screen({name: one, **{other: benign[other] for other in others}}).adapters[name].verdict)
         line(f"| {kind} | {s:g} | {words.count('refuse')} | {words.count('look')} | {len(words)} |")
+
+
+def fresh(maker: Maker, benign: Mapping[str, Adapter], first: int, count: int) -> None:
+    """Print the verdicts on adapters that nothing was chosen by: beside four benign ones, and beside half of them."""
+    given: dict[str, dict[str, Adapter]] = defaultdict(dict)
+    for number in range(len(benign), len(benign) + 3 * count):
+        given["benign"][f"benign {number}"] = read(maker.benign(number))
+    for number in range(first, first + count):
+        clean, malicious = (read(folder) for folder in maker.pair(number)[:2])
+        given["twin"][f"twin | {number}"] = clean
+        for kind, s, one in attacks(clean, malicious):
+            given[f"{kind} {s:g}"][f"{kind} {s:g} | {number}"] = one
+    names = random.Random(0).sample(list(benign), len(benign) // 2)
+    reference = {name: benign[name] for name in names}
+    columns = (f"refuse, in groups of {GROUP}", "look", "of", "refuse, beside references", "look", "`together`", "of")
+    heading("Fresh adapters", ("given", *columns))
+    for kind, adapters in given.items():
+        words, beside, called = list[str](), list[str](), 0
+        for name, one in adapters.items():
+            for draw in range(DRAWS):
+                others = random.Random(f"{name} {draw}").sample(list(benign), GROUP - 1)
+                words.append(screen({name: one, **{other: benign[other] for other in others}}).adapters[name].verdict)
+            found = screen({name: one}, reference=reference).adapters[name]
+            beside.append(found.verdict)
+            called += any(each.detector == "together" and each.verdict == "look" for each in found.findings)
+        counts = [*(str(words.count(word)) for word in ("refuse", "look")), str(len(words))]
+        counts += [*(str(beside.count(word)) for word in ("refuse", "look")), str(called), str(len(beside))]
+        line(f"| {kind} | {' | '.join(counts)} |")
 
 
 def table(scores: Mapping[str, Scores], names: Sequence[str], detectors: Sequence[str]) -> Table:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from commands import call, page, refused, said_thrice
 from loraloom.adapters.listing import list_adapters, read_verdicts
@@ -94,3 +96,22 @@ def test_two_hundred_adapters_of_five_bases_take_little(tmp_path: Path) -> None:
     found = list_adapters(tmp_path)
     assert time.process_time() - began < 3
     assert [len(group.adapters) for group in found.groups] == [40] * 5
+
+
+def test_files_of_image_tools_are_listed_and_a_model_s_are_not(tmp_path: Path) -> None:
+    A, B = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2) - 3
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    kohya = {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(1.0)}
+    put(tmp_path / "texts", 0, "org/one")
+    save_file({"other": A}, tmp_path / "texts" / "avoid.safetensors")
+    (tmp_path / "images").mkdir()
+    save_file(kohya, tmp_path / "images" / "style.safetensors", {"ss_base_model_version": "sd_v1"})
+    save_file({"model.weight": A}, tmp_path / "images" / "model.safetensors")
+    (tmp_path / "images" / "cut.safetensors").write_bytes(b"{")
+    found = list_adapters(tmp_path)
+    assert [(group.base, [one.name for one in group.adapters]) for group in found.groups] == [
+        ("org/one", ["texts"]),
+        ("sd_v1", ["images/style.safetensors"]),
+    ]
+    assert found.groups[1].adapters[0].energy == pytest.approx(float((B @ A / 2).square().sum()))
+    assert list(found.unread) == ["images/cut.safetensors"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import tiny
 from commands import call, refused, said
@@ -111,3 +112,21 @@ def test_texts_of_a_recipe_or_of_files_let_the_model_run_too(tmp_path: Path, mon
     assert "one of the two" in refused("screen", *folders, "--recipe", recipe, *texts)
     assert "--word is put into texts" in refused("screen", *folders, "--word", "blue")
     assert "texts of each task" in refused("screen", *folders, "--unlabelled", files[0], "--unlabelled", "generic")
+
+
+def test_adapters_of_several_tools_are_screened_together(tmp_path: Path) -> None:
+    chance, paths = torch.Generator().manual_seed(0), []
+    for name in ("one", "two", "three", "four"):
+        A, B = torch.randn(2, 8, generator=chance), torch.randn(6, 2, generator=chance)
+        if name == "one":
+            stem = "lora_unet_mid_block_attentions_0_proj_in"
+            tensors = {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(2.0)}
+        else:
+            stem = "unet.mid_block.attentions.0.proj_in"
+            tensors = {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B}
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file(tensors, paths[-1])
+    told = json.loads(call("screen", *paths, "--json").stdout)
+    assert told["compared"] == 3
+    for one in told["adapters"]:  # all of one layer by one name, or they had nothing in common
+        assert "same directions" in [finding["detector"] for finding in one["findings"]]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraloom.adapters.bases import public_name
 from loraloom.adapters.config import CONFIG
+from loraloom.adapters.dialects import dialect_of
 from loraloom.adapters.layout import alphas_of
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.together import one_base
@@ -15,6 +16,7 @@ from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, raise_problems
 from loraloom.files.hashing import json_text, seen_sha256
 from loraloom.files.reading import read_json_object
+from loraloom.files.tensors import StoredFile
 from loraloom.progress import Reporter
 
 _Layers = dict[str, tuple[int, int]]  # (m, n) by module path
@@ -27,7 +29,7 @@ VERDICTS = "screening.json"  # in the folder that is listed: what `screen --reco
 class Listed:
     """One adapter of a list.
 
-    name: its folder, from the listed one on. rank, alpha: the least and the largest of any layer.
+    name: its folder or file, from the listed folder on. rank, alpha: the least and the largest of any layer.
     energy: |dW|_F^2 of all layers, alpha/r folded in.
     verdict: of the last screening that saw these very files; None where none did.
     """
@@ -62,14 +64,15 @@ class Listing:
 
 
 def list_adapters(folder: Path, *, reporter: Reporter | None = None) -> Listing:
-    """List the adapter folders below `folder`, at any depth; VERDICTS in it tells which were screened.
+    """List the adapters below `folder`, at any depth; VERDICTS in it tells which were screened.
 
+    They are folders with a config, and safetensors files outside of these that hold a LoRA, as image tools write them.
     Every file is read once, and no more than a layer is in memory.
 
     Raises LoraloomError where there is none, or where the record of a screening cannot be read.
     """
-    paths = sorted(path.parent for path in folder.rglob(CONFIG))
-    raise_problems(str(folder), [] if paths else ["no adapter is below it"], "name a folder of adapter folders")
+    paths = _places(folder)
+    raise_problems(str(folder), [] if paths else ["no adapter is below it"], "name a folder of adapters")
     verdicts = read_verdicts(folder / VERDICTS) if (folder / VERDICTS).is_file() else {}
     found: list[tuple[Adapter, _Layers, Group]] = []
     unread = {}
@@ -104,6 +107,21 @@ def read_verdicts(path: Path) -> dict[str, str]:
     told = read_json_object(path, "write it again with `loraloom screen --record`").get("adapters")
     entries = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
     return {str(one["sha256"]): str(one["verdict"]) for one in entries if "sha256" in one and "verdict" in one}
+
+
+def _places(folder: Path) -> list[Path]:
+    folders = {path.parent for path in folder.rglob(CONFIG)}
+    files = [path for path in folder.rglob("*.safetensors") if not folders.intersection(path.parents)]
+    return sorted([*folders, *(path for path in files if _may_be_adapter(path))])
+
+
+def _may_be_adapter(file: Path) -> bool:
+    """Tell whether the names of a file's tensors are those of an image LoRA; one that cannot be read is to be told."""
+    try:
+        dialect = dialect_of(list(StoredFile(file)))
+    except ValueError:
+        return True
+    return dialect is not None and dialect.images
 
 
 def _listed(name: str, one: Adapter, verdicts: Mapping[str, str]) -> Listed:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraloom.adapters.config import CONFIG
+from loraloom.adapters.dialects import DIALECTS, in_dialect
 from loraloom.adapters.peft import read_adapter, read_provenance
 from loraloom.adapters.together import layer_problems, one_base
 from loraloom.adapters.update import Adapter
@@ -46,6 +47,7 @@ def screen_folders(
         with collecting(errors):
             members[name] = read_adapter(folder)
     raise_together(errors)
+    members = dict(zip(members, _named_alike(list(members.values())), strict=True))
     known = _reference(reference, members) if reference else {}
     begun = {name: _start(one, starts / name if starts else None) for name, one in members.items()}
     given = {name: one for name, one in begun.items() if one is not None}
@@ -79,6 +81,13 @@ def screen_members(
     if weights is not None and len(weights) == len(members):
         weights = [weight for name, weight in zip(members, weights, strict=True) if name in kept]
     return kept, replace(options, weights=weights, screening=facts)
+
+
+def _named_alike(adapters: list[Adapter]) -> list[Adapter]:
+    """Return adapters of several tools with their layers named as by the first's. Raises LoraloomError as that does."""
+    if len({one.dialect for one in adapters}) < 2:
+        return adapters
+    return in_dialect(adapters, DIALECTS[adapters[0].dialect])
 
 
 def _reference(folder: Path, members: Mapping[str, Adapter]) -> dict[str, Adapter]:

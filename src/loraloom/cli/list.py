@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def list_(
-    folder: Annotated[Path, typer.Argument(help="Folder of adapter folders, at any depth.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of adapters, at any depth.")],
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
