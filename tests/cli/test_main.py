@@ -314,6 +314,7 @@ def test_report_and_rules(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(results.read_text()[:500])
     assert f"{tmp_path / 'bad.json'}: not valid JSON" in refused("report", tmp_path / "bad.json", "-o", tmp_path / "x")
     assert "is a folder, where a file is to be written" in refused("report", results, "-o", tmp_path)
+    assert call("report", results.parent, "-o", tmp_path / "of-the-folder.html").exit_code == 0
 
 
 def test_study_status_explain_and_rm(finished: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from commands import refused
+from commands import hints, refused
 from loraloom.adapters.peft import read_adapter, write_adapter
 from loraloom.adapters.update import Adapter, Update
 from loraloom.cli.main import app
@@ -198,6 +199,15 @@ def test_aligning_is_told_and_noted_in_the_card(finished: Path, tmp_path: Path) 
     assert typed.endswith(f"loraloom evaluate {out} --recipe {finished / 'recipe.yaml'}")
     note = json.loads((out / "loraloom.json").read_text())["notes"][0]
     assert f"- note: {note}" in (out / "README.md").read_text()
+    assert "fit its heads" not in hints("evaluate", out, "--recipe", finished / "recipe.yaml")
+
+
+def test_an_adapter_with_its_own_head_is_not_taken_for_a_merged_one(finished: Path, tmp_path: Path) -> None:
+    trained = [finished / "study" / "adapters" / "LoRA" / task for task in ("mood", "tone")]
+    shutil.copytree(trained[0], tmp_path / "mood")
+    told = refused("align", tmp_path / "mood", trained[1], "--recipe", finished / "recipe.yaml")
+    assert "mood: is no merged adapter: it holds a head of its own" in told
+    assert not (tmp_path / "mood" / "heads").exists()
 
 
 def test_rules_as_json_is_their_schema() -> None:

@@ -69,6 +69,8 @@ class TaskHead(NamedTuple):
 def heads_by_task(folder: Path) -> dict[str, TaskHead]:
     """Return the heads beside a merged adapter, or the one inside a task's own, by task.
 
+    folder: of the adapter.
+
     Where several inputs of a merge share a task, each goes by its own name. Raises LoraloomError that names the folder
     or file which cannot be read or holds no head.
     """

@@ -139,9 +139,10 @@ def update_bases(update: Update) -> tuple[Tensor, Tensor]:
 
 
 def truncate(update: Update, rank: int) -> tuple[Update, float]:
-    """Return the best rank-`rank` approximation (Eckart-Young) and the share of |dW|_F^2 it loses.
+    """Return the best approximation of a rank (Eckart-Young) and the share of |dW|_F^2 it loses.
 
-    An update of no larger rank comes back as it is.
+    update: B (m, r) and A (r, n), float32.
+    rank: of the result, at most; an update of no larger rank comes back as it is.
     """
     if update.rank <= rank:
         return update, 0.0
@@ -156,7 +157,10 @@ def truncate(update: Update, rank: int) -> tuple[Update, float]:
 
 
 def truncate_dense(dW: Tensor, rank: int) -> tuple[Update, float]:
-    """Return the best rank-`rank` approximation of a dense (m, n) `dW` and the share of |dW|_F^2 it loses.
+    """Return the best approximation of a rank of a dense update, and the share of |dW|_F^2 it loses.
+
+    dW: (m, n), float32.
+    rank: of the result, at most.
 
     Small matrices, and ranks close to the smaller side: by the eigenvectors of the smaller Gram matrix in float64,
     accurate beyond the float32 of the result. Others: by a block Krylov subspace (Musco and Musco 2015, arXiv

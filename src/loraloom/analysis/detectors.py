@@ -79,7 +79,12 @@ class Detector:
 def detector(
     name: str, *, says: str, look: float, refuse: float = float("inf"), paper: str
 ) -> Callable[[Function], Function]:
-    """Register a function as a detector and return it untouched; see `Detector` for the arguments.
+    """Register a function as a detector and return it untouched; see `Detector` for more of the arguments.
+
+    name: by which it is known.
+    says: what it tells of an adapter, with {value}, {compared} and {where} to be filled in.
+    look, refuse: the scores from which on an adapter is to be looked at, or refused.
+    paper: whose idea it is.
 
     Raises LoraloomError where the name is taken or the function wants what nobody supplies.
     """

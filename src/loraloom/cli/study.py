@@ -73,14 +73,16 @@ def evaluate(
         rows = [row for name, (metric, score) in scores.items() for row in _metrics(name, metric, score)]
         rows += [("average", "", *_with_error(mean))] if len(scores) > 1 else []
         out.table(f"{adapter} on {split} rows, in points", ("task", "metric", "value", "standard error"), rows)
-        if not read_provenance(adapter).get("inputs"):
+        known = read_provenance(adapter)
+        aligned = any(str(note).startswith("heads: aligned") for note in known.get("notes") or ())
+        if not known.get("inputs"):
             out.next("merge it with others", "loraloom", "merge", adapter, "ADAPTER", "-o", "merged")
-        elif not chosen.generates:
+        elif not (chosen.generates or aligned):
             out.next("fit its heads to it", "loraloom", "align", adapter, "ADAPTERS", "--recipe", recipe)
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="results.json of a study.")],
+    results: Annotated[Path, typer.Argument(help="Folder of a study, or its results.json.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write. It appears whole or not at all.")],
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -91,6 +93,7 @@ def report(
         from loraloom.report import write_report
         from loraloom.results import StudyResult
 
+        results = results / "results.json" if results.is_dir() else results
         written = write_report(StudyResult.load(results), output, overwrite=overwrite)
         out.result({"report": written}, f"report: {written}")
         out.hint("open it in a browser")

@@ -94,7 +94,10 @@ def _is_conv1d(layer: nn.Module) -> bool:
 
 
 def target_layers(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the linear layers that `targets` names, as PEFT matches them; "all-linear" leaves the heads out.
+    """Return linear layers of a model, by module path.
+
+    model: any base model.
+    targets: as PEFT matches them: path endings, or one regular expression; "all-linear" leaves the heads out.
 
     Raises LoraloomError with the nearest names where none matches.
     """

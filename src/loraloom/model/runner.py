@@ -135,13 +135,20 @@ def evaluate(
 def scored(task: Task, split: str, head: Head, features: Tensor) -> Score:
     """Return the task's metric, with its standard error, where `head` reads `features` of the rows of one split.
 
+    task: whose metric and labels they are.
+    split: "train", "heldout" or "test".
+    head: as trained, or aligned.
     features: (k, d) float32, one row a row of the split, as `Evaluator.features` gives them.
     """
     return score(task.metric, head.logits(features), labels(task, split))
 
 
 def labels(task: Task, split: str) -> Tensor:
-    """Return the labels of one split: (k,) int64, or float32 for regression."""
+    """Return the labels of one split: (k,) int64, or float32 for regression.
+
+    task: of classes or numbers.
+    split: "train", "heldout" or "test".
+    """
     return task.label_tensor(getattr(task, split))
 
 

@@ -35,7 +35,11 @@ _HERE = Path(__file__).parent
 
 
 def write_report(result: StudyResult, path: Path, *, overwrite: bool = False) -> Path:
-    """Write the report of a study to `path` and return it; with `overwrite` it replaces an earlier one.
+    """Write the report of a study, and return its path.
+
+    result: of the study; `StudyResult.load` reads a results.json.
+    path: of the HTML file; it appears whole or not at all.
+    overwrite: replace an earlier report.
 
     Raises LoraloomError where it cannot be written.
     """

@@ -37,6 +37,7 @@ def initialise_from_files(
     output: the folder.
     own: statistics file of the task, if there is one.
     others: statistics files to stay off, of the other tasks or an atlas; they go by their names.
+    options: where A starts; see `StartOptions`.
     lora: the adapter's shape; target modules "all-linear" are all layers of the statistics.
     seed: None draws it from the folder's name: teams that share an atlas must not start at the same A.
     after: adapter folders that are there already; they go by their names.

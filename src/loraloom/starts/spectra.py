@@ -41,7 +41,11 @@ def spectrum(moment: Moment) -> tuple[Tensor, Tensor]:
 
 
 def top_directions(moment: Moment, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest eigenvalues, descending, and their eigenvectors (n, count), or all where fewer are."""
+    """Return the largest eigenvalues of a second moment, descending, and their eigenvectors (n, count), float64.
+
+    moment: of the rows that a layer reads.
+    count: of eigenvalues; all come back where fewer are.
+    """
     found = _top(moment.as_gram(), count) if moment.thin is None else None
     if found is None or not found.complete():
         values, vectors = spectrum(moment)
@@ -55,7 +59,11 @@ def rounding(values: Tensor) -> float:
 
 
 def share_seen(moment: Moment, basis: Tensor) -> float:
-    """Return the share of the energy of `moment` that orthonormal rows `basis` (r, n) see."""
+    """Return the share of a moment's energy that a subspace sees.
+
+    moment: of the rows that a layer reads.
+    basis: (r, n), orthonormal rows.
+    """
     trace = moment.trace()
     return moment.energy(basis) / trace if trace > 0 else 0.0
 

@@ -164,7 +164,10 @@ def _new_directions(rows: Tensor, known: Tensor) -> Tensor:
 
 
 def project_out(A: Tensor, avoid: Tensor) -> Tensor:
-    """Return A (I - V V^T) for A (r, n) and V = avoid (n, p), in A's dtype.
+    """Return A (I - V V^T), in A's dtype.
+
+    A: (r, n).
+    avoid: V (n, p), orthonormal columns.
 
     Projected twice: the first pass leaves rounding errors along V of the size of what it removed.
     """
@@ -185,6 +188,9 @@ def check_room(avoid: Tensor, rank: int) -> None:
 
 def response_scale(own: Moment, A: Tensor) -> float:
     """Return the c for which tr(cA G_own (cA)^T) equals what PEFT's default A is expected to give.
+
+    own: the second moment of the task's own inputs, of width n.
+    A: (r, n).
 
     PEFT draws A (r, n) from Kaiming-uniform with a = sqrt(5): entries of variance 1 / (3 n), so the expected response
     is r tr(G_own) / (3 n). Raises LoraloomError where A sees nothing of the task's own inputs.

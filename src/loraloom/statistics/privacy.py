@@ -42,7 +42,11 @@ class Noise(NamedTuple):
 
 
 def clipped(rows: Tensor, clip: float) -> Tensor:
-    """Return `rows` (k, n) with those longer than `clip` scaled down to it, in their dtype."""
+    """Return rows of which none is longer than a bound, in their dtype.
+
+    rows: (k, n).
+    clip: the bound: what is longer is scaled down to it.
+    """
     norms = rows.double().norm(dim=1, keepdim=True)
     short: Tensor = rows * (clip * _BELOW / norms).clamp_max(1).to(rows.dtype)
     return short

@@ -27,10 +27,13 @@ def align_folder(recipe: Recipe, merged: Path, folders: Sequence[Path], reporter
 
     `folders` are the adapters that were merged; those that share a task go by their names. Of each task of the recipe
     `alignment.texts` training texts are read, no labels. Raises LoraloomError for a folder without a head or a task in
-    the recipe, told together, and for one that was not merged.
+    the recipe, told together, for one that was not merged, and where `merged` is a single adapter with its own head.
     """
     adapter = read_adapter(merged)
     errors: list[LoraloomError] = []
+    if adapter.head and not (inputs_by_task(merged) or (merged / "heads").is_dir()):
+        single = f"{merged}: is no merged adapter: it holds a head of its own"
+        errors.append(LoraloomError(single, "name the merged one first, then its members"))
     if "output_rank" in read_provenance(merged):
         with collecting(errors):  # before anything is written: its model card is made from this anew
             MergedFacts.read(merged)

@@ -123,7 +123,12 @@ def without_labels(tasks: Recipe, rules: Sequence[str] = ()) -> list[str]:
 
 
 def by_task(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return adapter folders by the task each was trained on, or is named for. Raises LoraloomError for two of one."""
+    """Return adapter folders by the task each was trained on, or is named for.
+
+    folders: of the adapters.
+
+    Raises LoraloomError for two of one task.
+    """
     found: dict[str, Path] = {}
     for folder in folders:
         task = task_of(folder)

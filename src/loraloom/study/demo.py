@@ -58,7 +58,10 @@ _CHAT_FAST: dict[str, Any] = {
 
 
 def demo_recipe(*, fast: bool = False) -> Recipe:
-    """Return the recipe of `loraloom demo`; `fast` is a reduced size for a check of the installation, not a result."""
+    """Return the recipe of `loraloom demo`.
+
+    fast: a reduced size, which checks the installation and gives no result.
+    """
     size = _FAST if fast else _FULL
     recipe = {
         "name": "loraloom demo (fast)" if fast else "loraloom demo",

@@ -35,6 +35,9 @@ class Planned:
 def plan_study(recipe: Recipe, folder: str | Path) -> list[Planned]:
     """Return what `run_study` would do in this folder, by kind of stage. Starts nothing and writes nothing.
 
+    recipe: of the study.
+    folder: where it is, or is to be.
+
     Raises LoraloomError for a recipe or a base model that cannot be used.
     """
     study = Study(recipe, folder, Reporter(quiet=True))

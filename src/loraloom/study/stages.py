@@ -242,7 +242,9 @@ def _write_merge(
 def merged_adapters(folder: Path, scale: float, tasks: Iterable[str]) -> dict[str, Adapter]:
     """Return what each task reads of a merged adapter: mostly one adapter for all.
 
-    folder: of the merged adapter. scale: a factor on it. tasks: the names by which the result is asked.
+    folder: of the merged adapter.
+    scale: a factor on it.
+    tasks: the names by which the result is asked.
     """
     if (folder / READOUTS).is_dir():
         return {name: read_readout(folder, name).scaled(scale) for name in tasks}

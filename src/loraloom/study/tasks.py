@@ -74,7 +74,8 @@ def measuring_problems(members: Sequence[Adapter], recipe: Recipe) -> list[str]:
 def build_task(name: str, settings: TaskSettings) -> Task:
     """Return a task of a recipe, its rows read.
 
-    name: as the recipe has it. settings: one of `Recipe.tasks`.
+    name: as the recipe has it.
+    settings: one of `Recipe.tasks`.
 
     Raises LoraloomError that tells all that is wrong with its rows.
     """

@@ -205,6 +205,10 @@ class BuiltinTask(TaskOptions):
 def builtin_task(name: str, options: BuiltinTask, *, seed: int = 0) -> Task:
     """Return one built-in task with the asked numbers of rows, labels in equal shares.
 
+    name: of the task.
+    options: how many rows of each split, and what stands before written answers.
+    seed: by which rows are drawn.
+
     Raises LoraloomError for an unknown name and, naming every label, where this installation has too few rows.
     """
     if name not in BUILTIN_NAMES:

@@ -95,7 +95,10 @@ def docstrings() -> tuple[Docstring, ...]:
 
 @cache
 def docstrings_of(package: str) -> tuple[Docstring, ...]:
-    """Return the ASCII docstrings of one package of FOLDERS, none where it is not installed."""
+    """Return the ASCII docstrings of a package, none where it is not installed.
+
+    package: a key of FOLDERS, as STANDARD_LIBRARY is.
+    """
     with _collector_paused():
         return tuple(
             docstring

@@ -127,6 +127,10 @@ class GlueTask(TaskOptions):
 def glue_task(name: str, options: GlueTask, *, seed: int = 0) -> Task:
     """Read one task of `GLUE`; its dev rows become `test`, since GLUE's own test labels are secret.
 
+    name: of the task, a key of `GLUE`.
+    options: where its rows are, how many are taken, and whether answers are written.
+    seed: by which rows are drawn.
+
     The path is a folder with `<name>/train.jsonl`, `dev.jsonl` (text_a, perhaps text_b, label) and `meta.json`, whose
     `labels` say what the integers stand for where they are names; its `note` and `licence` are kept in `Task.source`.
     Without it the rows come from nyu-mll/glue on the Hub. Held-out rows are cut from the training rows; sampling and

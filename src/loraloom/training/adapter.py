@@ -173,7 +173,12 @@ def _wrapped(model: transformers.PreTrainedModel, config: LoraConfig) -> PeftMod
 
 
 def lora_config(lora: LoraSettings, head: list[str], task_type: TaskType = TaskType.SEQ_CLS) -> LoraConfig:
-    """Return PEFT's config for a model of `task_type` with the given `head` modules, if any, saved whole."""
+    """Return PEFT's config of an adapter to train.
+
+    lora: its shape.
+    head: modules that are trained and saved whole, if any.
+    task_type: PEFT's, of the model.
+    """
     return LoraConfig(**lora.for_peft(), modules_to_save=head or None, task_type=task_type)
 
 

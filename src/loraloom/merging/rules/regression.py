@@ -153,6 +153,9 @@ def _upwards(
 def reading_groups(layers: Layers, probe: Probe) -> list[list[str]]:
     """Return the layers in the order in which they run, those that read the same tensor together.
 
+    layers: every merged layer's updates, by module path.
+    probe: runs the base model; its first batch of the first task is read.
+
     Raises LoraloomError where a layer does not run.
     """
     groups: list[tuple[Tensor, list[str]]] = []
