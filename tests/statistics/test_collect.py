@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 import tiny_study
 from loraloom.cli.main import app
 from loraloom.errors import LoraloomError
-from loraloom.statistics.collect import collect_statistics, fingerprint
+from loraloom.statistics.collect import RowSum, collect_statistics, fingerprint
 from loraloom.statistics.file import Layer, Statistics
 from loraloom.statistics.moments import Moment
 
@@ -234,14 +234,14 @@ def test_add_and_subtract() -> None:
     model, one, two = bert(), [inputs(texts(1, [5, 9]), 9)], [inputs(texts(2, [8, 4]), 8), inputs(texts(3, [3]), 3)]
     first, second = (collect_statistics(model, part, ["query", "dense"]) for part in (one, two))
     both = collect_statistics(model, one + two, ["query", "dense"])
-    same(first + second, both, 1e-12)
-    same(both - second, first, 1e-9)
+    same(first + second, both, 1e-6)  # float32 products, of other blocks of rows
+    same(both - second, first, 1e-6)
     with pytest.raises(LoraloomError, match="no part of"):
         first - both
 
 
 def test_sums_stay_exact_over_many_blocks() -> None:
-    """Quiet directions survive beside loud ones: float32 sums would lose them."""
+    """Quiet inputs survive beside ones 10^8 times as loud: of entry ij at most 2e-6 sqrt(G_ii G_jj) is lost."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4))
     with torch.no_grad():
@@ -262,7 +262,24 @@ def test_sums_stay_exact_over_many_blocks() -> None:
     rows = model[0].weight.detach().double()[ids.flatten()]
     gram, mine = rows.T @ rows, found.moment("body.1").as_gram()
     assert mine.shape == (8, 8)
-    assert ((mine - gram).abs() / (rows.norm(dim=0)[:, None] * rows.norm(dim=0))).max() < 1e-13
+    assert ((mine - gram).abs() / (rows.norm(dim=0)[:, None] * rows.norm(dim=0))).max() < 2e-6
+
+
+def test_a_gram_matrix_against_dense_float64_where_blocks_are_many() -> None:
+    """Float32 products lose 2e-6 of sqrt(G_ii G_jj), however many rows there are and however they were split."""
+    torch.manual_seed(0)
+    rows = (torch.randn(9000, 40) + 3) * torch.logspace(-4, 4, 40)
+    wide = rows.double()
+    gram, scale = wide.T @ wide, wide.norm(dim=0)
+    for sizes in ([9000], [100] * 90, [8999, 1]):
+        total = RowSum(40)
+        for batch, part in enumerate(rows.split(sizes), start=1):
+            total.add(part, batch)
+        moment = total.moment()
+        assert moment.count == 9000
+        assert ((moment.as_gram() - gram).abs() / (scale[:, None] * scale)).max() < 2e-6
+        assert ((moment.total - wide.sum(dim=0)).abs() / wide.abs().sum(dim=0)).max() < 2e-6
+        assert moment.faults() == []
 
 
 class Twice(nn.Module):

@@ -41,7 +41,7 @@ def check_bound(moment: Moment, rows: torch.Tensor) -> torch.Tensor:
     assert float(error[0]) >= -slack
     assert float(error[-1]) <= moment.lost + slack
     assert moment.count == len(rows)
-    assert (moment.total - wide.sum(0)).norm() <= 1e-10 * (1 + wide.norm())
+    assert (moment.total - wide.sum(0)).norm() <= 1e-6 * (1 + wide.norm())
     assert moment.faults() == []
     return values
 
@@ -77,7 +77,7 @@ def test_how_rows_are_split_does_not_matter(shape: tuple[int, int, int, int]) ->
     rows = draw(count, width, seed)
     one, two = bounded(rows, most, 1), bounded(rows, most, 1000)
     assert one.lost == pytest.approx(two.lost)
-    assert (one.as_gram() - two.as_gram()).norm() <= 1e-12 * (1 + two.as_gram().norm())
+    assert (one.as_gram() - two.as_gram()).norm() <= 1e-6 * (1 + two.as_gram().norm())
 
 
 @given(shapes, st.integers(0, 90))

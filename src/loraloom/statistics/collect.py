@@ -33,7 +33,7 @@ from loraloom.statistics.privacy import clipped
 from loraloom.statistics.sketch import FrequentDirections
 from loraloom.statistics.stored import free_memory
 
-_BLOCK = 2048  # rows that wait for one float64 product, once there is a Gram matrix
+_BLOCK = 2048  # rows of one float32 product, which is added up in float64: so many round to 2e-6 at most
 _STRIPS = 4  # column strips of a Gram matrix: 5/8 of the products of the whole
 _SAMPLED = 4096  # values of each weight that the fingerprint reads
 
@@ -42,8 +42,10 @@ class RowSum:
     """Sums rows (k, n) of one input: the rows themselves while they are fewer than n, their Gram matrix after that.
 
     With `directions` below n no more than so many rows are left: the rows themselves while they are no more, frequent
-    directions after that (`FrequentDirections`). Products and sums are float64: the quiet directions are many powers of
-    ten below the loud ones. All is kept on the rows' device, and nothing is read from it while rows are added.
+    directions after that (`FrequentDirections`). A Gram matrix G is a sum in float64 of float32 products of at most 2048
+    rows, in half the time of float64 ones: entry ij is off by 2e-6 sqrt(G_ii G_jj) at most, for the rounding of an
+    entry goes with the sizes of its own two inputs, however loud others are. All is kept on the rows' device, and
+    nothing is read from it while rows are added.
     """
 
     def __init__(self, width: int, directions: int | None = None) -> None:
@@ -58,7 +60,7 @@ class RowSum:
 
     def add(self, rows: Tensor, batch: int = 1) -> None:
         """Add `rows` (k, n) float32 of the batch of this number, from 1."""
-        total = rows.sum(dim=0, dtype=torch.float64)
+        total = rows.sum(dim=0, dtype=torch.float64) if self._sketch is not None else _total(rows)
         bad = torch.where(total.isfinite().all(), 0, batch)
         self._bad = bad if self._bad is None else torch.where(self._bad == 0, bad, self._bad)
         self.total = total if self.total is None else self.total + total
@@ -68,7 +70,7 @@ class RowSum:
             return
         self._waiting.append(rows)
         self._held += rows.shape[0]
-        if self._held >= (self.width if self._gram is None else min(self.width, _BLOCK)):
+        if self._held >= (self.width if self._gram is None else _BLOCK):
             self._fold()
 
     def bad_batch(self) -> int:
@@ -91,14 +93,21 @@ class RowSum:
         return Moment(self.count, self.total.cpu(), gram=half + half.triu(1).T)
 
     def _fold(self) -> None:
-        block = torch.cat(self._waiting).double()
+        waiting = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting, self._held = [], 0
         if self._gram is None:
-            self._gram = block.new_zeros(self.width, self.width)
+            self._gram = waiting.new_zeros(self.width, self.width, dtype=torch.float64)
         step = -(-self.width // _STRIPS)
-        for start in range(0, self.width, step):  # on and above the diagonal alone: the rest is its mirror image
-            end = min(start + step, self.width)
-            self._gram[:end, start:end].addmm_(block[:, :end].T, block[:, start:end])
+        for block in waiting.split(_BLOCK):
+            for start in range(0, self.width, step):  # on and above the diagonal alone: the rest is its mirror image
+                end = min(start + step, self.width)
+                self._gram[:end, start:end] += block[:, :end].T @ block[:, start:end]
+
+
+def _total(rows: Tensor) -> Tensor:
+    """Return the sum of rows (k, n), (n,) float64, rounded as their Gram matrix is: ten times as fast as exactly."""
+    blocks = [block.new_ones(len(block)) @ block for block in rows.split(_BLOCK)]
+    return torch.stack(blocks).sum(dim=0, dtype=torch.float64)
 
 
 def collect_statistics(
