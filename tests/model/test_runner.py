@@ -17,6 +17,7 @@ from loraloom.adapters.heads import Head
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.update import Adapter, Update
 from loraloom.errors import LoraloomError
+from loraloom.model.layers import layer_shape, linear_layers
 from loraloom.model.load import head_modules, load_classifier, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate, labels, switched_in
 from loraloom.model.tokens import batches
@@ -244,3 +245,42 @@ def test_switched_in_leaves_again_after_an_error(tmp_path: Path) -> None:
         model.get_parameter(f"{layer}.weight").add_(B @ A)
         assert (model(input_ids=ids).logits - inside).norm() < 1e-5 * inside.norm()
         assert not torch.allclose(inside, before)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_without_gradients_weights_take_updates_of_any_rank_and_come_back(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to the update on the output to float32 rounding, and told apart by the hooks; the rest keep hooks."""
+    model = load_classifier(str(tiny.base_folder(kind, tmp_path / "base")), 2).eval()
+    ids = torch.arange(3, 13).reshape(2, 5)
+    layers = {name: layer for name, layer in linear_layers(model).items() if "layer.1." in name or ".h.1." in name}
+    updates = {
+        name: Update(0.1 * torch.randn(m, 12), torch.randn(12, n))
+        for name, (n, m) in ((name, layer_shape(layer)) for name, layer in layers.items())
+    }
+    own = {name: layer.weight for name, layer in layers.items()}
+
+    def ask() -> tuple[torch.Tensor, int]:
+        with switched_in(model, updates):
+            hooks = sum(bool(layer._forward_hooks) for layer in layers.values())
+            return model(input_ids=ids).logits.detach(), hooks
+
+    outside, hooked = ask()
+    assert hooked == len(layers) >= 4
+    with torch.inference_mode():
+        inside, hooked = ask()
+    assert hooked == 0
+    assert 0 < (inside - outside).norm() < 1e-5 * outside.norm()
+    assert all(layer.weight is own[name] for name, layer in layers.items())
+
+    with monkeypatch.context() as patched, torch.no_grad():  # no memory for more than the first
+        patched.setattr("loraloom.model.runner._SUMMED", 4 * next(iter(own.values())).numel())
+        some, hooked = ask()
+    assert hooked == len(layers) - 1
+    assert (some - outside).norm() < 1e-5 * outside.norm()
+    model.bfloat16()
+    with torch.inference_mode():
+        rounded, hooked = ask()
+    assert hooked == len(layers)
+    assert (rounded.float() - outside).norm() < 0.1 * outside.norm()

@@ -20,6 +20,8 @@ from loraloom.settings import Precision
 from loraloom.tasks.metrics import score
 from loraloom.tasks.task import Task
 
+_SUMMED = 2 << 30  # bytes of weights with their updates in them, beside those without
+
 
 class Evaluator:
     """One base model that answers for any adapter and any head.
@@ -187,25 +189,55 @@ def _set_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None
 
 @contextmanager
 def switched_in(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[None]:
-    """Add every update's B A x to its layer's output while the context lasts; the base weights stay untouched.
+    """Have every update's B A x added to what its layer makes of x while the context lasts.
 
-    Works on any linear layer, GPT-2's Conv1D and quantised ones included.
+    Where no gradients are taken, float32 weights give place to W + B A for that time, 2 GiB of them at most: then an
+    update costs nothing more, whatever its rank. All others are added to the output: with gradients, in bfloat16, whose
+    weights would round most of an update off, and to quantised layers. Either way the model is as it was after that.
     """
+    layers = {path: _fitting(model, path, update) for path, update in updates.items()}
+    summed: dict[str, Tensor] = {}
+    room = 0 if torch.is_grad_enabled() else _SUMMED
+    for path, layer in layers.items():
+        if _takes_sums(layer) and (room := room - 4 * layer.weight.numel()) >= 0:  # type: ignore[operator, union-attr]
+            summed[path] = _sum(layer, updates[path])
     handles = []
-    try:
-        for path, update in updates.items():
-            layer = _submodule(model, path, "base model")
-            shape, given = layer_shape(layer), (update.A.shape[1], update.B.shape[0])
-            if shape != given:
-                raise LoraloomError(
-                    f"{path}: the update is {given[1]} x {given[0]}, the base model's layer {shape[1]} x {shape[0]}",
-                    "use the adapter's own base model",
-                )
-            handles.append(layer.register_forward_hook(_adding(update)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with replaced(model, {f"{path}.weight": weight for path, weight in summed.items()}):
+        try:
+            for path, layer in layers.items():
+                if path not in summed:
+                    handles.append(layer.register_forward_hook(_adding(updates[path])))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _fitting(model: nn.Module, path: str, update: Update) -> nn.Module:
+    """Return the layer of an update. Raises LoraloomError where there is none, or one of another shape."""
+    layer = _submodule(model, path, "base model")
+    shape, given = layer_shape(layer), (update.A.shape[1], update.B.shape[0])
+    if shape != given:
+        raise LoraloomError(
+            f"{path}: the update is {given[1]} x {given[0]}, the base model's layer {shape[1]} x {shape[0]}",
+            "use the adapter's own base model",
+        )
+    return layer
+
+
+def _takes_sums(layer: nn.Module) -> bool:
+    """Tell whether a layer multiplies by a plain float32 weight of its own, and nothing else."""
+    weight = layer.weight
+    plain = type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+    return plain and type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.is_meta
+
+
+def _sum(layer: nn.Module, update: Update) -> Tensor:
+    """Return W + B A, as the layer stores it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    A, B = update.A.detach().to(weight), update.B.detach().to(weight)
+    return torch.addmm(weight, B, A) if isinstance(layer, nn.Linear) else torch.addmm(weight, A.T, B.T)
 
 
 def _adding(update: Update) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -216,7 +248,8 @@ def _adding(update: Update) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor],
         if place not in moved:
             moved[place] = (update.A.T.to(*place), update.B.T.to(*place))
         A, B = moved[place]
-        return output + (inputs[0].to(A.dtype) @ A) @ B
+        low = inputs[0].to(A.dtype).flatten(0, -2) @ A
+        return torch.addmm(output.flatten(0, -2), low, B).view(output.shape)  # in bfloat16 it rounds once
 
     return hook
 
