@@ -42,9 +42,9 @@ class RowSum:
     """Sums rows (k, n) of one input: the rows themselves while they are fewer than n, their Gram matrix after that.
 
     With `directions` below n no more than so many rows are left: the rows themselves while they are no more, frequent
-    directions after that (`FrequentDirections`). A Gram matrix G is a sum in float64 of float32 products of at most 2048
-    rows, in half the time of float64 ones: entry ij is off by 2e-6 sqrt(G_ii G_jj) at most, for the rounding of an
-    entry goes with the sizes of its own two inputs, however loud others are. All is kept on the rows' device, and
+    directions after that (`FrequentDirections`). A Gram matrix G is a sum in float64 of float32 products of at most
+    2048 rows, in about half the time of float64 ones: entry ij is off by 2e-6 sqrt(G_ii G_jj) at most, for the rounding
+    of an entry goes with the sizes of its own two inputs, however loud others are. All is kept on the rows' device, and
     nothing is read from it while rows are added.
     """
 
