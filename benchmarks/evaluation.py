@@ -69,7 +69,8 @@ def ways(base: str, count: int) -> tuple[Any, Callable[[], object], Callable[[di
         evaluator = Evaluator(base)
         rows = Dataset.from_dict({"text_a": texts})
         last = "classifier"
-        shown = Head({f"{last}.weight": torch.zeros(2, evaluator.model.config.hidden_size)}, last)
+        config: Any = evaluator.model.config
+        shown = Head({f"{last}.weight": torch.zeros(2, config.hidden_size)}, last)
         fed = [batch for _, batch in batches(evaluator.encode(rows), evaluator.tokenizer, evaluator.batch_size)]
 
         def alone() -> None:

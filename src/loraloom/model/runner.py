@@ -199,7 +199,7 @@ def switched_in(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[Non
     summed: dict[str, Tensor] = {}
     room = 0 if torch.is_grad_enabled() else _SUMMED
     for path, layer in layers.items():
-        if _takes_sums(layer) and (room := room - 4 * layer.weight.numel()) >= 0:  # type: ignore[operator, union-attr]
+        if _takes_sums(layer) and (room := room - 4 * layer.weight.numel()) >= 0:  # type: ignore[operator]
             summed[path] = _sum(layer, updates[path])
     handles = []
     with replaced(model, {f"{path}.weight": weight for path, weight in summed.items()}):

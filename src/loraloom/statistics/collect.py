@@ -98,7 +98,7 @@ class RowSum:
         if self._gram is None:
             self._gram = waiting.new_zeros(self.width, self.width, dtype=torch.float64)
         step = -(-self.width // _STRIPS)
-        for block in waiting.split(_BLOCK):
+        for block in _blocks(waiting):
             for start in range(0, self.width, step):  # on and above the diagonal alone: the rest is its mirror image
                 end = min(start + step, self.width)
                 self._gram[:end, start:end] += block[:, :end].T @ block[:, start:end]
@@ -106,8 +106,12 @@ class RowSum:
 
 def _total(rows: Tensor) -> Tensor:
     """Return the sum of rows (k, n), (n,) float64, rounded as their Gram matrix is: ten times as fast as exactly."""
-    blocks = [block.new_ones(len(block)) @ block for block in rows.split(_BLOCK)]
-    return torch.stack(blocks).sum(dim=0, dtype=torch.float64)
+    sums = [block.new_ones(len(block)) @ block for block in _blocks(rows)]
+    return torch.stack(sums).sum(dim=0, dtype=torch.float64)
+
+
+def _blocks(rows: Tensor) -> list[Tensor]:
+    return [rows[start : start + _BLOCK] for start in range(0, max(len(rows), 1), _BLOCK)]
 
 
 def collect_statistics(
