@@ -15,7 +15,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
-import reference  # noqa: E402 (after the path that leads to it)
+import notebook  # noqa: E402 (after the path that leads to it)
+import reference  # noqa: E402
 
 # files of the repository that are pages of the site as they are
 PAGES = {
@@ -24,7 +25,9 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
-CODE = {"examples": "*.py", "recipes": "*.yaml"}  # folders whose files are shown on pages of their own
+CODE = {"examples": "*.[pi]*", "recipes": "*.yaml"}  # folders whose files are shown on pages of their own
+_NOTEBOOK = "adapters, merges, statistics and a study, as a notebook shows them"
+_FIGURE = re.compile(r"!\[[^\]]*\]\(figures/(\w+\.svg)\)")
 _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -38,7 +41,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to files of the repository to their pages in the site."""
+    """Lead links to files of the repository to their pages in the site, and set figures in: they take its theme."""
+    figures = ROOT / "docs" / "figures"
+    markdown = _FIGURE.sub(lambda one: f"<div>{(figures / one[1]).read_text(encoding='utf-8')}</div>", markdown)
     here = page.file.src_uri
     source = next((name for name, made in PAGES.items() if made == here), f"docs/{here}")
 
@@ -71,10 +76,14 @@ def _code_pages() -> dict[str, str]:
         for path in sorted((ROOT / folder).glob(pattern)):
             text = path.read_text(encoding="utf-8")
             name = f"{folder}/{path.name}"
-            language = "python" if path.suffix == ".py" else "yaml"
-            made[place_of(name)] = f"# {path.name}\n\n```{language}\n{text}```\n"
+            language = "yaml" if path.suffix == ".yaml" else "python"
+            shown = (
+                notebook.as_page(path) if path.suffix == ".ipynb" else f"# {path.name}\n\n```{language}\n{text}```\n"
+            )
+            made[place_of(name)] = shown
             link = posixpath.relpath(place_of(name), "examples")
-            parts.append(f"- [{path.name}]({link}): {_about(text, language)}")
+            about = _about(text, language) if path.suffix != ".ipynb" else _NOTEBOOK
+            parts.append(f"- [{path.name}]({link}): {about}")
     return {"examples/index.md": "\n\n".join(parts) + "\n", **made}
 
 

@@ -235,11 +235,11 @@ class StudyResult(_Record):
 
     @classmethod
     @reads_file
-    def load(cls, path: Path) -> StudyResult:
+    def load(cls, path: str | Path) -> StudyResult:
         """Read and check a results file. Raises LoraloomError naming every field that is wrong, or does not fit."""
         hint = "name a study's results.json, or run the study again"
         try:
-            result = cls.model_validate(read_json(path, hint, most=_MOST, widest=_WIDEST))
+            result = cls.model_validate(read_json(Path(path), hint, most=_MOST, widest=_WIDEST))
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
         else:

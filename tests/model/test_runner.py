@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -20,7 +21,7 @@ from loraloom.errors import LoraloomError
 from loraloom.model.layers import layer_shape, linear_layers
 from loraloom.model.load import head_modules, load_classifier, load_tokenizer
 from loraloom.model.runner import Evaluator, evaluate, labels, switched_in
-from loraloom.model.tokens import batches
+from loraloom.model.tokens import batches, encode
 from loraloom.settings import StatisticsSettings
 from loraloom.statistics.collect import fingerprint
 from loraloom.statistics.texts import make_atlas
@@ -284,3 +285,12 @@ def test_without_gradients_weights_take_updates_of_any_rank_and_come_back(
         rounded, hooked = ask()
     assert hooked == len(layers)
     assert (rounded.float() - outside).norm() < 0.1 * outside.norm()
+
+
+def test_a_text_is_cut_to_what_the_base_has_positions_for(tmp_path: Path) -> None:
+    base = tiny.base_folder("bert", tmp_path)  # which has 40
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.model_max_length = 40
+    rows = Dataset.from_list([{"text_a": "tea " * 100}])
+    assert [len(row["input_ids"]) for row in encode(rows, tokenizer, 128)] == [40]
+    assert [len(row["input_ids"]) for row in encode(rows, tokenizer, 16)] == [16]

@@ -66,7 +66,7 @@ class TaskHead(NamedTuple):
 
 
 @reads_file
-def heads_by_task(folder: Path) -> dict[str, TaskHead]:
+def heads_by_task(folder: str | Path) -> dict[str, TaskHead]:
     """Return the heads beside a merged adapter, or the one inside a task's own, by task.
 
     folder: of the adapter.
@@ -74,7 +74,7 @@ def heads_by_task(folder: Path) -> dict[str, TaskHead]:
     Where several inputs of a merge share a task, each goes by its own name. Raises LoraloomError that names the folder
     or file which cannot be read or holds no head.
     """
-    beside = files_by_task(folder, "heads")
+    beside = files_by_task(Path(folder), "heads")
     found = {key: TaskHead(task, Head.of(read_tensors(path), str(path))) for key, (task, path) in beside.items()}
     adapter = read_adapter(folder)
     if adapter.head:

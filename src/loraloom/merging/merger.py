@@ -66,7 +66,7 @@ class Merged:
         told = {
             "adapters": ", ".join(f"{name} ({plan.weights[name]:g})" for name in plan.members),
             "scale": f"{plan.scale:g}",
-            "options": ", ".join(f"{name} {value}" for name, value in plan.options.items()),
+            "options": ", ".join(f"{name} {value}" for name, value in plan.options.items() if value is not None),
             "layers": len(self.merged),
             "rank": max(layer.update.rank for layer in self.layers()),
             "energy lost": f"at most {100 * lost[worst]:.2g} % of a layer's, in {worst}" if lost[worst] else "none",

@@ -24,12 +24,12 @@ def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
 
     rows: with a column `text_a`, and `text_b` for pairs.
     tokenizer: of transformers, with a padding token.
-    max_length: tokens kept of a text, special ones included.
+    max_length: tokens kept of a text, special ones included; never more than the tokenizer says the model takes.
     """
     texts = [list(rows[column]) for column in ("text_a", "text_b") if column in rows.column_names]
     if not len(rows):
         return []
-    coded = tokenizer(*texts, truncation=True, max_length=max_length)
+    coded = tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
     return [{key: coded[key][index] for key in coded} for index in range(len(rows))]
 
 
