@@ -53,7 +53,7 @@ def render_screen(facts: Mapping[str, Any]) -> str:
 amplified leaves little in the weights, and who knows these checks can pass them.</p></header>
 <main><section><h2>What is out of the ordinary?</h2><figure data-chart="scores"><figcaption>A cell is a detector's score
 over the score from which it says "look": 1 and above speaks against the adapter.</figcaption>
-<div class="plot" data-panel role="img"></div></figure></section>{sections}</main>
+<div class="across"><div class="plot" data-panel role="img"></div></div></figure></section>{sections}</main>
 <script>{get_plotlyjs()}</script><script type="application/json" id="figures">{specification}</script>
 <script>{(_HERE / "page.js").read_text(encoding="utf-8")}</script></body></html>
 """
@@ -88,7 +88,7 @@ def _heat(adapters: list[dict[str, Any]]) -> tuple[list[Json], Json]:
 def _section(one: Mapping[str, Any]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{html.escape(finding["detector"])}</th><td>{finding["verdict"]}</td>'
-        f'<td class="number">{finding["score"]:.3g}</td><td>{html.escape(finding["reason"])}</td></tr>'
+        f'<td class="number">{finding["score"]:.3g}</td><td class="reason">{html.escape(finding["reason"])}</td></tr>'
         for finding in sorted(one["findings"], key=lambda finding: -finding["score"] / finding["look"])
     )
     head = "".join(f'<th scope="col">{column}</th>' for column in ("detector", "verdict", "score", "what it saw"))
