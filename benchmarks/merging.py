@@ -1,12 +1,11 @@
-"""Merging at the size of Llama-3-8B: whole rules in time and memory, and single layers against PEFT.
+"""Merging single layers of the size of Llama-3-8B's against PEFT; benchmarks/limit.py measures whole adapters.
 
-    python benchmarks/merging.py                    # everything: some 25 minutes on 2 cores
-    python benchmarks/merging.py --parts whole      # one of: whole, dry-run, svd, ties, memory
+    python benchmarks/merging.py                    # everything: some 5 minutes on 2 cores
+    python benchmarks/merging.py --parts svd        # one of: svd, ties, memory
+    python benchmarks/merging.py --parts svd --busy 2
 
-Eight rank-16 adapters with random factors (float32, as PEFT saves them) on all seven linear kinds of 32 layers, 224
-modules, made in a temporary folder of 1.4 GB. `whole` runs `loraloom merge` in a process of its own for each rule that
-works in factors, and prints wall-clock seconds and peak memory. `svd` and `ties` merge one 4096 x 4096 layer by PEFT's
-`add_weighted_adapter` and by `loraloom.merge` in turn, in one process, and print the ratio of the medians.
+Eight rank-16 adapters with random factors (float32, as PEFT saves them). `svd` and `ties` merge one 4096 x 4096 layer
+by PEFT's `add_weighted_adapter` and by `loraloom.merge` in turn, in one process, and print the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,29 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from limit import KINDS, RANK, busy, child, command, make_adapters
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loraloom import Adapter, Update, adapter_writer, get_rule, merge, rule_names
+from loraloom import Adapter, Update, merge
 
-TASKS, RANK, LAYERS = 8, 16, 32
-KINDS = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
+TASKS = 8
 WIDTH = 4096  # of the single layer
 
 
 def main() -> None:
     """Run the parts asked for and print a line a measurement."""
-    parts: dict[str, Callable[[list[Path], Path, int], None]] = {
-        "dry-run": dry_run,
-        "whole": whole,
+    parts: dict[str, Callable[[Path, int], None]] = {
         "svd": against_svd,
         "ties": against_ties,
         "memory": memory_of_ties,
@@ -55,51 +42,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, of which the median counts")
+    parser.add_argument("--busy", type=int, default=0, help="processes that keep cores busy meanwhile")
     given = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("loraloom", "torch", "peft"))
     print(f"{versions}; {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        every = {f"model.layers.{i}.{kind}": shape for i in range(LAYERS) for kind, shape in KINDS.items()}
-        adapters = make_adapters(folder / "in", every) if {"whole", "dry-run"} & set(given.parts) else []
+    with tempfile.TemporaryDirectory() as name, busy(given.busy):
         for part in given.parts:
-            parts[part](adapters, folder / "out", given.repeats)
+            parts[part](Path(name), given.repeats)
 
 
-def make_adapters(folder: Path, modules: dict[str, tuple[int, int]]) -> list[Path]:
-    """Write the adapters with random factors and return their folders."""
-    generator = torch.Generator().manual_seed(0)
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "meta-llama/Meta-Llama-3-8B",
-        "target_modules": [kind.split(".")[1] for kind in KINDS],
-    }
-    for task in range(TASKS):
-        with adapter_writer(folder / f"task{task}", config, torch.float32, modules) as out:
-            for module, (m, n) in modules.items():
-                B = torch.randn(m, RANK, generator=generator) / m**0.5
-                out.add(module, Update(B, torch.randn(RANK, n, generator=generator) / n**0.5))
-            out.finish({"kind": "random factors of a benchmark"})
-    return [folder / f"task{task}" for task in range(TASKS)]
-
-
-def dry_run(adapters: list[Path], output: Path, repeats: int) -> None:
-    """Print the seconds of `loraloom merge --dry-run` on the adapters."""
-    command = [*_command(adapters, "tsv", output), "--dry-run"]
-    seconds = statistics.median(_child(command)[0] for _ in range(repeats))
-    print(f"dry-run of {TASKS} adapters: {seconds:.2f} s, median of {repeats}")
-
-
-def whole(adapters: list[Path], output: Path, repeats: int) -> None:
-    """Print seconds and peak memory of every rule that needs nothing and works in factors, one run each."""
-    for name in rule_names():
-        rule = get_rule(name)
-        if rule.exact and rule.needs in ((), ("seed",)):
-            seconds, peak = _child(_command(adapters, name, output))
-            print(f"whole {name:16} {seconds:6.1f} s, peak memory {peak / 1e9:.2f} GB", flush=True)
-
-
-def against_svd(adapters: list[Path], output: Path, repeats: int) -> None:
+def against_svd(folder: Path, repeats: int) -> None:
     """Print the ratio to PEFT's `svd` on one layer, and how near both come to the best rank-16 approximation."""
     updates = _layer()
     theirs, their_seconds = _timed(partial(_peft, _peft_model(updates), "svd", svd_rank=RANK), 1)
@@ -113,7 +65,7 @@ def against_svd(adapters: list[Path], output: Path, repeats: int) -> None:
     )
 
 
-def against_ties(adapters: list[Path], output: Path, repeats: int) -> None:
+def against_ties(folder: Path, repeats: int) -> None:
     """Print the ratio to PEFT's `ties_svd` and `dare_ties_svd` on one layer in full space, from factors to factors."""
     updates = _layer()
     model = _peft_model(updates)
@@ -128,13 +80,14 @@ def against_ties(adapters: list[Path], output: Path, repeats: int) -> None:
             )
 
 
-def memory_of_ties(adapters: list[Path], output: Path, repeats: int) -> None:
+def memory_of_ties(folder: Path, repeats: int) -> None:
     """Print seconds and peak memory of `ties` and `dare_ties` in full space on the largest kind of layer alone."""
     kind = "mlp.gate_proj"
-    folders = make_adapters(output.parent / "one", {f"model.layers.0.{kind}": KINDS[kind]})
+    adapters = make_adapters(folder / "one", {f"model.layers.0.{kind}": KINDS[kind]}, TASKS)
     for rule in ("ties", "dare_ties"):
-        seconds, peak = _child(_command(folders, rule, output))
-        print(f"{rule}, full space, one {KINDS[kind]} layer, whole command: {seconds:.1f} s, peak {peak / 1e9:.2f} GB")
+        run = child(command(adapters, rule, folder / "out"))
+        told = f"{run.seconds:.1f} s, peak {run.peak / 1e9:.2f} GB"
+        print(f"{rule}, full space, one {KINDS[kind]} layer, whole command: {told}")
 
 
 def _layer() -> list[Update]:
@@ -183,22 +136,6 @@ def _timed(run: Callable[[], Update], repeats: int) -> tuple[Update, float]:
         result = run()
         seconds.append(time.perf_counter() - start)
     return result, statistics.median(seconds)
-
-
-def _command(adapters: list[Path], rule: str, output: Path) -> list[str]:
-    folders = [str(adapter) for adapter in adapters]
-    return [sys.executable, "-m", "loraloom", "merge", *folders, "--rule", rule, "-o", str(output), "--quiet"]
-
-
-def _child(command: list[str]) -> tuple[float, int]:
-    """Return wall-clock seconds and peak memory in bytes of a process. Raises CalledProcessError where it fails."""
-    start = time.perf_counter()
-    with subprocess.Popen(command) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
