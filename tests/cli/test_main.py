@@ -280,8 +280,11 @@ def test_demo_runs_its_recipe(finished: Path, tmp_path: Path, monkeypatch: pytes
 def test_what_a_command_prints_is_a_page(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Facts in words that fit 80 columns, and the command to type next; no Python value shows through."""
     monkeypatch.chdir(tmp_path)
-    recipe, mood, merged = finished / "recipe.yaml", tmp_path / "mood", finished / "study" / "merged" / "LoRA" / "tsv"
+    recipe, mood, merged = finished / "recipe.yaml", tmp_path / "mood", tmp_path / "merged"
     shutil.copytree(finished / "study" / "adapters" / "LoRA" / "mood", mood)
+    shutil.copytree(finished / "study" / "merged" / "LoRA" / "tsv", merged)
+    record = json.loads((merged / "loraloom.json").read_text())
+    (merged / "loraloom.json").write_text(json.dumps({**record, "notes": []}))  # as one whose heads are not aligned
     map_words = ("--target", "query", "--target", "value", "--texts", "9", "--max-length", "16")
     pages = {
         "loraloom init --other": page(*statistics(finished, "mood"), "-o", "mood.safetensors"),

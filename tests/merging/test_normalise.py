@@ -287,7 +287,8 @@ def test_the_command_normalises(place: Path) -> None:
     folders = [place / name for name in NAMES]
     seen = [word for name in NAMES for word in ("--statistics", place / f"{name}.safetensors")]
     for way, more in (("norm", []), ("response", seen)):
-        done = call("merge", *folders, "--rule", "ties", "--normalise", way, *more, "-o", place / way)
+        words = ("--rule", "ties", "--normalise", way, *more, "--screen", "off")
+        done = call("merge", *folders, *words, "-o", place / way)
         assert "warning" not in done.stderr
         assert max(map(len, done.stdout.splitlines()[:6])) <= 80
         told = json.loads((place / way / "loraloom.json").read_text())
@@ -304,7 +305,7 @@ def test_the_command_normalises(place: Path) -> None:
 def test_a_dry_run_of_large_adapters_says_what_it_did_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraloom.merging.folders._QUICK", 10)
     words = ("merge", *(place / name for name in NAMES), "-o", place / "out", "--dry-run", "--normalise", "none")
-    done = call(*words)
+    done = call(*words, "--screen", "off")
     assert "energies not told: the adapters are too large to read now" in " ".join(done.stdout.split())
     assert "warning" not in done.stderr
     told = json.loads(call(*words, "--json").stdout)

@@ -116,7 +116,7 @@ def test_another_format_and_names_of_no_file_are_told(tmp_path: Path) -> None:
     with pytest.raises(LoraloomError, match=f"its format is '{'x' * 40}', not"):
         Statistics.load(path)
     for name in (tmp_path, tmp_path / "none", tmp_path / ("x" * 300), tmp_path / "\0"):
-        with pytest.raises(LoraloomError, match="no such file"):
+        with pytest.raises(LoraloomError, match=r"no such file|is a folder"):
             Statistics.load(name)
 
 
