@@ -1,11 +1,12 @@
 """What evaluation costs beside the bare forward pass: rows a second with updates in the model over those without.
 
-    python benchmarks/evaluation.py BASE [--ranks 16 96] [--rows 64] [--threads 2] [--runs 5]
+    python benchmarks/evaluation.py [BASE] [--ranks 16 96] [--rows 64] [--threads 2] [--runs 5]
 
-BASE: an encoder, whose features for a head are taken, or a base that writes, whose losses of given answers are. Random
-updates on all linear layers, as of one adapter and of a merge of six; the way of the study (encoding, batches sorted
-by length, `Evaluator.features` or `Generator.losses`) and the same layers run bare over the same padded batches take
-turns. "on outputs" is how layers are updated that cannot take W + B A: in bfloat16, quantised, or with gradients.
+BASE: an encoder, as the demo's, whose features for a head are taken, or a base that writes, whose losses of answers
+are. Random updates on all linear layers, as of one adapter and of a merge of six. The way of the study (encoding,
+batches sorted by length, `Evaluator.features` or `Generator.losses`) and the same layers run bare over the same padded
+batches take turns. "on outputs" is how layers are updated that cannot take W + B A: in bfloat16, quantised, or with
+gradients.
 Target: 0.8 of the bare pass or more.
 """
 
@@ -22,6 +23,7 @@ import torch
 import transformers
 from datasets import Dataset
 
+from loraloom import base_folder
 from loraloom.adapters.heads import Head
 from loraloom.adapters.update import Update
 from loraloom.model import runner
@@ -35,7 +37,7 @@ from loraloom.tasks.builtin_text import generic_texts
 def main() -> None:
     """Measure, and print a Markdown table of ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("base", help="folder or name of the base model")
+    parser.add_argument("base", nargs="?", default="demo", help="folder or name of the base model")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 96])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
@@ -43,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model, bare, evaluated = ways(options.base, options.rows)
+    model, bare, evaluated = ways(base_folder(options.base), options.rows)
     print(
         f"{options.base}: {options.rows} rows, all linear layers, float32, CPU; Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, {options.threads} threads, "

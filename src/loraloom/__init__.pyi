@@ -43,6 +43,8 @@ from .analysis.prediction import predict as predict
 from .analysis.screening import Screening as Screening, screen as screen
 from .analysis.screening_declared import KnownStart as KnownStart
 from .analysis.screening_measures import Seen as Seen
+from .analysis.screening_texts import ScreenTexts as ScreenTexts
+from .analysis.searchlight import Reader as Reader
 from .analysis.single import SingleModels as SingleModels
 
 # what everybody needs
