@@ -115,11 +115,10 @@ def copy_adapter(folder: Path, context: Context, *, given: Local) -> None:
             shutil.copy2(given.path / name, folder / ADAPTER / name)
 
 
-def given_adapter(folder: Path) -> Local:
-    """Return what counts of an adapter's folder. Raises LoraloomError where it cannot be merged as it is."""
-    carried = read_adapter(folder).beside.carried
+def given_adapter(folder: Path, adapter: Adapter) -> Local:
+    """Return what counts of the folder that an adapter was read from."""
     weights = [path.name for path in weight_files(folder)[0]]
-    return Local.folder(folder, CONFIG, PROVENANCE, *weights, *carried)
+    return Local.folder(folder, CONFIG, PROVENANCE, *weights, *adapter.beside.carried)
 
 
 def read_adapters(outputs: Mapping[str, Output]) -> dict[str, Adapter]:

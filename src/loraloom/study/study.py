@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from loraloom.adapters.peft import read_adapter
 from loraloom.adapters.together import compatibility_problems
+from loraloom.adapters.update import Adapter
 from loraloom.errors import LoraloomError, collecting, raise_problems, raise_together
 from loraloom.files.hashing import task_seed
 from loraloom.model.readable import check_readable
@@ -85,12 +86,13 @@ class Study:
     def given(self) -> dict[str, Local]:
         """The recipe's finished adapters, by task. Raises LoraloomError that tells what is wrong with any."""
         given: dict[str, Local] = {}
+        members: list[Adapter] = []
         errors: list[LoraloomError] = []
         for name, folder in self.recipe.adapters.items():
             with collecting(errors):
-                given[name] = stages.given_adapter(folder)
+                members.append(read_adapter(folder))
+                given[name] = stages.given_adapter(folder, members[-1])
         raise_together(errors)
-        members = [read_adapter(folder) for folder in self.recipe.adapters.values()]
         problems = measuring_problems(members, self.recipe) + compatibility_problems(members)
         raise_problems("adapters", problems, "name adapters of the recipe's base model and kind of tasks")
         return given
